@@ -1,0 +1,301 @@
+"""Local training: one reusable model whose parameters are views of one flat vector, trained for one peer after another.
+
+    engine = Engine(model, TrainingConfig(), dataset)
+    learner = Learner("p0", indices)
+    vector = engine.initial_vector()
+    result = engine.train(learner, vector, round=1)     # result.vector: f32[P], fresh
+    engine.evaluate(result.vector)                      # accuracy on the common test set
+
+Any number of peers of one process share the model; what is a peer's own (its shard, its optimizer state, its local buffers) is
+in its `Learner`. The order in which peers train does not change what they learn.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gossipfl.errors import ConfigError, LayoutError
+from gossipfl.learning.datasets import Dataset, normalise
+from gossipfl.randomness import derived_seed, generator
+from gossipfl.registry import Registry
+from gossipfl.segments.layout import Layout
+from gossipfl.segments.quantization import tensor
+
+TrainingStep = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""`f(model, x, y) -> loss`, a scalar to be differentiated."""
+
+STEPS: Registry[TrainingStep] = Registry("training step")
+"""Named training steps; mostly used for a user's own `package.module:function`."""
+
+EVALUATION_BATCH = 500
+MIN_GAIN = 1.05
+"""Fast math is used where it is at least this many times faster: below that the difference is noise."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a peer trains between two merges. Of `local_epochs` and `local_steps` one is given."""
+
+    local_epochs: int | None = 1
+    local_steps: int | None = None
+    batch_size: int = 32
+    learning_rate: float = 0.05
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    optimizer: str = "sgd"
+    reset_optimizer: bool = False
+    buffers: Literal["average", "local"] = "average"
+    device: str = "cpu"
+    fast_math: bool = False
+    threads: int = 1
+    step: str | None = None
+    seed: int = 0
+
+
+@dataclass
+class Learner:
+    """What one peer keeps between rounds. `indices` (i64[n]) is its shard of the training set."""
+
+    name: str
+    indices: np.ndarray
+    optimizer_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    local_buffers: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """The trained vector (f32[P], fresh), the mean loss over the round's steps, and how long it took."""
+
+    vector: np.ndarray
+    loss: float
+    num_steps: int
+    seconds: float
+
+
+def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The default training step; logits [..., classes] against labels [...]."""
+    logits = model(x)
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten())
+
+
+Update = Callable[[TrainingConfig, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], None]
+"""`f(config, parameters_, gradient, state_)`: one step of an optimizer on the flat vectors."""
+
+OPTIMIZERS: Registry[Update] = Registry("optimizer")
+
+# torch's own optimizers, in their functional form: the first torch.optim object of a process imports torch._dynamo, which
+# takes 0.8 s and 74 MiB.
+
+
+@OPTIMIZERS.register("sgd")
+def sgd(config: TrainingConfig, parameters: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+    momenta = [state.get("momentum")]
+    torch.optim.sgd.sgd(
+        [parameters],
+        [gradient],
+        momenta,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        lr=config.learning_rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        foreach=False,
+    )
+    if momenta[0] is not None:
+        state["momentum"] = momenta[0]
+
+
+def _adam(
+    config: TrainingConfig, parameters: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], decoupled: bool
+) -> None:
+    if not state:
+        state.update(mean=torch.zeros_like(parameters), square=torch.zeros_like(parameters), step=torch.tensor(0.0))
+    torch.optim.adam.adam(
+        [parameters],
+        [gradient],
+        [state["mean"]],
+        [state["square"]],
+        [],
+        [state["step"]],
+        foreach=False,
+        amsgrad=False,
+        beta1=0.9,
+        beta2=0.999,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        eps=1e-8,
+        maximize=False,
+        decoupled_weight_decay=decoupled,
+    )
+
+
+@OPTIMIZERS.register("adam")
+def adam(config: TrainingConfig, parameters: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+    _adam(config, parameters, gradient, state, decoupled=False)
+
+
+@OPTIMIZERS.register("adamw")
+def adamw(config: TrainingConfig, parameters: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+    _adam(config, parameters, gradient, state, decoupled=True)
+
+
+class FlatModel:
+    """A model whose float parameters and buffers are views of one flat tensor, `[parameters | buffers]`.
+
+    `layout` is what travels: the parameters, and with `buffers = "average"` the float buffers too (BatchNorm statistics);
+    integer buffers stay with the model.
+    """
+
+    def __init__(self, model: nn.Module, buffers: str = "average", device: str = "cpu") -> None:
+        self.model = model.to(device)
+        parameters = [(name, tensor) for name, tensor in model.named_parameters()]
+        statistics_ = [(name, tensor) for name, tensor in model.named_buffers() if tensor.is_floating_point()]
+        for name, tensor in parameters + statistics_:
+            if tensor.dtype != torch.float32:
+                raise LayoutError(f"{name} is {tensor.dtype}; gossipfl trains float32 models")
+        if not parameters:
+            raise LayoutError(f"{type(model).__name__} has no parameters to train")
+        self.has_statistics = bool(statistics_)
+        shapes = [(name, tensor.shape) for name, tensor in parameters + statistics_]
+        self._all = Layout.of(shapes)
+        self.layout = self._all if buffers == "average" else Layout.of(shapes[: len(parameters)])
+        self.flat = torch.empty(self._all.size, device=device)
+        self.num_parameters = sum(tensor.numel() for _, tensor in parameters)
+        self.gradient = torch.zeros(self.num_parameters, device=device)
+        for entry, (_, tensor) in zip(self._all.entries, parameters + statistics_, strict=True):
+            view = self.flat[entry.start : entry.stop].view(entry.shape)
+            view.copy_(tensor.detach())
+            tensor.data = view
+            if isinstance(tensor, nn.Parameter):
+                tensor.grad = self.gradient[entry.start : entry.stop].view(entry.shape)
+
+    @property
+    def parameters(self) -> torch.Tensor:
+        return self.flat[: self.num_parameters]
+
+    @property
+    def local_buffers(self) -> torch.Tensor:
+        """The float buffers that do not travel (a view)."""
+        return self.flat[self.layout.size :]
+
+    def read(self) -> np.ndarray:
+        """What travels, as a fresh f32[P] in main memory."""
+        return self.flat[: self.layout.size].detach().cpu().numpy().copy()
+
+    def write(self, vector: np.ndarray) -> None:
+        """Load `vector` (f32[P]) into the model. LayoutError if it does not fit."""
+        if vector.shape != (self.layout.size,):
+            raise LayoutError(f"a vector of shape {vector.shape} does not fit the model's {self.layout.size} values")
+        self.flat[: self.layout.size] = tensor(vector)
+
+
+class Engine:
+    """The loop engine: trains peers one after another in one model."""
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, dataset: Dataset, step: TrainingStep | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+        torch.set_num_threads(config.threads)
+        self.config, self.dataset = config, dataset
+        self.flat = FlatModel(model, config.buffers, config.device)
+        self.layout = self.flat.layout
+        self._model = self.flat.model
+        self._step = step or (STEPS.get(config.step) if config.step else cross_entropy)
+        self._update = OPTIMIZERS.get(config.optimizer)
+        self._initial_buffers = self.flat.local_buffers.clone()
+        self.uses_fast_math = False
+
+    def initial_vector(self) -> np.ndarray:
+        return self.flat.read()
+
+    def train(self, learner: Learner, vector: np.ndarray, round: int) -> TrainResult:
+        """Train from `vector` (f32[P], left alone) on the learner's shard, for one round."""
+        began = time.perf_counter()
+        torch.manual_seed(derived_seed(self.config.seed, "training", learner.name, round))
+        self.flat.write(vector)
+        self.flat.local_buffers.copy_(self._initial_buffers if learner.local_buffers is None else learner.local_buffers)
+        if self.config.reset_optimizer:
+            learner.optimizer_state.clear()
+        self._model.train()
+        losses = [self._train_step(x, y, learner.optimizer_state) for x, y in self._batches(learner, round)]
+        if self.flat.local_buffers.numel():
+            learner.local_buffers = self.flat.local_buffers.clone()
+        loss = float(torch.stack(losses).mean())
+        return TrainResult(self.flat.read(), loss, len(losses), time.perf_counter() - began)
+
+    def evaluate(self, vector: np.ndarray, learner: Learner | None = None) -> float:
+        """Accuracy of `vector` (f32[P]) on the test set; with a learner, using its local buffers."""
+        self.flat.write(vector)
+        if learner is not None and learner.local_buffers is not None:
+            self.flat.local_buffers.copy_(learner.local_buffers)
+        self._model.eval()
+        correct = total = 0
+        with torch.no_grad():
+            for start in range(0, len(self.dataset.y_test), EVALUATION_BATCH):
+                chosen = slice(start, start + EVALUATION_BATCH)
+                x, y = self._tensors(self.dataset.x_test[chosen], self.dataset.y_test[chosen])
+                correct += int((self._model(x).argmax(-1) == y).sum())
+                total += y.numel()
+        return correct / total
+
+    def try_fast_math(self, num_steps: int = 6) -> bool:
+        """Switch fast math on if it wins here: channels_last images and oneDNN's reduced-precision float32 products.
+
+        Times `num_steps` training steps each way, on a scratch copy of the model's values.
+        """
+        before = self.flat.flat.clone()
+        batch = self.dataset.x_train[: self.config.batch_size], self.dataset.y_train[: self.config.batch_size]
+
+        def median_s(fast: bool) -> float:
+            self.set_fast_math(fast)
+            times = []
+            for _ in range(num_steps):
+                began = time.perf_counter()
+                self._train_step(*self._tensors(*batch), {})
+                times.append(time.perf_counter() - began)
+            return statistics.median(times[1:])
+
+        wins = median_s(fast=False) > MIN_GAIN * median_s(fast=True)
+        self.flat.flat.copy_(before)
+        self.set_fast_math(wins)
+        return wins
+
+    def set_fast_math(self, use: bool) -> None:
+        self.uses_fast_math = use
+        torch.set_float32_matmul_precision("medium" if use else "highest")
+
+    def _train_step(self, x: torch.Tensor, y: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.flat.gradient.zero_()
+        loss = self._step(self._model, x, y)
+        loss.backward()
+        with torch.no_grad():
+            self._update(self.config, self.flat.parameters, self.flat.gradient, state)
+        return loss.detach()
+
+    def _batches(self, learner: Learner, round: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        rng = generator(self.config.seed, "batches", learner.name, round)
+        size = min(self.config.batch_size, len(learner.indices))
+        per_epoch = -(-len(learner.indices) // size)
+        num_steps = self.config.local_steps or per_epoch * (self.config.local_epochs or 1)
+        for step in range(num_steps):
+            if step % per_epoch == 0:
+                order = learner.indices[rng.permutation(len(learner.indices))]
+            start = step % per_epoch * size
+            chosen = order[start : start + size]
+            yield self._tensors(self.dataset.x_train[chosen], self.dataset.y_train[chosen])
+
+    def _tensors(self, x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = torch.from_numpy(np.array(normalise(x, self.dataset))).to(self.config.device)
+        if self.uses_fast_math and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return inputs, torch.from_numpy(np.array(y)).to(self.config.device)

@@ -1,0 +1,127 @@
+"""Who is there: a peer's knowledge of each neighbour, and the joining of a run.
+
+A neighbour is heard from by any message. It is *away* while its connection is down or before it first answers, *gone* once
+it said Leave, *foreign* if its layout differs, and *suspect* after two expired deadlines in a row: drawn last until it is
+heard from.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gossipfl.protocol.messages import Hello, PeerId
+
+MIN_ANSWER_S = 2.0
+"""Least time allowed for the first answer to a Pull: a busy machine may starve a healthy peer of the processor for long."""
+FIRST_ANSWER_S = 5.0
+"""The same before a neighbour's answers have been timed."""
+STRIKES_OF_A_SUSPECT = 2
+HELLO_INTERVAL_S = 1.0
+MAX_CONTACTS = 64
+"""Neighbours greeted on joining: keeps joining O(1) per peer where everybody is everybody's neighbour."""
+
+
+@dataclass(slots=True)
+class Neighbour:
+    """What a peer knows of one neighbour."""
+
+    name: PeerId
+    degree: int
+    answered: bool = False
+    met: bool = False
+    away: bool = False
+    gone: bool = False
+    foreign: bool = False
+    strikes: int = 0
+    newest: int = 0
+    num_samples: int | None = None
+    _answer_mean_s: float | None = None
+    _answer_deviation_s: float = 0.0
+
+    @property
+    def is_live(self) -> bool:
+        """Can be pulled from. One that has said Leave still serves until its last neighbour has left."""
+        return not (self.away or self.foreign)
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.strikes >= STRIKES_OF_A_SUSPECT
+
+    def heard(self, newest: int = 0) -> None:
+        self.strikes = 0
+        self.met = True
+        self.away = False
+        self.newest = max(self.newest, newest)
+
+    def answered_after(self, seconds: float) -> None:
+        """Smooth the time of first answers, as TCP does round trips (RFC 6298)."""
+        if self._answer_mean_s is None:
+            self._answer_mean_s, self._answer_deviation_s = seconds, seconds / 2
+        else:
+            error = abs(seconds - self._answer_mean_s)
+            self._answer_deviation_s += (error - self._answer_deviation_s) / 4
+            self._answer_mean_s += (seconds - self._answer_mean_s) / 8
+
+    @property
+    def answer_deadline_s(self) -> float:
+        """Seconds within which a first answer is due; doubles with each strike."""
+        if self._answer_mean_s is None:
+            return FIRST_ANSWER_S * 2**self.strikes
+        return max(MIN_ANSWER_S, self._answer_mean_s + 4 * self._answer_deviation_s) * 2**self.strikes
+
+
+@dataclass
+class Membership:
+    """The neighbours of the peer `name`. `degrees` gives each neighbour's own number of neighbours."""
+
+    name: PeerId
+    layout: str
+    degrees: Mapping[PeerId, int]
+    quorum: int
+    neighbours: dict[PeerId, Neighbour] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.neighbours = {name: Neighbour(name, degree) for name, degree in sorted(self.degrees.items())}
+
+    def hello(self, newest: int, wants_reply: bool) -> Hello:
+        return Hello(self.layout, newest, wants_reply)
+
+    def greeted(self, name: PeerId, hello: Hello) -> bool:
+        """Take a Hello in; False if its layout differs from ours."""
+        neighbour = self.neighbours[name]
+        neighbour.heard(hello.newest)
+        neighbour.answered = True
+        neighbour.gone = False
+        neighbour.foreign = hello.layout != self.layout
+        return not neighbour.foreign
+
+    @property
+    def contacts(self) -> list[Neighbour]:
+        """The neighbours to greet on joining: those that follow in the order of names, so that nobody is greeted by all."""
+        names = list(self.neighbours)
+        first = bisect(names, self.name)
+        return [self.neighbours[name] for name in (names[first:] + names[:first])[:MAX_CONTACTS]]
+
+    @property
+    def unanswered(self) -> list[PeerId]:
+        return [neighbour.name for neighbour in self.contacts if not neighbour.answered]
+
+    @property
+    def has_quorum(self) -> bool:
+        answered = sum(neighbour.answered and neighbour.is_live for neighbour in self.neighbours.values())
+        return answered >= min(self.quorum, len(self.contacts))
+
+    @property
+    def newest(self) -> int:
+        """The newest version that any neighbour is known to have trained."""
+        return max((neighbour.newest for neighbour in self.neighbours.values() if not neighbour.foreign), default=0)
+
+    def candidates(self, at_least: int) -> list[PeerId]:
+        """Live neighbours to draw from; the suspect ones only if fewer than `at_least` others are left."""
+        live = [neighbour for neighbour in self.neighbours.values() if neighbour.is_live]
+        trusted = [neighbour.name for neighbour in live if not neighbour.is_suspect]
+        if len(trusted) >= at_least:
+            return trusted
+        return trusted + [neighbour.name for neighbour in live if neighbour.is_suspect]

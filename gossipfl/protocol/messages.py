@@ -1,0 +1,316 @@
+"""The protocol's vocabulary: what peers send each other, what a machine hears, and what it asks its shell to do.
+
+A machine is driven by `handle(event, now) -> list[Action]` and `next_deadline`; everything slow or effectful is an action
+whose outcome comes back as an event. Payloads are opaque here: the shell checks and decodes them before the machine hears
+of them, so the same machine runs on sockets and under virtual time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+PeerId = str
+Range = tuple[int, int]
+"""Half-open range `(start, stop)` of the flat model vector."""
+
+MAX_RANGES = 32
+"""Ranges that one Pull may name: keeps the header within its limit."""
+NEWEST = 0
+"""As `Pull.version`: whatever is newest. As `Pull.oldest`: any age will do, do not make me wait."""
+
+
+# --- messages: between peers ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """I am here. `newest` is the newest version that the sender has trained (0: none yet)."""
+
+    layout: str
+    newest: int
+    wants_reply: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Send me these ranges of your model of round `version`.
+
+    `oldest` is the oldest version that will do at once when `version` is not trained yet; below it the pull waits, for at
+    most `expires_s` seconds. `offset` resumes the first range at that encoded byte, if the same version is still stored.
+    """
+
+    request: int
+    version: int
+    oldest: int
+    ranges: tuple[Range, ...]
+    codec: str
+    expires_s: float
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """One chunk of one encoded range: bytes `[offset, offset + num_bytes)` of `total`."""
+
+    request: int
+    version: int
+    newest: int
+    num_samples: int
+    range: Range
+    offset: int
+    total: int
+    num_bytes: int
+    payload: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_last(self) -> bool:
+        return self.offset + self.num_bytes == self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Still alive: the version is not trained yet (`bytes_queued` = 0), or that much is queued for you."""
+
+    request: int
+    bytes_queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """No. These are the versions stored (0, 0: none)."""
+
+    request: int
+    oldest: int
+    newest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """I have finished and shall pull no more; I still serve for a while."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """The transport's own: this many payload bytes have been taken in, so as many more may follow."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """Hand over what this run has left behind: "events" (JSON lines) or "model" (safetensors), from `offset`."""
+
+    request: int
+    item: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One chunk of a collected item; `total` is -1 while the peer has not finished."""
+
+    request: int
+    offset: int
+    total: int
+    payload: Any = field(default=None, compare=False, repr=False)
+
+
+Message = Hello | Pull | Data | Later | Refuse | Leave | Credit | Collect | Record
+
+
+# --- events: what a machine hears -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Local training of this round is done and its vector is stored as version `round`."""
+
+    round: int
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A Merge has been carried out."""
+
+    round: int
+    segment: int
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A well-formed message came in; the payload of a range's last chunk is decoded and finite."""
+
+    peer: PeerId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """What a peer sent for this request is malformed, does not decode, or is not finite."""
+
+    peer: PeerId
+    request: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerUp:
+    """The connection to a neighbour stands (again)."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDown:
+    """The connection to a neighbour broke: whatever was asked of it is lost."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """`next_deadline` has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopAfter:
+    """End after this round, if it is sooner than the round planned."""
+
+    round: int
+
+
+Event = Start | Trained | Merged | Received | Rejected | PeerUp | PeerDown | Wake | StopAfter
+
+
+# --- actions: what a machine asks of its shell ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Train locally for this round from the current mixed vector; report Trained."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message without a payload."""
+
+    peer: PeerId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Encode and send the ranges of `pull` from the stored `version`.
+
+    A request that is still queued is not queued twice; where bytes are queued, the shell first answers Later.
+    """
+
+    peer: PeerId
+    pull: Pull
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """A pulled copy of one segment: the shell's handle of its values and the weight to mix it with."""
+
+    peer: PeerId
+    payload: Any
+    weight: float
+    staleness: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Mix `contributions` (ordered by peer) and the own copy into the current vector; report Merged."""
+
+    round: int
+    segment: int
+    contributions: tuple[Contribution, ...]
+    own_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Nothing more is wanted of this request: drop what has been assembled of it."""
+
+    peer: PeerId
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A record for the run's files and logs: a RoundReport or a Fault."""
+
+    record: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """All is done; `error` says why where the peer could not take part."""
+
+    error: str | None = None
+
+
+Action = Train | Send | Serve | Merge | Forget | Report | Finish
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something went wrong with a peer and was survived: `kind` is a short stable word, `detail` is for people."""
+
+    round: int
+    peer: PeerId
+    kind: str
+    detail: str
+
+
+@dataclass(slots=True)
+class RoundReport:
+    """What one round of gossip came to, for one peer. Bytes are encoded payload; times are seconds of the machine's clock."""
+
+    round: int
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    segments_mixed: int = 0
+    missing: int = 0
+    late: int = 0
+    refused: int = 0
+    rejected: int = 0
+    timeouts: int = 0
+    payload_bytes: int = 0
+    repeated_bytes: int = 0
+    staleness_max: int = 0
+    staleness_sum: int = 0
+    adopted: bool = False
+
+
+class Machine(Protocol):
+    """Anything that decides: pure, without clock, socket, thread or tensor."""
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When to call `handle(Wake(), now)`; None = never."""
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event at time `now` (seconds, monotonic) and return what is to be done, in order."""
+
+
+def by_peer(contributions: Iterable[Contribution]) -> tuple[Contribution, ...]:
+    """In order of peer id: a floating-point sum depends on its order, so arrival must not decide it."""
+    return tuple(sorted(contributions, key=lambda contribution: contribution.peer))

@@ -1,0 +1,175 @@
+"""The bytes of a message: two frames, a msgpack header and a raw payload. Nothing that comes in is trusted.
+
+    frame 1, at most 1 KiB   [version, run, kind, sender, recipient, body, identity, hash, signature]
+    frame 2, at most 256 KiB the payload of Data and Record, empty for all others
+
+`body` lists the message's fields in the order of its dataclass (`messages.py`), without the payload. `run` is a number that
+the peers of one run share, so that a straggler of another run is not listened to. The last three are reserved, nil for now.
+Any other number of frames, a wrong type, a value out of bounds or a payload of another length is a RemoteProtocolError; a
+kind that this version does not know is not (`Envelope.message` is None), so that later versions may add some.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import msgpack
+
+from gossipfl.errors import RemoteProtocolError
+from gossipfl.protocol.messages import (
+    MAX_RANGES,
+    Collect,
+    Credit,
+    Data,
+    Hello,
+    Later,
+    Leave,
+    Message,
+    PeerId,
+    Pull,
+    Record,
+    Refuse,
+)
+
+WIRE_VERSION = 1
+MAX_HEADER_BYTES = 1024
+MAX_PAYLOAD_BYTES = 256 * 1024
+MAX_NAME_CHARS = 64
+_MAX_INT = 2**62
+_RESERVED = (None, None, None)
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A decoded message with its addresses; `message` is None if its kind is unknown here."""
+
+    run: int
+    sender: PeerId
+    recipient: PeerId
+    message: Message | None
+
+
+def encode(run: int, sender: PeerId, recipient: PeerId, message: Message) -> bytes:
+    """The header frame of a message; its payload frame is the caller's to send, unchanged."""
+    kind, names, _ = _BY_CLASS[type(message)]
+    body = [getattr(message, name) for name in names]
+    header = msgpack.packb((WIRE_VERSION, run, kind, sender, recipient, body, *_RESERVED))
+    assert len(header) <= MAX_HEADER_BYTES, (len(header), message)
+    return header
+
+
+def decode(frames: Sequence[Buffer]) -> Envelope:
+    """Check and decode a header and a payload frame. The payload is not copied. RemoteProtocolError on anything odd."""
+    if len(frames) != 2:
+        raise RemoteProtocolError(f"{len(frames)} frames; a message has two")
+    header, payload = frames
+    if len(header) > MAX_HEADER_BYTES:
+        raise RemoteProtocolError(f"a header of {len(header)} bytes; the limit is {MAX_HEADER_BYTES}")
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise RemoteProtocolError(f"a payload of {len(payload)} bytes; the limit is {MAX_PAYLOAD_BYTES}")
+    try:
+        fields_ = _unpack(header)
+    except Exception as error:  # msgpack raises many kinds, some of them bare ValueErrors and RecursionErrors
+        raise RemoteProtocolError(f"the header is not msgpack: {error}") from error
+    if type(fields_) is not tuple or len(fields_) != 9:
+        raise RemoteProtocolError("the header is not a list of nine fields")
+    version, run, kind, sender, recipient, body, *reserved = fields_
+    if version != WIRE_VERSION:
+        raise RemoteProtocolError(f"wire version {version!r}; this is version {WIRE_VERSION}")
+    if tuple(reserved) != _RESERVED:
+        raise RemoteProtocolError("identity, hash and signature are reserved and must be nil")
+    if not (_is_count(run) and _is_name(kind) and _is_name(sender) and _is_name(recipient)):
+        raise RemoteProtocolError("run, kind, sender or recipient is not what it should be")
+    if kind not in _BY_KIND:
+        return Envelope(run, sender, recipient, None)
+    return Envelope(run, sender, recipient, _message(kind, body, payload))
+
+
+def _message(kind: str, body: Any, payload: Buffer) -> Message:
+    class_, names, checks = _BY_KIND[kind]
+    if type(body) is not tuple or len(body) != len(names):
+        raise RemoteProtocolError(f"{kind}: the body is not a list of {len(names)} fields")
+    for name, value, is_valid in zip(names, body, checks, strict=True):
+        if not is_valid(value):
+            raise RemoteProtocolError(f"{kind}.{name} = {str(value)[:80]} is not valid")
+    if class_ is Data:
+        message = Data(*body, payload=payload)
+        if message.num_bytes != len(payload) or not 0 < message.num_bytes <= message.total - message.offset:
+            raise RemoteProtocolError(f"data: {len(payload)} payload bytes at {message.offset} of {message.total}")
+        return message
+    if class_ is Record:
+        return Record(*body, payload=payload)
+    if len(payload):
+        raise RemoteProtocolError(f"{kind} carries no payload, {len(payload)} bytes came")
+    return class_(*body)
+
+
+def _unpack(header: Buffer) -> Any:
+    return msgpack.unpackb(
+        header,
+        use_list=False,
+        strict_map_key=True,
+        max_array_len=64,
+        max_map_len=0,
+        max_str_len=256,
+        max_bin_len=256,
+        max_ext_len=0,
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_INT
+
+
+def _is_total(value: object) -> bool:
+    return type(value) is int and -1 <= value <= _MAX_INT
+
+
+def _is_name(value: object) -> bool:
+    return type(value) is str and 0 < len(value) <= MAX_NAME_CHARS
+
+
+def _is_flag(value: object) -> bool:
+    return type(value) is bool
+
+
+def _is_seconds(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= 1e9  # type: ignore[arg-type]
+
+
+def _is_range(value: object) -> bool:
+    return type(value) is tuple and len(value) == 2 and _is_count(value[0]) and _is_count(value[1]) and value[0] < value[1]
+
+
+def _is_ranges(value: object) -> bool:
+    return type(value) is tuple and 0 < len(value) <= MAX_RANGES and all(map(_is_range, value))
+
+
+Check = Callable[[object], bool]
+_CHECKS: dict[type, tuple[str, tuple[Check, ...]]] = {
+    Hello: ("hello", (_is_name, _is_count, _is_flag)),
+    Pull: ("pull", (_is_count, _is_count, _is_count, _is_ranges, _is_name, _is_seconds, _is_count)),
+    Data: (
+        "data",
+        (_is_count, _is_count, _is_count, _is_count, _is_range, _is_count, _is_count, _is_count),
+    ),
+    Later: ("later", (_is_count, _is_count)),
+    Refuse: ("refuse", (_is_count, _is_count, _is_count)),
+    Leave: ("leave", (_is_count,)),
+    Credit: ("credit", (_is_count,)),
+    Collect: ("collect", (_is_count, _is_name, _is_count)),
+    Record: ("record", (_is_count, _is_count, _is_total)),
+}
+
+
+def _names(class_: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(class_) if field.name != "payload")
+
+
+_BY_CLASS = {class_: (kind, _names(class_), checks) for class_, (kind, checks) in _CHECKS.items()}
+_BY_KIND = {kind: (class_, _names(class_), checks) for class_, (kind, checks) in _CHECKS.items()}

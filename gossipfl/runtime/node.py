@@ -1,0 +1,340 @@
+"""The shell of one peer's machine, and the thread that drives the nodes of one endpoint.
+
+A node performs what its machine decides: it sends, serves, assembles, decodes and merges, on the reactor's thread. Training is
+somebody else's (`tasks` says when and from which vector), so a peer answers pulls while it trains.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import numpy as np
+
+from gossipfl.aggregation import Aggregator
+from gossipfl.errors import CodecError
+from gossipfl.protocol import wire
+from gossipfl.protocol.gossip import Gossip
+from gossipfl.protocol.messages import (
+    Action,
+    Collect,
+    Contribution,
+    Credit,
+    Data,
+    Event,
+    Fault,
+    Finish,
+    Forget,
+    Later,
+    Merge,
+    Merged,
+    PeerDown,
+    PeerId,
+    PeerUp,
+    Pull,
+    Received,
+    Record,
+    Refuse,
+    Rejected,
+    Report,
+    RoundReport,
+    Send,
+    Serve,
+    Train,
+    Trained,
+    Wake,
+)
+from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, Origin, ZmqTransport
+from gossipfl.segments.assembly import Assembler
+from gossipfl.segments.codecs import Codec
+from gossipfl.segments.mixing import mix
+from gossipfl.segments.store import SegmentStore
+
+logger = logging.getLogger(__name__)
+
+MAX_ORIGINS = 4096
+"""Pulls whose connection is remembered until they are answered; the oldest are forgotten first."""
+MAX_SERVED = 256
+"""Pulls being served at once on one connection; more are refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainTask:
+    """Train `node` for `round`, from `vector` (f32[P], to be copied, not written to)."""
+
+    node: Node
+    round: int
+    vector: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class FinishTask:
+    """The node has finished with `vector`; `error` says why if it could not take part."""
+
+    node: Node
+    vector: np.ndarray
+    error: str | None
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that came in since the last report: header and payload frames, and the part of them that is not Data."""
+
+    wire_bytes: int = 0
+    control_bytes: int = 0
+    merge_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundDone:
+    """A round's report with the traffic of the same time."""
+
+    report: RoundReport
+    traffic: Traffic
+
+
+@dataclass
+class Node:
+    """One peer: its machine, its vectors and its share of the transport.
+
+    `own` is the newest trained vector, `mixed` the one that merges write and the next training starts from (both f32[P]).
+    """
+
+    machine: Gossip
+    store: SegmentStore
+    codec: Codec
+    aggregate: Aggregator
+    initial: np.ndarray
+    transport: ZmqTransport
+    tasks: SimpleQueue[TrainTask | FinishTask]
+    on_record: Callable[[Node, RoundDone | Fault], None] = lambda node, record: None
+    collect: Callable[[str], bytes | None] = lambda item: None
+    mixed: np.ndarray = field(init=False)
+    own: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.machine.name
+        self.own, self.mixed = self.initial, self.initial.copy()
+        self._assembler = Assembler(self.codec)
+        self._origins: dict[tuple[PeerId, int], Origin] = {}
+        self._traffic = Traffic()
+
+    # --- what comes in ------------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event) -> None:
+        """Let the machine decide and carry out what it decides, until nothing more follows."""
+        events = deque([event])
+        while events:
+            for action in self.machine.handle(events.popleft(), time.monotonic()):
+                following = self._perform(action)
+                if following is not None:
+                    events.append(following)
+
+    def trained(self, round_: int, vector: np.ndarray) -> None:
+        """Take over the vector (f32[P], not to be written to again) that training has come to."""
+        self.own = vector
+        self.store.publish(round_, vector)
+        self.handle(Trained(round_, self.machine.config.num_samples))
+
+    def take(self, incoming: Incoming) -> None:
+        """A message for this peer: count it, check and decode its payload, and let the machine hear of it."""
+        peer, message = incoming.sender, incoming.message
+        self._traffic.wire_bytes += incoming.num_bytes
+        match message:
+            case Data():
+                self.handle(self._assemble(peer, message))
+                return
+            case Pull():
+                self._remember(peer, message.request, incoming.origin)
+            case Collect():
+                self._hand_over(peer, message, incoming.origin)
+        self._traffic.control_bytes += incoming.num_bytes
+        if not isinstance(message, Collect | Record | Credit):
+            self.handle(Received(peer, message))
+
+    def _assemble(self, peer: PeerId, data: Data) -> Event:
+        try:
+            decoded = self._assembler.add(data.request, data.range, data.offset, data.total, data.payload)
+        except CodecError as error:
+            self._assembler.forget(data.request)
+            return Rejected(peer, data.request, str(error))
+        chunk = Data(
+            data.request,
+            data.version,
+            data.newest,
+            data.num_samples,
+            data.range,
+            data.offset,
+            data.total,
+            data.num_bytes,
+            decoded,
+        )
+        return Received(peer, chunk)
+
+    def _remember(self, peer: PeerId, request: int, origin: Origin | None) -> None:
+        if origin is not None:
+            self._origins[peer, request] = origin
+        while len(self._origins) > MAX_ORIGINS:
+            del self._origins[next(iter(self._origins))]
+
+    # --- what goes out ------------------------------------------------------------------------------------------------
+
+    def _perform(self, action: Action) -> Event | None:
+        match action:
+            case Send(peer, message):
+                if isinstance(message, Pull):
+                    self._assembler.expect(message.request, message.ranges)
+                origin = self._origins.get((peer, message.request)) if isinstance(message, Later | Refuse) else None
+                if isinstance(message, Refuse):
+                    self._origins.pop((peer, message.request), None)
+                self.transport.send(self.name, peer, message, origin)
+            case Merge(round_, segment, contributions, own_weight):
+                self._merge(segment, contributions, own_weight)
+                return Merged(round_, segment)
+            case Serve(peer, pull, version):
+                self._serve(peer, pull, version)
+            case Forget(_, request):
+                self._assembler.forget(request)
+            case Train(round_):
+                self.tasks.put(TrainTask(self, round_, self.mixed))
+            case Report(record):
+                self._report(record)
+            case Finish(error):
+                self.tasks.put(FinishTask(self, self.mixed, error))
+        return None
+
+    def _serve(self, peer: PeerId, pull: Pull, version: int) -> None:
+        origin = self._origins.pop((peer, pull.request), None)
+        if origin is None:
+            return
+        queued = self.transport.bytes_queued(origin, peer, pull.request)
+        if queued:  # a repeat of what is on its way already
+            self.transport.send(self.name, peer, Later(pull.request, queued), origin)
+            return
+        newest = self.machine.desk.newest
+        if self.transport.num_queued(origin) >= MAX_SERVED:
+            self.transport.send(self.name, peer, Refuse(pull.request, self.machine.desk.oldest, newest), origin)
+            return
+        try:
+            encoded = [self.store.encode(version, range_) for range_ in pull.ranges]
+        except CodecError as error:
+            self._report(Fault(self.machine.round, peer, "bad_pull", str(error)))
+            self.transport.send(self.name, peer, Refuse(pull.request, self.machine.desk.oldest, newest), origin)
+            return
+        ahead = self.transport.bytes_queued(origin, peer)
+        total = sum(len(values) for values in encoded)
+        if ahead or total > wire.MAX_PAYLOAD_BYTES:  # the first chunk may be long in coming
+            self.transport.send(self.name, peer, Later(pull.request, ahead + total), origin)
+        num_samples = self.machine.config.num_samples
+        chunks = []
+        for index, (range_, values) in enumerate(zip(pull.ranges, encoded, strict=True)):
+            first = pull.offset if index == 0 and version == pull.version else 0
+            for offset in range(min(first, len(values) - 1), len(values), wire.MAX_PAYLOAD_BYTES):
+                part = values[offset : offset + wire.MAX_PAYLOAD_BYTES]
+                chunks.append(
+                    Data(pull.request, version, newest, num_samples, range_, offset, len(values), len(part), payload=part)
+                )
+        self.transport.queue(origin, self.name, peer, chunks)
+
+    def _merge(self, segment: int, contributions: tuple[Contribution, ...], own_weight: float) -> None:
+        began = time.perf_counter()
+        start, stop = self.machine.config.segments[segment]
+        copies = [(contribution.payload, contribution.weight) for contribution in contributions]
+        mix(self.aggregate, self.own[start:stop], own_weight, copies, out=self.mixed[start:stop])
+        self._traffic.merge_s += time.perf_counter() - began
+
+    def _report(self, record: RoundReport | Fault) -> None:
+        if isinstance(record, Fault):
+            logger.info("%s round %d: %s: %s", self.name, record.round, record.kind, record.detail)
+            self.on_record(self, record)
+        else:
+            traffic, self._traffic = self._traffic, Traffic()
+            self.on_record(self, RoundDone(record, traffic))
+
+    def _hand_over(self, peer: PeerId, collect: Collect, origin: Origin | None) -> None:
+        """Answer a Collect with what is ready: one window's worth of chunks, or that it is not (`total` = -1)."""
+        if origin is None:
+            return
+        content = self.collect(collect.item)
+        if content is None:
+            self.transport.queue(origin, self.name, peer, [Record(collect.request, 0, -1, payload=b"")])
+            return
+        part = memoryview(content)[collect.offset : collect.offset + wire.MAX_PAYLOAD_BYTES]
+        self.transport.queue(origin, self.name, peer, [Record(collect.request, collect.offset, len(content), payload=part)])
+
+
+class Reactor:
+    """The thread that moves messages for the nodes of one endpoint and wakes their machines when a deadline comes."""
+
+    def __init__(self, transport: ZmqTransport, on_crash: Callable[[BaseException], None] | None = None) -> None:
+        self.transport = transport
+        self.nodes: dict[PeerId, Node] = {}
+        self._on_crash = on_crash
+        self._posted: deque[Callable[[], None]] = deque()
+        self._is_stopping = False
+        self._flush_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="gossipfl-reactor", daemon=True)
+
+    def add(self, node: Node) -> None:
+        """Before `start`."""
+        self.nodes[node.name] = node
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have `call` run on the reactor's thread. May be called from any thread."""
+        self._posted.append(call)
+        self.transport.wake()
+
+    def stop(self, flush_s: float = 1.0, timeout_s: float = 5.0) -> None:
+        """Send what is queued, for at most `flush_s`, close the sockets and end the thread."""
+        self._flush_s, self._is_stopping = flush_s, True
+        self.transport.wake()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._turn()
+            self.transport.close(self._flush_s)
+        except BaseException as error:
+            logger.exception("the reactor stopped")
+            if self._on_crash is not None:
+                self._on_crash(error)
+
+    def _turn(self) -> None:
+        deadlines = [node.machine.next_deadline for node in self.nodes.values()]
+        nearest = min((deadline for deadline in deadlines if deadline is not None), default=None)
+        timeout_s = None if nearest is None else max(0.0, nearest - time.monotonic())
+        for happening in self.transport.receive(0.0 if self._posted else timeout_s):
+            self._dispatch(happening)
+        while self._posted:
+            self._posted.popleft()()
+        now = time.monotonic()
+        for node in self.nodes.values():
+            deadline = node.machine.next_deadline
+            if deadline is not None and deadline <= now:
+                node.handle(Wake())
+
+    def _dispatch(self, happening: Happening) -> None:
+        match happening:
+            case Incoming():
+                node = self.nodes.get(happening.recipient)
+                if node is not None:
+                    node.take(happening)
+            case LinkUp(peers):
+                for node in self.nodes.values():
+                    for peer in peers:
+                        node.handle(PeerUp(peer))
+            case LinkDown(peers, reason):
+                for node in self.nodes.values():
+                    for peer in peers:
+                        if peer in node.machine.membership.neighbours and reason.startswith("malformed"):
+                            node._report(Fault(node.machine.round, peer, "malformed", reason))
+                        node.handle(PeerDown(peer))

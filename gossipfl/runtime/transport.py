@@ -1,0 +1,469 @@
+"""Messages over ZeroMQ: a ROUTER that others connect to, and one DEALER for each endpoint that is asked for something.
+
+Several peers may share an endpoint (all peers of one process do); the header says who speaks to whom. Answers return on the
+connection that asked, so they reach peers that cannot be connected to. Everything here runs on one thread, but for `wake`.
+
+ZeroMQ queues count messages, not bytes, so what is in flight is bounded here: a sender stops once a connection holds
+`window` unacknowledged payload bytes, and the receiver returns them as Credit. The window follows the rate of the
+connection (at most a quarter of a second's worth), so that small messages are not stuck behind seconds of payload.
+
+A connection that sends something malformed is not listened to again; what it still sends is counted and dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+import zmq
+import zmq.utils.monitor
+
+from gossipfl.errors import ConfigError, RemoteProtocolError, RunError
+from gossipfl.protocol import wire
+from gossipfl.protocol.messages import Credit, Data, Message, PeerId, Record
+
+logger = logging.getLogger(__name__)
+
+MIN_WINDOW_BYTES = wire.MAX_PAYLOAD_BYTES
+MAX_WINDOW_BYTES = 8 * wire.MAX_PAYLOAD_BYTES
+WINDOW_S = 0.25
+CREDIT_BYTES = MAX_WINDOW_BYTES // 4
+MIN_CREDIT_BYTES = MIN_WINDOW_BYTES // 4
+MAX_LINKS = 64
+"""Outgoing connections kept open; beyond it the one that has been idle longest is closed."""
+IDLE_S = 5.0
+RETRY_S = 0.005
+HIGH_WATER_MARK = 64
+HANDSHAKE_S = 3.0
+MAX_BANNED = 4096
+BATCH = 64
+"""Messages taken from one socket before the others get their turn."""
+
+Origin = bytes
+"""The connection that a message came in on; answers go back to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A well-formed message for one of the peers here. `num_bytes` counts its header and payload frames."""
+
+    sender: PeerId
+    recipient: PeerId
+    message: Message
+    origin: Origin | None
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """The connection to these peers' endpoint stands."""
+
+    peers: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """The connection to these peers' endpoint broke, or was closed for what it sent (`reason`)."""
+
+    peers: tuple[PeerId, ...]
+    reason: str
+
+
+Happening = Incoming | LinkUp | LinkDown
+
+
+@dataclass(slots=True)
+class _Link:
+    """An outgoing connection, to an endpoint where one or more peers live."""
+
+    address: str
+    socket: zmq.Socket
+    monitor: zmq.Socket
+    outbox: deque[bytes] = field(default_factory=deque)
+    uncredited: int = 0
+    pair: tuple[PeerId, PeerId] = ("", "")
+    last_used: float = 0.0
+
+
+@dataclass(slots=True)
+class _Inbound:
+    """An incoming connection: what is queued for it, and how much of what was sent is not credited yet."""
+
+    queue: deque[tuple[PeerId, PeerId, Message]] = field(default_factory=deque)
+    requests: dict[tuple[PeerId, int], int] = field(default_factory=dict)  # payload bytes still queued
+    in_flight: int = 0
+    window: int = MIN_WINDOW_BYTES
+    credited_at: float = 0.0
+
+
+class ZmqTransport:
+    """Sends and receives for the peers at one endpoint.
+
+    `bind` is `tcp://host:port` (port 0: any free one), `ipc://path` or `inproc://name`; `advertise` is the address that others
+    are told, where it differs. `run` is the number that marks this run's messages. Until peers can be authenticated, binding
+    beyond loopback is refused unless `insecure`.
+    """
+
+    def __init__(self, bind: str, *, run: int, advertise: str | None = None, insecure: bool = False) -> None:
+        check_loopback(bind, insecure)
+        self.run = run
+        self.malformed = 0
+        self.dropped = 0
+        self.unknown = 0
+        self.tap: Callable[[Incoming], None] | None = None
+        self._context = zmq.Context.instance()
+        self._context.set(zmq.MAX_SOCKETS, max(self._context.get(zmq.MAX_SOCKETS), 4096))
+        self._routes: dict[PeerId, str] = {}
+        self._links: dict[str, _Link] = {}
+        self._foul: set[str] = set()
+        self._inbound: dict[Origin, _Inbound] = {}
+        self._blocked: set[Origin] = set()
+        self._banned: dict[Origin, None] = {}
+        self._happened: deque[Happening] = deque()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_read, zmq.POLLIN)
+        self._router = self._bind(bind)
+        self._poller.register(self._router, zmq.POLLIN)
+        bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self.address = advertise.replace(":0", f":{urlsplit(bound).port}") if advertise else bound
+
+    # --- sending ------------------------------------------------------------------------------------------------------
+
+    def connect(self, peer: PeerId, address: str) -> None:
+        """Learn where a peer lives. The connection is made when it is first sent something."""
+        self._routes[peer] = address
+
+    def send(self, sender: PeerId, recipient: PeerId, message: Message, origin: Origin | None = None) -> None:
+        """Send a message without payload, on the connection `origin` if given. What cannot be sent is lost."""
+        if origin is not None:
+            self._send_back(origin, sender, recipient, message)
+            return
+        address = self._routes.get(recipient)
+        if address is None or address in self._foul:
+            self.dropped += 1
+            return
+        link = self._links.get(address) or self._open(address)
+        link.last_used = time.monotonic()
+        link.outbox.append(wire.encode(self.run, sender, recipient, message))
+        while len(link.outbox) > HIGH_WATER_MARK * 4:
+            link.outbox.popleft()
+            self.dropped += 1
+        self._flush(link)
+
+    def queue(self, origin: Origin, sender: PeerId, recipient: PeerId, chunks: Iterable[Data | Record]) -> None:
+        """Queue the chunks of an answer; they go out as the connection takes them, each zero-copy."""
+        inbound = self._inbound.setdefault(origin, _Inbound())
+        for chunk in chunks:
+            key = recipient, chunk.request
+            inbound.requests[key] = inbound.requests.get(key, 0) + len(chunk.payload)
+            inbound.queue.append((sender, recipient, chunk))
+        self._pump(origin, inbound)
+
+    def bytes_queued(self, origin: Origin, recipient: PeerId, request: int | None = None) -> int:
+        """Payload bytes not yet handed over on this connection for one request, or for all of a peer's."""
+        inbound = self._inbound.get(origin)
+        if inbound is None:
+            return 0
+        if request is not None:
+            return inbound.requests.get((recipient, request), 0)
+        return sum(num_bytes for (peer, _), num_bytes in inbound.requests.items() if peer == recipient)
+
+    def num_queued(self, origin: Origin) -> int:
+        """Requests being answered on this connection."""
+        inbound = self._inbound.get(origin)
+        return len(inbound.requests) if inbound else 0
+
+    # --- receiving ----------------------------------------------------------------------------------------------------
+
+    def receive(self, timeout_s: float | None) -> list[Happening]:
+        """Wait at most `timeout_s` (None: for ever) for something to happen; all that has happened, in order."""
+        if self._blocked:
+            timeout_s = RETRY_S if timeout_s is None else min(timeout_s, RETRY_S)
+        ready = dict(self._poller.poll(None if timeout_s is None else max(0, round(timeout_s * 1000 + 0.499))))
+        if self._wake_read in ready:
+            self._drain_wakes()
+        for link in list(self._links.values()):
+            if link.socket in ready:
+                if ready[link.socket] & zmq.POLLIN:
+                    self._read_link(link)
+                if ready[link.socket] & zmq.POLLOUT:
+                    self._flush(link)
+            if link.monitor in ready:
+                self._read_monitor(link)
+        if self._router in ready:
+            self._read_router()
+        for origin in list(self._blocked):
+            self._pump(origin, self._inbound[origin])
+        happened = list(self._happened)
+        self._happened.clear()
+        return happened
+
+    def wake(self) -> None:
+        """Make `receive` return soon. May be called from any thread."""
+        with contextlib.suppress(OSError):  # a full pipe wakes as well; a closed one has nobody to wake
+            os.write(self._wake_write, b"\0")
+
+    def close(self, flush_s: float = 0.0) -> None:
+        """Close all sockets; what is queued gets `flush_s` seconds to leave."""
+        deadline = time.monotonic() + flush_s
+        while time.monotonic() < deadline and (
+            any(link.outbox for link in self._links.values()) or any(i.queue for i in self._inbound.values())
+        ):
+            self.receive(min(0.05, flush_s))
+        for address in list(self._links):
+            self._drop_link(address, linger_s=max(0.0, flush_s))
+        self._router.close(linger=int(flush_s * 1000))
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    # --- sockets ------------------------------------------------------------------------------------------------------
+
+    def _bind(self, address: str) -> zmq.Socket:
+        router = self._context.socket(zmq.ROUTER)
+        _set_limits(router)
+        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        router.setsockopt(zmq.ROUTER_HANDOVER, 0)
+        router.setsockopt(zmq.BACKLOG, 512)
+        try:
+            router.bind(address)
+        except zmq.ZMQError as error:
+            router.close(linger=0)
+            raise RunError(_bind_failure(address, error)) from error
+        return router
+
+    def _open(self, address: str) -> _Link:
+        if len(self._links) >= MAX_LINKS:
+            idle = min(self._links.values(), key=lambda link: link.last_used)
+            if time.monotonic() - idle.last_used > IDLE_S:
+                self._drop_link(idle.address)
+        dealer = self._context.socket(zmq.DEALER)
+        _set_limits(dealer)
+        dealer.setsockopt(zmq.IMMEDIATE, 1)
+        dealer.setsockopt(zmq.RECONNECT_IVL, 100)
+        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 30_000)
+        events = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+        if address.startswith("inproc:"):  # has neither handshake nor monitor events
+            events = zmq.Event.CLOSED
+        monitor = dealer.get_monitor_socket(events)
+        dealer.connect(address)
+        link = self._links[address] = _Link(address, dealer, monitor)
+        self._poller.register(dealer, zmq.POLLIN)
+        self._poller.register(monitor, zmq.POLLIN)
+        return link
+
+    def _drop_link(self, address: str, linger_s: float = 0.0) -> None:
+        link = self._links.pop(address)
+        self._poller.unregister(link.socket)
+        self._poller.unregister(link.monitor)
+        link.socket.disable_monitor()
+        link.socket.close(linger=int(linger_s * 1000))
+
+    def _flush(self, link: _Link) -> None:
+        """Send what waits for this link; what does not go waits for the socket to become writable."""
+        while link.outbox:
+            try:
+                link.socket.send_multipart((link.outbox[0], b""), zmq.DONTWAIT)
+            except zmq.Again:
+                self._poller.modify(link.socket, zmq.POLLIN | zmq.POLLOUT)
+                return
+            link.outbox.popleft()
+        self._poller.modify(link.socket, zmq.POLLIN)
+
+    def _send_back(self, origin: Origin, sender: PeerId, recipient: PeerId, message: Message) -> None:
+        """Send a message without payload ahead of what is queued."""
+        try:
+            self._router.send_multipart((origin, wire.encode(self.run, sender, recipient, message), b""), zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            self._send_failed(origin, error)
+            self.dropped += 1
+
+    def _pump(self, origin: Origin, inbound: _Inbound) -> None:
+        """Hand over queued chunks while the window allows."""
+        self._blocked.discard(origin)
+        while inbound.queue and inbound.in_flight < inbound.window:
+            sender, recipient, chunk = inbound.queue[0]
+            header = wire.encode(self.run, sender, recipient, chunk)
+            try:
+                self._router.send_multipart((origin, header), zmq.DONTWAIT | zmq.SNDMORE)
+                self._router.send(chunk.payload, zmq.DONTWAIT, copy=False)
+            except zmq.ZMQError as error:
+                self._send_failed(origin, error)
+                return
+            if not inbound.in_flight:
+                inbound.credited_at = time.monotonic()
+            inbound.queue.popleft()
+            inbound.in_flight += len(chunk.payload)
+            key = recipient, chunk.request
+            inbound.requests[key] -= len(chunk.payload)
+            if not inbound.requests[key]:
+                del inbound.requests[key]
+
+    def _send_failed(self, origin: Origin, error: zmq.ZMQError) -> None:
+        if error.errno == zmq.EAGAIN:
+            if origin in self._inbound:
+                self._blocked.add(origin)
+        elif error.errno == errno.EHOSTUNREACH:
+            self._inbound.pop(origin, None)
+            self._blocked.discard(origin)
+        else:
+            raise error
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def _read_link(self, link: _Link) -> None:
+        for _ in range(BATCH):
+            try:
+                frames = link.socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                break
+            incoming = self._decode(frames, None)
+            if isinstance(incoming, str):
+                self._foul.add(link.address)
+                self._drop_link(link.address)
+                self._happened.append(LinkDown(self._peers_at(link.address), f"malformed: {incoming}"))
+                return
+            if incoming is None:
+                continue
+            if isinstance(incoming.message, Data | Record):
+                link.uncredited += len(incoming.message.payload)
+                link.pair = incoming.recipient, incoming.sender
+                if link.uncredited >= CREDIT_BYTES:
+                    self._credit(link)
+            self._happened.append(incoming)
+        if link.uncredited >= MIN_CREDIT_BYTES:
+            self._credit(link)
+
+    def _credit(self, link: _Link) -> None:
+        link.outbox.append(wire.encode(self.run, *link.pair, Credit(link.uncredited)))
+        link.uncredited = 0
+        self._flush(link)
+
+    def _read_router(self) -> None:
+        for _ in range(BATCH):
+            try:
+                origin_frame, *frames = self._router.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return
+            origin = origin_frame.bytes
+            if origin in self._banned:
+                self.dropped += 1
+                continue
+            incoming = self._decode(frames, origin)
+            if isinstance(incoming, str):
+                self._ban(origin)
+                self._inbound.pop(origin, None)
+            elif incoming is not None and isinstance(incoming.message, Credit):
+                self._credited(origin, incoming.message.num_bytes)
+                self._happened.append(incoming)
+            elif incoming is not None:
+                self._happened.append(incoming)
+
+    def _credited(self, origin: Origin, num_bytes: int) -> None:
+        inbound = self._inbound.get(origin)
+        if inbound is None:
+            return
+        now = time.monotonic()
+        rate = num_bytes / max(now - inbound.credited_at, 1e-6)
+        inbound.credited_at = now
+        inbound.window = int(min(max(rate * WINDOW_S, MIN_WINDOW_BYTES), MAX_WINDOW_BYTES))
+        inbound.in_flight = max(0, inbound.in_flight - num_bytes)
+        self._pump(origin, inbound)
+        if not inbound.queue and not inbound.in_flight:
+            del self._inbound[origin]
+
+    def _decode(self, frames: list[zmq.Frame], origin: Origin | None) -> Incoming | str | None:
+        """The message, None where it is not for anybody here to read, or what is wrong with it."""
+        try:
+            envelope = wire.decode([frame.buffer for frame in frames])
+        except RemoteProtocolError as error:
+            self.malformed += 1
+            logger.warning("malformed message from %s: %s; its connection is ignored", _source(frames), error)
+            return str(error)
+        if envelope.message is None or envelope.run != self.run:
+            self.unknown += 1
+            return None
+        num_bytes = sum(len(frame) for frame in frames)
+        incoming = Incoming(envelope.sender, envelope.recipient, envelope.message, origin, num_bytes)
+        if self.tap is not None:
+            self.tap(incoming)
+        return incoming
+
+    def _ban(self, origin: Origin) -> None:
+        self._banned[origin] = None
+        while len(self._banned) > MAX_BANNED:
+            del self._banned[next(iter(self._banned))]
+
+    def _read_monitor(self, link: _Link) -> None:
+        while link.monitor.poll(0):
+            event = zmq.utils.monitor.recv_monitor_message(link.monitor)["event"]
+            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._happened.append(LinkUp(self._peers_at(link.address)))
+            elif event == zmq.Event.DISCONNECTED:
+                link.uncredited = 0
+                self._happened.append(LinkDown(self._peers_at(link.address), "the connection broke"))
+
+    def _peers_at(self, address: str) -> tuple[PeerId, ...]:
+        return tuple(peer for peer, at in self._routes.items() if at == address)
+
+    def _drain_wakes(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_read, 4096):
+                pass
+
+
+def check_loopback(address: str, insecure: bool) -> None:
+    """ConfigError if a tcp address is reachable from other machines and `insecure` does not allow it."""
+    url = urlsplit(address)
+    if url.scheme not in ("tcp", "ipc", "inproc"):
+        raise ConfigError(f"address {address!r}: the transport is tcp, ipc or inproc")
+    if url.scheme != "tcp" or insecure:
+        return
+    host = url.hostname or ""
+    try:
+        is_loopback = ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if not is_loopback:
+        raise ConfigError(
+            f"transport.host = {host!r} is reachable from other machines and peers are not authenticated yet; "
+            "use 127.0.0.1 or ::1, or pass --insecure on a network where you trust everybody"
+        )
+
+
+def tcp_address(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _set_limits(socket: zmq.Socket) -> None:
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
+
+
+def _bind_failure(address: str, error: zmq.ZMQError) -> str:
+    if error.errno == zmq.EADDRINUSE:
+        return f"{address} is in use; choose another port, or 0 for any free one"
+    if error.errno == zmq.ENODEV or error.errno == errno.EADDRNOTAVAIL:
+        return f"{address} is no address of this machine; bind to one that is, and advertise the other"
+    return f"cannot bind to {address}: {error}"
+
+
+def _source(frames: list[zmq.Frame]) -> str:
+    try:
+        return str(frames[0].get("Peer-Address"))
+    except (zmq.ZMQError, IndexError):
+        return "an unknown address"
