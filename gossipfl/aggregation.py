@@ -1,10 +1,10 @@
 """Aggregation rules: a peer's own copy of a segment and its neighbours' copies become one.
 
-| rule           | result per coordinate                                  | bad copies that cannot push it past the good ones |
-|----------------|--------------------------------------------------------|---------------------------------------------------|
-| `mean`         | weighted mean                                          | none                                              |
-| `median`       | median; weights ignored                                | fewer than half                                   |
-| `trimmed_mean` | mean of all but the highest and lowest; weights ignored | one, of three or more                            |
+| rule           | result per coordinate                                   | bad copies that cannot push it past the good ones |
+|----------------|---------------------------------------------------------|---------------------------------------------------|
+| `mean`         | weighted mean                                           | none                                              |
+| `median`       | median; weights ignored                                 | fewer than half                                   |
+| `trimmed_mean` | mean of all but the highest and lowest; weights ignored | one, of three or more                             |
 
 The mean weighted by numbers of samples is that of segmented gossip (Hu, Jiang and Wang, "Decentralized Federated
 Learning: A Segmented Gossip Approach", arXiv 1908.07782). The other two are from Yin, Chen, Ramchandran and Bartlett,
@@ -110,9 +110,8 @@ def trimmed_mean(rows: Rows, weights: Weights, out: np.ndarray | None = None) ->
 def _mean_of_inner(ordered: Sequence[np.ndarray], count: np.ndarray) -> np.ndarray:
     """The mean (f32[n]) of the second to the last but one of the first `count` (i16[n]) values; any where count < 3."""
     inner = [rank < count - 1 for rank in range(1, len(ordered) - 1)]
-    values = [
-        np.where(kept, row, np.float32(0.0)) for kept, row in zip(inner, ordered[1:-1], strict=True)
-    ]  # absent is infinity
+    # An absent value is infinite, and would turn its weight of 0 into NaN.
+    values = [np.where(kept, row, np.float32(0.0)) for kept, row in zip(inner, ordered[1:-1], strict=True)]
     return mean(values, [np.ones(count.size, np.float32), *inner[1:]])
 
 

@@ -16,18 +16,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.adam import adam as adam_step
+from torch.optim.sgd import sgd as sgd_step
 
 from gossipfl.errors import ConfigError, LayoutError
 from gossipfl.learning.datasets import Dataset, normalise
+from gossipfl.learning.flatten import layout_of, travelling_tensors
 from gossipfl.randomness import derived_seed, generator
 from gossipfl.registry import Registry
-from gossipfl.segments.layout import Layout
 from gossipfl.segments.quantization import tensor
 
 TrainingStep = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -99,7 +101,7 @@ OPTIMIZERS: Registry[Update] = Registry("optimizer")
 @OPTIMIZERS.register("sgd")
 def sgd(config: TrainingConfig, parameters: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
     momenta = [state.get("momentum")]
-    torch.optim.sgd.sgd(
+    sgd_step(
         [parameters],
         [gradient],
         momenta,
@@ -120,7 +122,7 @@ def _adam(
 ) -> None:
     if not state:
         state.update(mean=torch.zeros_like(parameters), square=torch.zeros_like(parameters), step=torch.tensor(0.0))
-    torch.optim.adam.adam(
+    adam_step(
         [parameters],
         [gradient],
         [state["mean"]],
@@ -158,26 +160,23 @@ class FlatModel:
 
     def __init__(self, model: nn.Module, buffers: str = "average", device: str = "cpu") -> None:
         self.model = model.to(device)
-        parameters = [(name, tensor) for name, tensor in model.named_parameters()]
-        statistics_ = [(name, tensor) for name, tensor in model.named_buffers() if tensor.is_floating_point()]
-        for name, tensor in parameters + statistics_:
-            if tensor.dtype != torch.float32:
-                raise LayoutError(f"{name} is {tensor.dtype}; gossipfl trains float32 models")
-        if not parameters:
-            raise LayoutError(f"{type(model).__name__} has no parameters to train")
-        self.has_statistics = bool(statistics_)
-        shapes = [(name, tensor.shape) for name, tensor in parameters + statistics_]
-        self._all = Layout.of(shapes)
-        self.layout = self._all if buffers == "average" else Layout.of(shapes[: len(parameters)])
-        self.flat = torch.empty(self._all.size, device=device)
-        self.num_parameters = sum(tensor.numel() for _, tensor in parameters)
+        parameters = list(model.named_parameters())
+        tensors = travelling_tensors(model)
+        for name, values in tensors:
+            if values.dtype != torch.float32:
+                raise LayoutError(f"{name} is {values.dtype}; the engine trains float32 models")
+        self.has_statistics = len(tensors) > len(parameters)
+        self.layout = layout_of(model, buffers)
+        everything = layout_of(model)
+        self.flat = torch.empty(everything.size, device=device)
+        self.num_parameters = sum(values.numel() for _, values in parameters)
         self.gradient = torch.zeros(self.num_parameters, device=device)
-        for entry, (_, tensor) in zip(self._all.entries, parameters + statistics_, strict=True):
+        for entry, (_, values) in zip(everything.entries, tensors, strict=True):
             view = self.flat[entry.start : entry.stop].view(entry.shape)
-            view.copy_(tensor.detach())
-            tensor.data = view
-            if isinstance(tensor, nn.Parameter):
-                tensor.grad = self.gradient[entry.start : entry.stop].view(entry.shape)
+            view.copy_(values.detach())
+            values.data = view
+            if isinstance(values, nn.Parameter):
+                values.grad = self.gradient[entry.start : entry.stop].view(entry.shape)
 
     @property
     def parameters(self) -> torch.Tensor:
@@ -218,8 +217,22 @@ class Engine:
     def initial_vector(self) -> np.ndarray:
         return self.flat.read()
 
-    def train(self, learner: Learner, vector: np.ndarray, round: int) -> TrainResult:
-        """Train from `vector` (f32[P], left alone) on the learner's shard, for one round."""
+    def description(self) -> dict[str, Any]:
+        """What a result depends on besides the seed, for the record."""
+        return {
+            "kind": "loop",
+            "device": self.config.device,
+            "threads": self.config.threads,
+            "fast_math": self.uses_fast_math,
+            "memory_layout": "channels_last" if self.uses_fast_math else "contiguous",
+            "torch": torch.__version__,
+        }
+
+    def train(self, learner: Learner, vector: np.ndarray, round: int, times: int = 1) -> TrainResult:
+        """Train from `vector` (f32[P], left alone) on the learner's shard, for one round.
+
+        `times` multiplies `local_steps`: one central model takes as many steps as all peers together.
+        """
         began = time.perf_counter()
         torch.manual_seed(derived_seed(self.config.seed, "training", learner.name, round))
         self.flat.write(vector)
@@ -227,7 +240,7 @@ class Engine:
         if self.config.reset_optimizer:
             learner.optimizer_state.clear()
         self._model.train()
-        losses = [self._train_step(x, y, learner.optimizer_state) for x, y in self._batches(learner, round)]
+        losses = [self._train_step(x, y, learner.optimizer_state) for x, y in self._batches(learner, round, times)]
         if self.flat.local_buffers.numel():
             learner.local_buffers = self.flat.local_buffers.clone()
         loss = float(torch.stack(losses).mean())
@@ -282,11 +295,12 @@ class Engine:
             self._update(self.config, self.flat.parameters, self.flat.gradient, state)
         return loss.detach()
 
-    def _batches(self, learner: Learner, round: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, learner: Learner, round: int, times: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         rng = generator(self.config.seed, "batches", learner.name, round)
         size = min(self.config.batch_size, len(learner.indices))
         per_epoch = -(-len(learner.indices) // size)
-        num_steps = self.config.local_steps or per_epoch * (self.config.local_epochs or 1)
+        local_steps = (self.config.local_steps or 0) * times
+        num_steps = local_steps or per_epoch * (self.config.local_epochs or 1)
         for step in range(num_steps):
             if step % per_epoch == 0:
                 order = learner.indices[rng.permutation(len(learner.indices))]

@@ -244,10 +244,17 @@ def regular(num_peers: int, rng: np.random.Generator, *, degree: int = 4) -> Top
         )
     if degree == num_peers - 1:
         return FullTopology(num_peers)
+
+    def draw(seed: int) -> networkx.Graph:
+        if 2 * degree < num_peers:
+            return networkx.random_regular_graph(degree, num_peers, seed)
+        # networkx pairs link ends and starts over at a clash, which for dense graphs does not come to an end.
+        return networkx.complement(networkx.random_regular_graph(num_peers - 1 - degree, num_peers, seed))
+
     return _draw_connected(
         num_peers,
         rng,
-        lambda seed: networkx.random_regular_graph(degree, num_peers, seed),
+        draw,
         f"topology.degree = {degree}",
     )
 

@@ -293,10 +293,19 @@ class Reactor:
         self.transport.wake()
 
     def stop(self, flush_s: float = 1.0, timeout_s: float = 5.0) -> None:
-        """Send what is queued, for at most `flush_s`, close the sockets and end the thread."""
+        """Send what is queued, for at most `flush_s`, close the sockets and end the thread. Stopping twice is allowed."""
+        if self._is_stopping:
+            return
         self._flush_s, self._is_stopping = flush_s, True
+        if not self._thread.is_alive():
+            self.transport.close()
+            return
         self.transport.wake()
         self._thread.join(timeout_s)
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive() and not self._is_stopping
 
     def _run(self) -> None:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gossipfl.aggregation import Aggregator
+from gossipfl.aggregation import AGGREGATORS, Aggregator
 from gossipfl.segments.codecs import Decoded
 
 
@@ -26,14 +26,11 @@ def mix(
         out[:] = own
         return
     rows = [own, *(decoded.values for decoded, _ in copies)]
-    if own_weight and all(decoded.present is None for decoded, _ in copies):
-        aggregate(rows, np.array([own_weight, *(weight for _, weight in copies)]), out=out)
-        return
-    weights = np.empty((len(rows), own.size), np.float32)
-    for row, (decoded, weight) in zip(weights[1:], copies, strict=True):
-        row[:] = weight if decoded.present is None else weight * decoded.present
-    weights[0] = own_weight or (weights[1:].sum(axis=0) == 0)
+    weights = [weight if decoded.present is None else np.float32(weight) * decoded.present for decoded, weight in copies]
     if own_weight:
-        aggregate(rows, weights, out=out)
-    else:  # adopting takes the copies as they are, whatever the rule
-        np.divide((np.stack(rows) * weights).sum(axis=0), weights.sum(axis=0), out=out)
+        aggregate(rows, [own_weight, *weights], out=out)
+        return
+    held = np.zeros(own.size, np.float32)  # adopting takes the copies as they are, whatever the rule
+    for weight in weights:
+        held += weight
+    AGGREGATORS.get("mean")(rows, [(held == 0).astype(np.float32), *weights], out=out)

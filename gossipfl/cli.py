@@ -1,0 +1,196 @@
+"""The command line. Results go to stdout, progress and messages to stderr.
+
+Exit codes: 0 done (at least `min_peers` peers finished), 1 the run failed, 2 wrong usage or scenario, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from gossipfl._version import __version__
+from gossipfl.errors import GossipflError
+
+_EPILOG = "Exit codes: 0 done, 1 the run failed, 2 wrong usage or scenario, 130 interrupted."
+F = Callable[..., Any]
+
+
+def _errors_are_messages(command: F) -> F:
+    """A user's mistake ends with one clear message and its exit code, never a traceback."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except GossipflError as error:
+            click.echo(f"gossipfl: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return wrapped
+
+
+_set = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change any key of the scenario; may be repeated."
+)
+_insecure = click.option("--insecure", is_flag=True, help="Listen beyond loopback, though peers are not authenticated.")
+_quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
+@click.version_option(__version__, prog_name="gossipfl")
+def main() -> None:
+    """Decentralized learning without a server: peers train locally and gossip model segments.
+
+    \b
+    gossipfl run quickstart                                  a first run, under a minute
+    gossipfl run my.toml --set peers=12 --out runs/mine      your own scenario
+    gossipfl run my.toml --json | jq .accuracy               figures for a script
+    gossipfl scenarios                                       what comes with gossipfl
+    """
+
+
+@main.command(epilog=_EPILOG)
+@click.argument("scenario")
+@_set
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the record (default: runs/<name>, numbered if taken).")
+@click.option("--force", is_flag=True, help="Replace the folder of an earlier run.")
+@click.option("--json", "as_json", is_flag=True, help="Print summary.json to stdout and nothing else.")
+@_quiet
+@_insecure
+@_errors_are_messages
+def run(
+    scenario: str, overrides: tuple[str, ...], out: Path | None, force: bool, as_json: bool, quiet: bool, insecure: bool
+) -> None:
+    """Run a SCENARIO (a .toml file or the name of a built-in one) on this machine: real processes, real sockets.
+
+    \b
+    gossipfl run quickstart
+    gossipfl run scenarios/quickstart.toml --set gossip.segments=4 --set peers=12 --out runs/mine --json
+    """
+    from gossipfl.scenario.display import Display, print_summary
+    from gossipfl.scenario.runner import Observer
+    from gossipfl.scenario.runner import run as run_scenario
+
+    display = Display(Console(stderr=True))
+    observer = Observer() if quiet else display
+    try:
+        result = run_scenario(
+            scenario, overrides=overrides, out=out, force=force, insecure=insecure, observer=observer, began=_process_began()
+        )
+    finally:
+        display.close()
+    if as_json:
+        click.echo(json.dumps(result.summary))
+    else:
+        print_summary(Console(), result)
+    sys.exit(result.exit_code)
+
+
+@main.command()
+@_errors_are_messages
+def scenarios() -> None:
+    """List the scenarios that come with gossipfl."""
+    from gossipfl.scenario import builtin_scenarios
+
+    for name, path in sorted(builtin_scenarios().items()):
+        click.echo(f"{name:16} {path}")
+
+
+@main.command(epilog=_EPILOG)
+@click.option("--name", required=True, help="This peer's name, p0, p1, ...: its place in the roster and its shard of the data.")
+@click.option("--config", "scenario", required=True, help="The scenario, the same at every peer.")
+@click.option("--roster", required=True, type=click.Path(path_type=Path), help="Who listens where (see below).")
+@_set
+@click.option("--bind", help="Where to listen, if not at the roster's address: tcp://0.0.0.0:5703.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of this peer's record (default: runs/<scenario>-<name>).")
+@click.option("--force", is_flag=True, help="Replace the folder of an earlier run.")
+@click.option("--keep", "keep_s", type=float, default=60.0, show_default=True, help="Seconds to wait for `collect` at the end.")
+@_insecure
+@_errors_are_messages
+def peer(
+    name: str,
+    scenario: str,
+    roster: Path,
+    overrides: tuple[str, ...],
+    bind: str | None,
+    out: Path | None,
+    force: bool,
+    keep_s: float,
+    insecure: bool,
+) -> None:
+    """Run one peer of a scenario by hand, on any machine.
+
+    Every machine has the scenario, its data and the roster:
+
+    \b
+    [peers]
+    p0 = "tcp://10.0.0.1:5700"
+    p1 = "tcp://10.0.0.2:5700"
+
+    \b
+    gossipfl peer --name p1 --config quickstart --roster roster.toml --insecure
+    """
+    from gossipfl.scenario.byhand import run_peer
+
+    folder = run_peer(
+        name, scenario, roster, overrides, bind, out, force, keep_s, insecure, lambda text: click.echo(text, err=True)
+    )
+    click.echo(folder)
+
+
+@main.command(epilog=_EPILOG)
+@click.argument("roster", type=click.Path(path_type=Path))
+@click.option("--config", "scenario", default=None, help="The scenario of the run, if the roster does not name it.")
+@_set
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the record (default: runs/<scenario>).")
+@click.option("--force", is_flag=True, help="Replace the folder of an earlier run.")
+@click.option(
+    "--timeout", "timeout_s", type=float, default=600.0, show_default=True, help="Seconds to wait for peers to finish."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print summary.json to stdout and nothing else.")
+@_errors_are_messages
+def collect(
+    roster: Path,
+    scenario: str | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    force: bool,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
+    """Gather a run of peers by hand into one record, one summary and the average model.
+
+    \b
+    gossipfl collect roster.toml --config quickstart
+    """
+    from gossipfl.scenario.byhand import collect_run
+    from gossipfl.scenario.display import print_summary
+
+    result = collect_run(roster, scenario, overrides, out, force, timeout_s, lambda text: click.echo(text, err=True))
+    if as_json:
+        click.echo(json.dumps(result.summary))
+    else:
+        print_summary(Console(), result)
+    sys.exit(result.exit_code)
+
+
+def _process_began() -> float:
+    """When this process was started, in epoch seconds: the start-up that a user waits for includes Python's own."""
+    import psutil
+
+    began = psutil.Process().create_time()
+    return began if 0 <= time.time() - began < 60 else time.time()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Model files: safetensors, written atomically, with the order of the tensors kept so that the flat vector comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from gossipfl._version import __version__
+from gossipfl.errors import DataError
+from gossipfl.segments.layout import Layout
+
+
+def model_bytes(layout: Layout, vector: np.ndarray, **metadata: str) -> bytes:
+    """The safetensors file of `vector` (f32[P]), its tensors under the model's own names."""
+    tensors = {name: np.ascontiguousarray(values) for name, values in layout.tensors(vector).items()}
+    order = json.dumps([entry.name for entry in layout.entries])
+    return save(tensors, {"order": order, "gossipfl": __version__, **metadata})
+
+
+def save_model(path: Path, layout: Layout, vector: np.ndarray, **metadata: str) -> None:
+    """Write `vector` (f32[P]) to `path`, which is there whole or not at all."""
+    write_atomically(path, model_bytes(layout, vector, **metadata))
+
+
+def load_model(path: Path) -> tuple[Layout, np.ndarray]:
+    """The layout and the vector (f32[P]) of a file that `save_model` wrote. DataError if it is no such file."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = json.loads((file.metadata() or {})["order"])
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path} is no model file of gossipfl: {error}") from error
+    layout = Layout.of((name, tensor.shape) for name, tensor in tensors.items())
+    return layout, np.concatenate([tensor.reshape(-1) for tensor in tensors.values()]).astype(np.float32, copy=False)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a torn one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,342 @@
+"""The peers of one process: one endpoint, one reactor thread, one engine that trains them in turn.
+
+    host = PeerHost(job)                       # loads data and model, binds
+    host.start({"p0": "tcp://...", ...})       # joins the run
+    host.work(on_event)                        # trains until every peer here has finished
+
+Events are plain dicts: `round` and `fault` records, and `finished`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+
+from gossipfl.aggregation import AGGREGATORS
+from gossipfl.errors import ConfigError, RunError
+from gossipfl.learning.checkpoint import model_bytes, write_atomically
+from gossipfl.learning.datasets import open_dataset
+from gossipfl.learning.models import build_model
+from gossipfl.learning.training import Engine, Learner, TrainingConfig
+from gossipfl.protocol.gossip import Gossip, GossipConfig
+from gossipfl.protocol.messages import Fault, PeerId, Start, StopAfter
+from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone, TrainTask
+from gossipfl.runtime.transport import ZmqTransport
+from gossipfl.segments.codecs import codec
+from gossipfl.segments.layout import SEGMENTATIONS, Layout
+from gossipfl.segments.store import SegmentStore
+
+logger = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GossipSettings:
+    """The protocol's dials, as in the scenario's [gossip] table; times in seconds, None where it is derived."""
+
+    rounds: int
+    seed: int = 0
+    protocol: str = "gossip"
+    segments: int = 8
+    segmentation: str = "even"
+    replicas: int = 2
+    codec: str = "float32"
+    mixing: str = "data_size"
+    aggregation: str = "mean"
+    selection: str = "uniform"
+    max_staleness: float = 0
+    staleness_exponent: float = 0.5
+    patience: float | None = None
+    versions_kept: int = 4
+    linger_s: float = 10.0
+    join_timeout_s: float = 30.0
+    quorum: int | None = None
+
+    def for_peer(self, layout: Layout, num_samples: int) -> GossipConfig:
+        """What a peer's machine goes by, once its model is known."""
+        return GossipConfig(
+            rounds=self.rounds,
+            segments=tuple(SEGMENTATIONS[self.segmentation](layout, self.segments)),
+            layout=layout.digest,
+            num_samples=num_samples,
+            seed=self.seed,
+            replicas=self.replicas,
+            codec=self.codec,
+            mixing=self.mixing,
+            selection=self.selection,
+            max_staleness=self.max_staleness,
+            staleness_exponent=self.staleness_exponent,
+            patience_s=self.patience,
+            versions_kept=self.versions_kept,
+            linger_s=self.linger_s,
+            join_timeout_s=self.join_timeout_s,
+            quorum=self.quorum,
+        )
+
+
+def build_node(
+    name: PeerId,
+    degrees: Mapping[PeerId, int],
+    settings: GossipSettings,
+    layout: Layout,
+    initial: np.ndarray,
+    num_samples: int,
+    transport: ZmqTransport,
+    tasks: SimpleQueue[Any],
+    **callbacks: Any,
+) -> Node:
+    """A peer's machine with its store, ready for a reactor. `degrees`: each neighbour's own number of neighbours."""
+    config = settings.for_peer(layout, num_samples)
+    values = codec(settings.codec)
+    if values.sparse and settings.aggregation != "mean":
+        raise ConfigError(
+            f"gossip.aggregation = {settings.aggregation!r} needs whole copies, gossip.codec = {settings.codec!r} sends parts; "
+            "use aggregation = 'mean' or a dense codec"
+        )
+    store = SegmentStore(initial, config.segments, values, settings.versions_kept, settings.seed, name)
+    machine = Gossip(name, degrees, config)
+    return Node(machine, store, values, AGGREGATORS.get(settings.aggregation), initial, transport, tasks, **callbacks)
+
+
+@dataclass(frozen=True)
+class PeerJob:
+    """One peer of a process: its shard (an .npy file of indices) and its neighbours with their degrees."""
+
+    name: PeerId
+    indices: str
+    degrees: dict[PeerId, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to host its peers; plain values, so that it travels as JSON."""
+
+    peers: list[PeerJob]
+    run: int
+    bind: str
+    data: str
+    model: str
+    model_args: dict[str, Any]
+    model_seed: int
+    training: dict[str, Any]
+    gossip: dict[str, Any]
+    evaluate_every: int
+    out: str
+    advertise: str | None = None
+    insecure: bool = False
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Job:
+        return Job(**{**values, "peers": [PeerJob(**peer) for peer in values["peers"]]})
+
+
+@dataclass
+class _Hosted:
+    """A peer here, and what of its current round waits for the merge to be told."""
+
+    node: Node
+    learner: Learner
+    loss: float = float("nan")
+    train_s: float = 0.0
+    accuracy_before: float | None = None
+    done: RoundDone | None = None
+    is_finished: bool = False
+    result: bytes | None = None
+    events: list[Event] = field(default_factory=list)
+
+
+class PeerHost:
+    """Hosts the peers of `job`. `on_event` hears of rounds, faults and ends, on the thread that works."""
+
+    def __init__(self, job: Job, model: torch.nn.Module | None = None, dataset: Any = None, step: Any = None) -> None:
+        self.job = job
+        training = TrainingConfig(**job.training)
+        self.dataset = dataset or open_dataset(Path(job.data))
+        if model is None:
+            model = build_model(job.model, self.dataset.input_shape, self.dataset.num_classes, job.model_args, job.model_seed)
+        self.engine = Engine(model, training, self.dataset, step)
+        if training.fast_math:
+            self.engine.try_fast_math()
+        self.settings = GossipSettings(**job.gossip)
+        self.calls: SimpleQueue[Any] = SimpleQueue()
+        self.transport = ZmqTransport(job.bind, run=job.run, advertise=job.advertise, insecure=job.insecure)
+        self.reactor = Reactor(self.transport, on_crash=self.calls.put)
+        self.initial = self.engine.initial_vector()
+        self._hosted: dict[PeerId, _Hosted] = {}
+        self._last_round = self.settings.rounds
+        self._faults: SimpleQueue[Event] = SimpleQueue()
+        self._started = time.monotonic()
+        for peer in job.peers:
+            self._add(peer)
+
+    @property
+    def address(self) -> str:
+        return self.transport.address
+
+    @property
+    def layout(self) -> Layout:
+        return self.engine.layout
+
+    def _add(self, peer: PeerJob) -> None:
+        learner = Learner(peer.name, np.load(peer.indices, allow_pickle=False))
+        node = build_node(
+            peer.name,
+            peer.degrees,
+            self.settings,
+            self.layout,
+            self.initial,
+            len(learner.indices),
+            self.transport,
+            self.calls,
+            on_record=self._record,
+            collect=lambda item: self._collect(peer.name, item),
+        )
+        self._hosted[peer.name] = _Hosted(node, learner)
+        self.reactor.add(node)
+
+    def start(self, roster: Mapping[PeerId, str]) -> None:
+        """Join the run whose peers live at these addresses."""
+        for name, address in roster.items():
+            self.transport.connect(name, address)
+        self._started = time.monotonic()
+        self.reactor.start()
+        for hosted in self._hosted.values():
+            self.reactor.post(lambda node=hosted.node: node.handle(Start()))  # type: ignore[misc]
+
+    def stop_after(self, round_: int) -> None:
+        """End after this round; a peer that is past it, after the round that it is in."""
+        self._last_round = min(self._last_round, round_)
+        for hosted in self._hosted.values():
+            self.reactor.post(lambda node=hosted.node: node.handle(StopAfter(round_)))  # type: ignore[misc]
+
+    @property
+    def num_active(self) -> int:
+        return sum(not hosted.is_finished for hosted in self._hosted.values())
+
+    def work(self, on_event: Callable[[Event], None], timeout_s: float | None = None) -> bool:
+        """Do what is asked next, within `timeout_s`; False if nothing was. Raises what a crashed reactor raised."""
+        task = None
+        with contextlib.suppress(Empty):
+            task = self.calls.get(timeout=timeout_s)
+        while not self._faults.empty():
+            on_event(self._faults.get_nowait())
+        match task:
+            case None:
+                return False
+            case TrainTask(node, round_, vector):
+                hosted = self._hosted[node.name]
+                self._close_round(hosted, vector, on_event)
+                self._train(hosted, round_, vector)
+            case FinishTask(node, vector, error):
+                hosted = self._hosted[node.name]
+                self._close_round(hosted, vector, on_event)
+                self._finish(hosted, vector, error, on_event)
+            case BaseException():
+                raise RunError(f"the message thread stopped: {task}") from task
+            case _:
+                task()
+        return True
+
+    def close(self, flush_s: float = 0.5) -> None:
+        self.reactor.stop(flush_s)
+
+    # --- one peer's round ---------------------------------------------------------------------------------------------
+
+    def _train(self, hosted: _Hosted, round_: int, vector: np.ndarray) -> None:
+        result = self.engine.train(hosted.learner, vector, round_)
+        hosted.loss, hosted.train_s = result.loss, result.seconds
+        self.reactor.post(lambda: hosted.node.trained(round_, result.vector))
+        hosted.accuracy_before = self._accuracy(hosted, result.vector) if self._is_evaluated(round_) else None
+
+    def _close_round(self, hosted: _Hosted, mixed: np.ndarray, on_event: Callable[[Event], None]) -> None:
+        """Tell of the round whose merge is done: `mixed` is what came of it."""
+        if hosted.done is None:
+            return
+        report, traffic = hosted.done.report, hosted.done.traffic
+        hosted.done = None
+        is_first = not hosted.events
+        accuracy = self._accuracy(hosted, mixed) if self._is_evaluated(report.round) else None
+        trained = not report.adopted
+        event: Event = {
+            "event": "round",
+            "peer": hosted.node.name,
+            "round": report.round,
+            "time_s": round(time.monotonic() - self._started, 4),
+            "train_loss": hosted.loss if trained else None,
+            "accuracy_before": hosted.accuracy_before if trained else None,
+            "accuracy_after": accuracy,
+            "train_s": round(hosted.train_s, 6) if trained else 0.0,
+            "wait_s": round(report.wait_s, 6),
+            "merge_s": round(traffic.merge_s, 6),
+            "payload_bytes": report.payload_bytes,
+            "wire_bytes": traffic.wire_bytes,
+            "control_bytes": traffic.control_bytes,
+            "repeated_bytes": report.repeated_bytes,
+            "local_bytes": 0,
+            "segments_mixed": report.segments_mixed,
+            "late": report.late,
+            "refused": report.refused,
+            "rejected": report.rejected,
+            "timeouts": report.timeouts,
+            "missing": report.missing,
+            "staleness_mean": report.staleness_sum / max(report.segments_mixed, 1),
+            "staleness_max": report.staleness_max,
+            "adopted": report.adopted,
+        }
+        hosted.events.append(event)
+        if is_first:
+            self._keep_first(hosted.node.name, mixed)
+        on_event(event)
+
+    def _finish(self, hosted: _Hosted, vector: np.ndarray, error: str | None, on_event: Callable[[Event], None]) -> None:
+        name = hosted.node.name
+        event: Event = {"event": "finished", "peer": name, "round": hosted.node.machine.round, "error": error}
+        if error is None:
+            hosted.result = model_bytes(self.layout, vector, peer=name)
+            write_atomically(Path(self.job.out) / "models" / f"{name}.safetensors", hosted.result)
+        hosted.is_finished = True
+        hosted.events.append(event)
+        on_event(event)
+
+    def _keep_first(self, name: PeerId, mixed: np.ndarray) -> None:
+        """Keep the first mixed vector, for the consensus distance at the start."""
+        folder = Path(self.job.out) / "first"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{name}.npy", mixed)
+
+    def _is_evaluated(self, round_: int) -> bool:
+        every = self.job.evaluate_every
+        return round_ >= self._last_round or (every > 0 and round_ % every == 0)
+
+    def _accuracy(self, hosted: _Hosted, vector: np.ndarray) -> float:
+        return self.engine.evaluate(vector, hosted.learner)
+
+    def _record(self, node: Node, record: RoundDone | Fault) -> None:
+        """On the reactor's thread; the round's task follows and takes it up."""
+        if isinstance(record, Fault):
+            self._faults.put({"event": "fault", "at": node.name, **asdict(record)})
+        else:
+            self._hosted[node.name].done = record
+
+    def _collect(self, name: PeerId, item: str) -> bytes | None:
+        """On the reactor's thread: what a collector may have, once the peer has finished."""
+        hosted = self._hosted[name]
+        if not hosted.is_finished:
+            return None
+        match item:
+            case "events":
+                return "".join(json.dumps(event) + "\n" for event in hosted.events).encode()
+            case "model":
+                return hosted.result
+        return None

@@ -1,0 +1,156 @@
+"""A process that hosts peers for a launcher: JSON lines in on stdin, JSON lines out on stdout, logs on stderr.
+
+    in   the job; {"do": "start", "roster": {...}, "fast_math": bool}; {"do": "stop_after", "round": r};
+         {"do": "evaluate", "path": "..."}; {"do": "central", "rounds": n}; {"do": "exit"}
+    out  ready, round, fault, finished, evaluated, central, alive, failed
+
+The end of stdin ends the process: a launcher that dies leaves no orphans. The same worker runs inside a process when the
+caller's own objects are to be trained (`InlineWorker`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from gossipfl.errors import GossipflError
+from gossipfl.learning.checkpoint import load_model
+from gossipfl.learning.training import Learner
+from gossipfl.runtime.host import Event, Job, PeerHost
+
+logger = logging.getLogger(__name__)
+
+ALIVE_S = 2.0
+"""How often a worker says that it lives, whatever its training does."""
+
+Emit = Callable[[Event], None]
+
+
+class Worker:
+    """Carries out a launcher's commands. `model`, `dataset` and `step` are the caller's own objects, if any."""
+
+    def __init__(self, emit: Emit, model: Any = None, dataset: Any = None, step: Any = None) -> None:
+        self._emit = emit
+        self._objects = {"model": model, "dataset": dataset, "step": step}
+        self._commands: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._host: PeerHost | None = None
+        self._is_over = threading.Event()
+
+    def command(self, values: dict[str, Any] | None) -> None:
+        """Take a command; None ends the worker. May be called from any thread."""
+        if values is None:
+            self._is_over.set()
+        self._commands.put(values)
+        if self._host is not None:
+            self._host.calls.put(self._obey)
+
+    def run(self) -> None:
+        """Until told to exit. Errors are emitted as `failed`, not raised."""
+        threading.Thread(target=self._say_alive, name="gossipfl-alive", daemon=True).start()
+        try:
+            job = self._commands.get()
+            if job is None:
+                return
+            self._host = PeerHost(Job.from_json(job), **self._objects)
+            self._emit(self._ready(self._host))
+            for _ in range(self._commands.qsize()):  # came while the host was being made
+                self._host.calls.put(self._obey)
+            while not self._is_over.is_set():
+                self._host.work(self._emit, timeout_s=1.0)
+        except GossipflError as error:
+            self._emit({"event": "failed", "kind": type(error).__name__, "message": str(error)})
+        except Exception as error:
+            logger.exception("the worker failed")
+            self._emit({"event": "failed", "kind": type(error).__name__, "message": f"{type(error).__name__}: {error}"})
+        finally:
+            self._is_over.set()
+            if self._host is not None:
+                self._host.close()
+
+    def _ready(self, host: PeerHost) -> Event:
+        return {
+            "event": "ready",
+            "address": host.address,
+            "parameters": host.layout.size,
+            "layout": host.layout.digest,
+            "has_statistics": host.engine.flat.has_statistics,
+            "engine": host.engine.description(),
+            "pid": os.getpid(),
+        }
+
+    def _obey(self) -> None:
+        command, host = self._commands.get(), self._host
+        assert host is not None
+        match command:
+            case {"do": "start", "roster": roster, "fast_math": fast_math}:
+                host.engine.set_fast_math(fast_math)
+                host.start(roster)
+                self._emit({"event": "started"})
+            case {"do": "stop_after", "round": round_}:
+                host.stop_after(round_)
+            case {"do": "evaluate", "path": path}:
+                _, vector = load_model(Path(path))
+                self._emit({"event": "evaluated", "accuracy": host.engine.evaluate(vector)})
+            case {"do": "central", "rounds": rounds, "peers": num_peers}:
+                self._train_centrally(host, rounds, num_peers)
+            case {"do": "exit"} | None:
+                self._is_over.set()
+
+    def _train_centrally(self, host: PeerHost, rounds: int, num_peers: int) -> None:
+        """The same number of passes over all the data at once, by one model."""
+        began = time.perf_counter()
+        learner = Learner("central", np.arange(len(host.dataset.y_train)))
+        vector = host.initial
+        for round_ in range(1, rounds + 1):
+            if self._is_over.is_set():
+                return
+            vector = host.engine.train(learner, vector, round_, times=num_peers).vector
+        accuracy = host.engine.evaluate(vector)
+        self._emit({"event": "central", "accuracy": accuracy, "seconds": round(time.perf_counter() - began, 3)})
+
+    def _say_alive(self) -> None:
+        while not self._is_over.wait(ALIVE_S):
+            self._emit({"event": "alive"})
+
+
+def main() -> None:
+    """Serve the launcher at the other end of stdin and stdout."""
+    results = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)  # what a user's own code prints goes to the log, not among the events
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    sys.path.insert(0, os.getcwd())
+    lock = threading.Lock()
+
+    def emit(event: Event) -> None:
+        with lock, contextlib.suppress(BrokenPipeError):
+            results.write(json.dumps(event) + "\n")
+
+    worker = Worker(emit)
+
+    def read() -> None:
+        for line in sys.stdin:
+            worker.command(json.loads(line))
+        worker.command(None)
+        time.sleep(3.0)  # a worker in the middle of a long step would not notice
+        os._exit(1)
+
+    threading.Thread(target=read, name="gossipfl-stdin", daemon=True).start()
+    worker.run()
+    logging.shutdown()
+    results.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,405 @@
+"""The scenario: everything that decides a run, with defaults that run.
+
+    scenario = load_scenario("quickstart", ["peers=12", "gossip.segments=4"])
+    scenario = load_scenario("my_scenario.toml")
+    scenario = Scenario(peers=16, topology={"kind": "regular", "degree": 4})
+    scenario.gossip.replicas, scenario.to_toml(), scenario.sha256
+
+The tables below are the tables of the TOML file, and each field is a key with its unit. A key is either known or an
+error; only `[data.partition]` and `[topology]` also take the arguments of what their `kind` names. Values are frozen.
+Reading a scenario loads neither torch nor, unless its topology is drawn or read from a file, networkx.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from gossipfl.errors import ConfigError
+from gossipfl.overlay.topology import Topology as PeerTopology
+from gossipfl.overlay.topology import build_topology
+from gossipfl.scenario.problems import Problem, ScenarioError, misplaced_key, problems_of, shown
+from gossipfl.scenario.sources import apply_overrides, line_of, read_toml, resolve_paths, scenario_file
+from gossipfl.scenario.values import (
+    Arguments,
+    DurationS,
+    ExistingPath,
+    FunctionName,
+    Patience,
+    Reserved,
+    Staleness,
+    Text,
+    three_seeds,
+    toml_value,
+)
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,  # a number in quotes, or 1 for true, is a mistake to report; an integer where a float is due is none
+        allow_inf_nan=False,
+        protected_namespaces=(),  # our own `model` and `model_args`
+    )
+
+
+class _OpenTable(_Table):
+    """A table that also takes the arguments of what its `kind` names."""
+
+    model_config = ConfigDict(extra="allow")
+    dotted_name: ClassVar[str]
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The keys beside `kind`."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @model_validator(mode="after")
+    def _check_args(self) -> Self:
+        for name, value in self.args.items():
+            if sentence := misplaced_key(self.dotted_name, name):
+                raise ValueError(sentence)
+            try:
+                cast(dict[str, Any], self.__pydantic_extra__)[name] = toml_value(value)
+            except ValueError as error:
+                raise ValueError(f"{self.dotted_name}.{name} = {shown(value)} {error}") from None
+        return self
+
+
+class Seeds(_Table):
+    """[seed] What is random, each part by its own seed; `seed = 3` sets all three."""
+
+    data: int = Field(default=0, ge=0, description="test split and partition")
+    model: int = Field(default=0, ge=0, description="first values of the model that all peers start from")
+    protocol: int = Field(default=0, ge=0, description="topology, neighbour choices, batches")
+
+
+class Partition(_OpenTable):
+    """[data.partition] How the training samples are dealt to the peers."""
+
+    dotted_name = "data.partition"
+    kind: Text = Field(
+        default="iid", description="iid, dirichlet, shards, ..., or package.module:function; its arguments beside it"
+    )
+
+
+class Data(_Table):
+    """[data] What the peers learn from."""
+
+    kind: Text = Field(default="digits", description="data set: a registered name or package.module:function")
+    path: ExistingPath | None = Field(default=None, description="its file or folder, relative to the scenario file")
+    test_fraction: float = Field(
+        default=0.2, gt=0, lt=1, description="share of the samples held out, where no test set is given"
+    )
+    calibration_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of the samples kept for calibration")
+    args: Arguments = Field(default_factory=dict, description="further arguments of the data set")
+    partition: Partition = Field(default=Partition(), description="how the samples are dealt to the peers")
+
+    @model_validator(mode="after")
+    def _leaves_some_to_train(self) -> Data:
+        if self.test_fraction + self.calibration_fraction >= 1:
+            raise ValueError(
+                f"data.test_fraction = {self.test_fraction} and data.calibration_fraction = {self.calibration_fraction} "
+                "leave nothing to train on; lower one of them"
+            )
+        return self
+
+
+class Training(_Table):
+    """[training] What a peer does between two exchanges."""
+
+    local_epochs: int | None = Field(default=None, ge=1, description="passes over the peer's own samples per round (default 1)")
+    local_steps: int | None = Field(default=None, ge=1, description="batches per round, instead of local_epochs")
+    batch_size: int = Field(default=32, ge=1, description="samples per batch")
+    learning_rate: float = Field(default=0.05, gt=0, description="step size of the optimizer")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(default=0.0, ge=0, description="L2 penalty; decoupled with adamw")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(default="sgd", description="sgd, adam or adamw")
+    reset_optimizer: bool = Field(default=False, description="forget momenta after each exchange instead of keeping them")
+    buffers: Literal["average", "local"] = Field(
+        default="average", description="batch norm statistics: averaged, or each its own"
+    )
+    device: Text = Field(default="cpu", description="torch device, such as cpu or cuda:0")
+    fast_math: bool = Field(default=False, description="allow kernels whose results differ in the last bits from run to run")
+    threads: int = Field(default=1, ge=1, description="torch threads per process")
+    step: FunctionName | None = Field(default=None, description="package.module:function, a training step of one's own")
+
+    @model_validator(mode="after")
+    def _epochs_or_steps(self) -> Training:
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise ValueError(
+                f"training.local_epochs = {self.local_epochs} and training.local_steps = {self.local_steps} "
+                "exclude each other; remove one"
+            )
+        if self.local_epochs is None and self.local_steps is None:
+            object.__setattr__(self, "local_epochs", 1)
+        return self
+
+
+class Gossip(_Table):
+    """[gossip] Who sends what to whom after each local training, and how copies become one model."""
+
+    protocol: Text = Field(default="gossip", description="the protocol's name")
+    segments: int = Field(default=8, ge=1, le=128, description="segments that the model is cut into (S)")
+    segmentation: Literal["even", "by_layer"] = Field(default="even", description="equal segments, or whole tensors")
+    replicas: int = Field(default=2, ge=1, description="neighbours that each segment is pulled from (R)")
+    codec: Text = Field(default="float32", description="how values travel: float32, float16, int8, topk:0.1, ...")
+    mixing: Literal["data_size", "uniform", "metropolis_hastings"] = Field(
+        default="data_size", description="weights of the copies"
+    )
+    aggregation: Text = Field(default="mean", description="rule that makes one of the copies of a segment")
+    selection: Literal["uniform", "all"] = Field(default="uniform", description="replicas random neighbours, or all of them")
+    max_staleness: Staleness = Field(
+        default=0, description="age in rounds up to which a neighbour's model is used; inf = asynchronous"
+    )
+    staleness_exponent: float = Field(default=0.5, ge=0, description="a copy a rounds old weighs (1 + a) ** -exponent")
+    patience: Patience = Field(
+        default="auto", description="seconds per round to wait for neighbours; auto = max(10 s, 4 x own training time)"
+    )
+    versions_kept: int = Field(default=4, ge=1, description="own models kept for slower neighbours")
+    linger_s: float = Field(default=10.0, ge=0, description="seconds to keep serving after the last round")
+    join_timeout_s: float = Field(default=30.0, gt=0, description="seconds to wait for the first neighbours")
+    quorum: int | None = Field(default=None, ge=0, description="neighbours needed to begin (default: half of them, rounded up)")
+
+    @model_validator(mode="after")
+    def _mixing_fits_selection(self) -> Gossip:
+        if self.mixing == "metropolis_hastings" and self.selection != "all":
+            raise ValueError(
+                f"gossip.mixing = 'metropolis_hastings' with gossip.selection = {self.selection!r} would not average "
+                "evenly: its weights are for all neighbours; set gossip.selection = 'all'"
+            )
+        return self
+
+
+class Topology(_OpenTable):
+    """[topology] Who may talk to whom."""
+
+    dotted_name = "topology"
+    kind: Text = Field(
+        default="full", description="full, ring, regular, file, ..., or package.module:function; its arguments beside it"
+    )
+
+
+class Transport(_Table):
+    """[transport] How peers reach each other."""
+
+    kind: Literal["tcp", "ipc", "inproc"] = Field(default="tcp", description="tcp, ipc (one machine) or inproc (one process)")
+    host: Text = Field(default="127.0.0.1", description="address that peers listen on")
+    advertise: Text | None = Field(default=None, description="address that peers tell others, where it differs from host")
+
+
+class Stop(_Table):
+    """[stop] What ends a run early."""
+
+    rounds: int | None = Field(
+        default=None, ge=1, description="lowers the top-level rounds, or sets them where those are left out"
+    )
+    target_accuracy: float | None = Field(default=None, ge=0, le=1, description="mean test accuracy that is enough")
+    duration: DurationS = Field(default=None, description="seconds, or text such as '90s', '10min', '1h'")
+
+
+class Scenario(_Table):
+    """A run. Construction raises `ScenarioError`, with a line for each problem; `load_scenario` also checks the graph."""
+
+    name: str = Field(default="scenario", description="letters, digits, '.', '_' and '-' (default: the file's name)")
+    seed: Annotated[Seeds, BeforeValidator(three_seeds)] = Field(default=Seeds(), description="a number, or [seed]")
+    peers: int = Field(default=8, ge=1, description="number of peers, p0, p1, ...")
+    rounds: int = Field(default=20, ge=1, description="rounds of training and exchange")
+    min_peers: int = Field(
+        default=cast(int, None), ge=1, description="peers that must finish for a run to count (default: half, rounded up)"
+    )
+    peers_per_process: int | None = Field(
+        default=None, ge=1, description="peers that share a process (default: the launcher's choice)"
+    )
+    model: Text = Field(default="mlp", description="network: a registered name or package.module:function")
+    model_args: Arguments = Field(default_factory=dict, description="its arguments")
+    evaluate_every: int = Field(default=1, ge=0, description="rounds between evaluations; 0 = after the last round only")
+    central: bool = Field(default=False, description="also train one model on all the data, for comparison")
+    data: Data = Field(default=Data())
+    training: Training = Field(default=Training())
+    gossip: Gossip = Field(default=Gossip())
+    topology: Topology = Field(default=Topology())
+    network: Reserved = Field(default_factory=dict, description="emulated links: reserved")
+    churn: Reserved = Field(default_factory=dict, description="peers that come and go: reserved")
+    transport: Transport = Field(default=Transport())
+    stop: Stop = Field(default=Stop())
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ScenarioError(problems_of(error, Scenario)) from None
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):  # it names the folder of the results
+            raise ValueError("must be made of letters, digits, '.', '_' and '-', and not begin with '.' or '-'")
+        return name
+
+    @field_validator("min_peers")
+    @classmethod
+    def _min_peers_exist(cls, min_peers: int, info: ValidationInfo) -> int:
+        peers = info.data.get("peers", min_peers)  # absent when it is itself wrong
+        if min_peers > peers:
+            raise ValueError(f"exceeds peers = {peers}; lower it")
+        return min_peers
+
+    @model_validator(mode="after")
+    def _derive(self) -> Scenario:
+        if self.min_peers is None:
+            object.__setattr__(self, "min_peers", math.ceil(self.peers / 2))
+        if self.stop.rounds is not None:
+            given = self.rounds if "rounds" in self.model_fields_set else self.stop.rounds
+            object.__setattr__(self, "rounds", min(given, self.stop.rounds))
+        return self
+
+    @property
+    def data_seed(self) -> int:
+        return self.seed.data
+
+    @property
+    def model_seed(self) -> int:
+        return self.seed.model
+
+    @property
+    def protocol_seed(self) -> int:
+        return self.seed.protocol
+
+    @property
+    def peer_names(self) -> list[str]:
+        """["p0", "p1", ...]; a peer's number is its index in the topology."""
+        return [f"p{index}" for index in range(self.peers)]
+
+    def build_topology(self) -> PeerTopology:
+        """The graph of this scenario; may import networkx."""
+        return build_topology(self.topology.kind, self.peers, self.protocol_seed, self.topology.args)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with its default filled in, as TOML values; what is None is left out."""
+        values = self.model_dump(exclude_none=True)
+        if len(set(values["seed"].values())) == 1:
+            values["seed"] = self.data_seed
+        return {key: value for key, value in values.items() if value or key not in ("network", "churn", "stop")}
+
+    def to_toml(self) -> str:
+        """`resolved()` as a file, which loads back to an equal scenario."""
+        return tomli_w.dumps(self.resolved())
+
+    @property
+    def sha256(self) -> str:
+        """64 hex digits that differ when any setting but the name differs."""
+        values = {key: value for key, value in self.resolved().items() if key != "name"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_scenario(source: str | Path | Mapping[str, Any] | Scenario, overrides: Sequence[str] = ()) -> Scenario:
+    """The scenario in a `.toml` file, of a built-in name ("quickstart"), or of a dictionary, changed by `key=value`s.
+
+    A value is read as TOML, or else as text: `gossip.segments=4`, `name=mine`. Relative paths are looked for beside
+    the file first, then in the current folder. ScenarioError tells every problem, with its line in the file.
+    """
+    path, text = None, ""
+    if isinstance(source, Scenario):
+        values = source.model_dump(exclude_unset=True)  # a default that follows from another key follows its override
+    elif isinstance(source, Mapping):
+        values = copy.deepcopy(dict(source))
+    else:
+        path = scenario_file(source)
+        values, text = read_toml(path)
+        values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "scenario")
+    overridden = apply_overrides(values, overrides)
+    resolve_paths(values, [path.parent, Path.cwd()] if path else [Path.cwd()])
+    try:
+        scenario = Scenario(**values)
+        _check_topology(scenario)
+        return scenario
+    except ScenarioError as error:
+        if path is None:
+            raise
+        raise ScenarioError(_located(error.problems, path, text, overridden)) from None
+
+
+def check_names(scenario: Scenario) -> None:
+    """ConfigError, with a suggestion, for names that no registry knows: data set, partition, aggregation.
+
+    The model and the codec live in modules that import torch, which takes seconds; they are looked up only where torch
+    is loaded already, and else by whoever builds them.
+    """
+    from gossipfl.aggregation import AGGREGATORS
+    from gossipfl.learning.datasets import DATASETS
+    from gossipfl.learning.partition import PARTITIONERS
+
+    DATASETS.get(scenario.data.kind)
+    PARTITIONERS.get(scenario.data.partition.kind)
+    AGGREGATORS.get(scenario.gossip.aggregation)
+    if "torch" in sys.modules:
+        from gossipfl.learning.models import MODELS
+        from gossipfl.segments.codecs import codec
+
+        MODELS.get(scenario.model)
+        codec(scenario.gossip.codec)
+
+
+def _check_topology(scenario: Scenario) -> None:
+    """The graph can be built and gives every peer the neighbours that it is asked to use."""
+    try:
+        topology = scenario.build_topology()
+    except ConfigError as error:
+        raise ScenarioError([Problem("topology", str(error))]) from error
+    degrees = {index: topology.degree(index) for index in range(topology.num_peers)}
+    linked = {index: degree for index, degree in degrees.items() if degree > 0}  # a lone peer trains alone
+    if not linked:
+        return
+    poorest = min(linked, key=linked.__getitem__)
+    gossip, problems = scenario.gossip, []
+    wanted = {"gossip.replicas": gossip.replicas if gossip.selection != "all" else 0, "gossip.quorum": gossip.quorum or 0}
+    for key, number in wanted.items():
+        if number > linked[poorest]:
+            neighbours = "neighbour" if linked[poorest] == 1 else "neighbours"
+            problems.append(
+                Problem(
+                    key,
+                    f"{key} = {number} exceeds the {linked[poorest]} {neighbours} of p{poorest}; "
+                    "lower it or densify the topology",
+                )
+            )
+    if problems:
+        raise ScenarioError(problems)
+
+
+def _located(problems: Sequence[Problem], path: Path, text: str, overridden: set[str]) -> list[Problem]:
+    """The problems in the file's order, each with its line unless an override brought it."""
+    by_line = []
+    for key, sentence in problems:
+        line = line_of(text, key) or 0
+        if any(f"{name}.".startswith(f"{key}.") for name in overridden):
+            by_line.append((math.inf, Problem(key, sentence)))
+        else:
+            by_line.append((line, Problem(key, f"{path}:{line}: {sentence}" if line else f"{path}: {sentence}")))
+    return [problem for _, problem in sorted(by_line, key=lambda pair: pair[0])]

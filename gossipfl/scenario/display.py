@@ -1,0 +1,148 @@
+"""What the command line shows: progress while a run goes, and a table at its end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from gossipfl.scenario.config import Scenario
+from gossipfl.scenario.records import Event
+from gossipfl.scenario.runner import Observer, RunResult
+
+MAX_ROWS = 32
+LINE_S = 2.0
+"""Where there is no terminal, seconds between two lines of progress."""
+
+
+class Display(Observer):
+    """Draws to `console` (stderr): a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._rounds = 0
+        self._peers = 0
+        self._counts: dict[int, list[Event]] = {}
+        self._bytes = 0
+        self._shown_at = 0.0
+
+    def data_ready(self, scenario: Scenario, table: np.ndarray | None) -> None:
+        self._rounds, self._peers = scenario.rounds, scenario.peers
+        if table is None:
+            return
+        drawn = Table(
+            title=f"{scenario.data.kind}: training samples of each class ({_partition(scenario)})", title_justify="left"
+        )
+        drawn.add_column("peer")
+        for class_ in range(table.shape[1]):
+            drawn.add_column(str(class_), justify="right")
+        drawn.add_column("all", justify="right", style="bold")
+        for name, row in list(zip(scenario.peer_names, table, strict=True))[:MAX_ROWS]:
+            drawn.add_row(name, *(str(count) if count else "." for count in row), str(row.sum()))
+        if len(table) > MAX_ROWS:
+            drawn.caption = f"and {len(table) - MAX_ROWS} more peers"
+        self._console.print(drawn)
+
+    def started(self, folder: Path, parameters: int) -> None:
+        self._console.print(f"{self._peers} peers, {parameters:,} parameters, writing to {folder}", highlight=False)
+        if self._console.is_terminal:
+            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeElapsedColumn()
+            self._progress = Progress(*columns, console=self._console)
+            self._progress.start()
+            self._progress.add_task("round 0", total=self._rounds * self._peers, figures="")
+
+    def event(self, event: Event, alive: int) -> None:
+        if event["event"] == "finished" and event["error"] is not None:
+            self.note(f"{event['peer']} did not finish: {event['error']}")
+        if event["event"] != "round":
+            return
+        self._counts.setdefault(event["round"], []).append(event)
+        self._bytes += event["payload_bytes"]
+        reported = self._counts[event["round"]]
+        if self._progress is not None:
+            done = sum(len(events) for events in self._counts.values())
+            self._progress.update(
+                self._progress.task_ids[0],
+                completed=done,
+                description=f"round {event['round']}",
+                figures=self._figures(reported, alive),
+            )
+        elif len(reported) >= alive and (time.monotonic() - self._shown_at > LINE_S or event["round"] == self._rounds):
+            self._shown_at = time.monotonic()
+            self._console.print(f"round {event['round']:4d}/{self._rounds}  {self._figures(reported, alive)}", highlight=False)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+    def ended(self, result: RunResult) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _figures(self, reported: list[Event], alive: int) -> str:
+        accuracies = [event["accuracy_after"] for event in reported if event["accuracy_after"] is not None]
+        shown = f"accuracy {np.mean(accuracies):.3f} (worst {min(accuracies):.3f})  " if accuracies else ""
+        return f"{shown}pulled {_size(self._bytes)}  peers alive {alive}/{self._peers}"
+
+
+def print_summary(console: Console, result: RunResult) -> None:
+    """The summary as a table, and where the models are."""
+    summary = result.summary
+    accuracy, faults, seconds = summary["accuracy"], summary["faults"], summary["seconds"]
+    table = Table(title=f"{summary['scenario']}: {summary['peers']} peers, {summary['rounds']} rounds", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    rows = [
+        ("test accuracy, mean of peers", _percent(accuracy["mean"])),
+        ("  worst peer", _percent(accuracy["min"])),
+        ("  best peer", _percent(accuracy["max"])),
+        ("  before the last merge", _percent(accuracy["before_merge_mean"])),
+        ("  average model", _percent(accuracy["average_model"])),
+        ("  central training", _percent(accuracy["central"])),
+        ("consensus distance, first to last", _distances(summary["consensus_distance"])),
+        ("payload per peer and round", _size(summary["bytes"]["payload_per_peer_round"])),
+        ("payload, all", _size(summary["bytes"]["payload"])),
+        ("on the wire, all", _size(summary["bytes"]["wire"])),
+        ("seconds to start / to run", f"{seconds['startup']:.1f} / {seconds['wall']:.1f}"),
+        (
+            "missing, late, refused, rejected",
+            f"{faults['missing_segments']}, {faults['late']}, {faults['refused']}, {faults['rejected']}",
+        ),
+        ("peers that did not finish", ", ".join(faults["dead_peers"]) or "none"),
+    ]
+    for name, value in rows:
+        if value is not None:
+            table.add_row(name, value)
+    console.print(table)
+    console.print(f"record  {result.folder}/", highlight=False, soft_wrap=True)
+    console.print(f"models  {result.folder}/models/  (average.safetensors and one per peer)", highlight=False, soft_wrap=True)
+
+
+def _partition(scenario: Scenario) -> str:
+    args = ", ".join(f"{key} {value}" for key, value in scenario.data.partition.args.items())
+    return f"{scenario.data.partition.kind}{', ' if args else ''}{args}"
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+def _distances(distances: dict[str, float | None]) -> str | None:
+    first, last = distances["first"], distances["last"]
+    return None if first is None or last is None else f"{first:.4g} to {last:.4g}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"

@@ -1,0 +1,224 @@
+"""The run record: the folder that every run leaves behind, and the summary made from it.
+
+runs/<name>/scenario.toml   resolved: every default, and the engine, memory layout and threads that were used
+           /roster.toml     who listened where
+           /events.jsonl    a line per peer and round, per fault, and per peer that ended
+           /summary.json    the figures (`summarize` says what each is)
+           /models/         <peer>.safetensors and average.safetensors
+           /log/            what each process logged
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gossipfl._version import __version__
+from gossipfl.errors import ConfigError
+from gossipfl.learning.checkpoint import load_model, save_model, write_atomically
+
+Event = dict[str, Any]
+
+
+class RunRecord:
+    """Writes the folder of one run, as it goes; what is there when a run is cut short can be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.events: list[Event] = []
+        (folder / "log").mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "events.jsonl").open("w", encoding="utf-8")
+
+    def add(self, event: Event) -> None:
+        self.events.append(event)
+        self._file.write(json.dumps(event) + "\n")
+        self._file.flush()
+
+    def write(self, name: str, text: str) -> None:
+        write_atomically(self.folder / name, text.encode())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def new_folder(out: Path | None, name: str, force: bool) -> Path:
+    """The folder for a run: `out`, or the first free of runs/<name>, runs/<name>-2, ... ConfigError if `out` exists."""
+    if out is None:
+        candidates = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+        folder = Path("runs") / name if force else next(path for path in candidates if not path.exists())
+    else:
+        folder = out
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if not force:
+            raise ConfigError(f"--out {folder} exists; choose another folder, or pass --force to replace it")
+        _remove_run(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be made: {error.strerror}; choose another folder") from error
+    return folder
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove a run's folder, and nothing that is none."""
+    import shutil
+
+    if not (folder / "scenario.toml").exists() and not (folder / "events.jsonl").exists():
+        raise ConfigError(f"--out {folder} is not the folder of a run, so --force does not replace it; choose another folder")
+    shutil.rmtree(folder)
+
+
+def final_models(folder: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The peers' final vectors (f32[P]) by name; writes their mean to models/average.safetensors.
+
+    Also the figures made from them: consensus distances of the first and the last merge and the digest of all vectors.
+    """
+    vectors: dict[str, np.ndarray] = {}
+    layout = None
+    for name in names:
+        layout, vectors[name] = load_model(folder / "models" / f"{name}.safetensors")
+    figures: dict[str, Any] = {"first": None, "last": None, "models_sha256": None}
+    if layout is not None:
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(vectors[name].tobytes())
+        average = mean_vector(vectors.values())
+        save_model(folder / "models" / "average.safetensors", layout, average, peer="average")
+        first = [np.load(path) for path in sorted((folder / "first").glob("*.npy"))]
+        figures = {
+            "first": consensus_distance(first) if first else None,
+            "last": consensus_distance(list(vectors.values())),
+            "models_sha256": digest.hexdigest(),
+        }
+    return vectors, figures
+
+
+def mean_vector(vectors: Iterable[np.ndarray]) -> np.ndarray:
+    """The plain mean of vectors (f32[P]), summed in float64."""
+    total, count = np.float64(0), 0
+    for vector in vectors:
+        total, count = total + vector.astype(np.float64), count + 1
+    return np.asarray(total / count, dtype=np.float32)
+
+
+def consensus_distance(vectors: Sequence[np.ndarray]) -> float:
+    """Mean squared distance of the peers' vectors from their mean: mean ||x_i - x_bar||^2."""
+    mean = sum(vector.astype(np.float64) for vector in vectors) / len(vectors)
+    return float(np.mean([np.sum((vector - mean) ** 2) for vector in vectors]))
+
+
+def summarize(
+    events: Sequence[Event],
+    *,
+    scenario: str,
+    scenario_sha256: str,
+    seed: Any,
+    peers: Sequence[str],
+    min_peers: int,
+    segments: int,
+    replicas: int,
+    parameters: int,
+    figures: dict[str, Any],
+    average_accuracy: float | None,
+    central_accuracy: float | None,
+    startup_s: float,
+    wall_s: float,
+    peak_memory_mib: float | None,
+    engine: dict[str, Any],
+    exit_code: int | None = None,
+) -> dict[str, Any]:
+    """The contents of summary.json.
+
+    Accuracies are on the common test set, after each peer's last merge; bytes are summed over all that was received; train,
+    wait and merge seconds are summed over peers and rounds; `exit_code` is made from `min_peers` where it is not given.
+    """
+    rounds = [event for event in events if event["event"] == "round"]
+    finished = {event["peer"] for event in events if event["event"] == "finished" and event["error"] is None}
+    last = {event["peer"]: event for event in rounds if event["peer"] in finished}
+    after = [event["accuracy_after"] for event in last.values() if event["accuracy_after"] is not None]
+    before = [event["accuracy_before"] for event in last.values() if event["accuracy_before"] is not None]
+
+    def total(key: str) -> Any:
+        return sum(event[key] for event in rounds)
+
+    if exit_code is None:
+        exit_code = 0 if len(finished) >= min_peers else 1
+    num_rounds = max((event["round"] for event in rounds), default=0)
+    return {
+        "scenario": scenario,
+        "scenario_sha256": scenario_sha256,
+        "seed": seed,
+        "clock": "local",
+        "peers": len(peers),
+        "rounds": num_rounds,
+        "segments": segments,
+        "replicas": replicas,
+        "parameters": parameters,
+        "accuracy": {
+            "mean": _rounded(statistics.fmean(after) if after else None),
+            "min": _rounded(min(after, default=None)),
+            "max": _rounded(max(after, default=None)),
+            "std": _rounded(statistics.pstdev(after) if after else None),
+            "average_model": _rounded(average_accuracy),
+            "before_merge_mean": _rounded(statistics.fmean(before) if before else None),
+            "central": _rounded(central_accuracy),
+        },
+        "consensus_distance": {"first": figures["first"], "last": figures["last"]},
+        "bytes": {
+            "payload": total("payload_bytes"),
+            "wire": total("wire_bytes"),
+            "control": total("control_bytes"),
+            "repeated": total("repeated_bytes"),
+            "local": total("local_bytes"),
+            "payload_per_peer_round": round(total("payload_bytes") / len(rounds)) if rounds else 0,
+        },
+        "seconds": {
+            "startup": round(startup_s, 3),
+            "wall": round(wall_s, 3),
+            "round_mean": round(wall_s / num_rounds, 4) if num_rounds else None,
+            "train": round(total("train_s"), 3),
+            "wait": round(total("wait_s"), 3),
+            "merge": round(total("merge_s"), 3),
+        },
+        "virtual_seconds": None,
+        "faults": {
+            "missing_segments": total("missing"),
+            "late": total("late"),
+            "refused": total("refused"),
+            "rejected": total("rejected"),
+            "dead_peers": [name for name in peers if name not in finished],
+        },
+        "memory_mib": {"peak_total": None if peak_memory_mib is None else round(peak_memory_mib, 1)},
+        "models_sha256": figures["models_sha256"],
+        "engine": engine,
+        "version": __version__,
+        "machine": machine(),
+        "exit_code": exit_code,
+    }
+
+
+def machine() -> str:
+    """One line on where this ran."""
+    import os
+
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass  # not Linux
+    return f"{platform.system()} {platform.release()}, {model}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(value, 6)

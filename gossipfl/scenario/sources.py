@@ -1,0 +1,124 @@
+"""Where the settings of a scenario come from: files, the scenarios that come with the package, `key=value` overrides."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gossipfl.errors import ConfigError
+from gossipfl.registry import did_you_mean
+
+Values = dict[str, Any]
+"""The settings as TOML gives them: tables are dictionaries."""
+
+
+def builtin_scenarios() -> dict[str, Path]:
+    """The scenarios that come with the package, by name."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "scenarios", package.parent / "scenarios"):  # an installed wheel; a checkout
+        files = sorted(folder.glob("*.toml"))
+        if files:
+            return {file.stem: file for file in files}
+    return {}
+
+
+def scenario_file(source: str | Path) -> Path:
+    """The file that `source` means: a path, or the name of a scenario that comes with the package."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    builtin = builtin_scenarios()
+    if str(source) in builtin:
+        return builtin[str(source)]
+    guess = did_you_mean(path.stem, builtin)
+    raise ConfigError(
+        f"no scenario {str(source)!r}: there is no such file, and the built-in ones are {', '.join(builtin)}{guess}"
+    )
+
+
+def read_toml(path: Path) -> tuple[Values, str]:
+    """The settings in a file, and its text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text), text
+    except tomllib.TOMLDecodeError as error:
+        message, _, place = str(error).partition(" (at ")
+        line = re.search(r"line (\d+)", place)
+        where = f"{path}:{line[1]}" if line else f"{path}, at its end"
+        raise ConfigError(f"{where}: {message}; the file must be TOML") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; a scenario is a text file in UTF-8") from error
+
+
+def apply_overrides(values: Values, overrides: Sequence[str]) -> set[str]:
+    """Set each `key=value` in `values` (changed in place) and return the keys. Keys are checked later, like a file's."""
+    keys = set()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        *tables, last = key.split(".")
+        if not equals or not all([*tables, last]):
+            raise ConfigError(f"the override {override!r} must be key=value, such as gossip.segments=4")
+        target = values
+        for table in tables:
+            if table == "seed" and isinstance(values.get("seed"), int):
+                values["seed"] = dict.fromkeys(("data", "model", "protocol"), values["seed"])
+            target = target.setdefault(table, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"unknown key {key!r}: {table} = {target!r} is no table; override {table!r} itself")
+        for rival in _RIVALS.get(key, ()):
+            target.pop(rival, None)
+        target[last] = _toml_value(text.strip())
+        keys.add(key)
+    return keys
+
+
+_RIVALS = {"training.local_steps": ("local_epochs",), "training.local_epochs": ("local_steps",)}
+"""Keys that exclude each other: the override of one takes the place of the file's other."""
+
+
+def resolve_paths(values: Values, folders: Sequence[Path]) -> None:
+    """Make the paths in `values` absolute (in place): relative to the first of `folders` that holds such a thing."""
+    for table, key in (("data", "path"), ("topology", "path")):
+        settings = values.get(table)
+        if isinstance(settings, dict) and isinstance(settings.get(key), str | Path):
+            path = Path(settings[key]).expanduser()
+            found = next((folder / path for folder in folders if (folder / path).exists()), None)
+            if found is not None:
+                settings[key] = str(found.resolve())
+
+
+def line_of(text: str, key: str) -> int | None:
+    """The line of a TOML text that sets `key`, or else the table around it. A guess for messages: it scans, no parser."""
+    lines = dict(reversed(list(_keys_with_lines(text))))  # the first of several wins
+    while key:
+        if key in lines:
+            return lines[key]
+        key = key.rpartition(".")[0]
+    return None
+
+
+def _keys_with_lines(text: str) -> Iterator[tuple[str, int]]:
+    table = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[([\w.\-\"' ]+)\]", line):
+            table = _unquoted(header[1])
+            yield table, number
+        elif setting := re.match(r"\s*([\w.\-\"']+)\s*=", line):
+            yield f"{table}.{_unquoted(setting[1])}".lstrip("."), number
+
+
+def _unquoted(key: str) -> str:
+    return re.sub(r"[\"' ]", "", key)
+
+
+def _toml_value(text: str) -> Any:
+    """A number, boolean, list, quoted text, ... as TOML writes it; anything else is taken as text."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text  # more keys: the text held line breaks
