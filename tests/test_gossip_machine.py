@@ -69,12 +69,12 @@ def data(pull: Pull, range_, *, version=None, newest=None, num_samples=100, offs
     return Data(pull.request, version, newest or version, num_samples, range_, offset, total, num_bytes, payload=payload)
 
 
-def answer_all(a: Gossip, asked: dict[str, Pull], now: float) -> list:
+def answer_all(a: Gossip, asked: dict[str, Pull], now: float, newest: int | None = None) -> list:
     """Every pull is answered in full; the merges are carried out. All actions that came of it."""
     actions = []
     for peer, pull in asked.items():
         for range_ in pull.ranges:
-            actions += a.handle(Received(peer, data(pull, range_)), now)
+            actions += a.handle(Received(peer, data(pull, range_, newest=newest)), now)
     for action in [action for action in actions if isinstance(action, Merge)]:
         actions += a.handle(Merged(action.round, action.segment), now)
     return actions
@@ -366,12 +366,12 @@ def test_who_is_far_behind_adopts_the_newest_model_and_jumps_to_its_round():
 # --- serving ----------------------------------------------------------------------------------------------------------
 
 
-def trained_to(round_: int, **config) -> Gossip:
+def trained_to(round_: int, newest_elsewhere: int | None = 1, **config) -> Gossip:
     a = joined(rounds=round_ + 5, **config)
     for done in range(1, round_ + 1):
         asked = pulls(a.handle(Trained(done, 100), float(done)))
         if done < round_:
-            answer_all(a, asked, float(done))
+            answer_all(a, asked, float(done), newest_elsewhere)
     return a
 
 
@@ -380,6 +380,11 @@ def test_exactly_the_version_asked_for_is_served_or_else_the_oldest_newer_one(as
     a = trained_to(6, versions_kept=4)
     pull = Pull(1, asked_for, 1, SEGMENTS[:1], "float32", 10.0)
     assert a.handle(Received("b", pull), 9.0) == [Serve("b", pull, served)]
+
+
+def test_versions_that_no_live_neighbour_can_ask_for_any_more_are_forgotten():
+    a = trained_to(6, newest_elsewhere=None, replicas=4)
+    assert list(a.desk.versions) == [5, 6]
 
 
 def test_a_pull_that_takes_an_older_version_is_served_at_once():

@@ -117,7 +117,7 @@ class VirtualHost:
                 codec=codec_name, **config,
             )  # fmt: skip
             machine = Gossip(name, {other: len(graph[other]) for other in graph[name]}, settings)
-            store = SegmentStore(vectors[name], segments, codec(codec_name), settings.versions_kept, seed, name)
+            store = SegmentStore(vectors[name], segments, codec(codec_name), seed, name)
             self.peers[name] = VirtualPeer(machine, vectors[name].copy(), store, Assembler(codec(codec_name)))
 
     # --- what a test does ---------------------------------------------------------------------------------------------
@@ -210,6 +210,7 @@ class VirtualHost:
             peer.trained = self.train(name, round_, peer.vector).astype(np.float32)
             peer.store.publish(round_, peer.trained)
             self._handle(name, Trained(round_, peer.machine.config.num_samples))
+            peer.store.retain(peer.machine.desk.versions)
 
     def _send(self, sender: str, to: str, message: Message) -> None:
         if to in self.peers and self.chance.random() >= self.loss:

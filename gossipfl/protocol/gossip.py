@@ -303,7 +303,7 @@ class Gossip:
         assert self.phase is Phase.TRAINING and round_ == self.round and num_samples == self.config.num_samples
         train_s = now - self._began
         actions = self._open_round(round_, now, train_s)
-        actions += self.desk.publish(round_, now)
+        actions += self.desk.publish(round_, now, self.membership.oldest_needed)
         candidates = self.membership.candidates(at_least=self.config.replicas)
         rng = generator(self.config.seed, "neighbours", self.name, round_)
         select, links = SELECTORS.get(self.config.selection), self.membership.neighbours

@@ -118,6 +118,11 @@ class Membership:
         """The newest version that any neighbour is known to have trained."""
         return max((neighbour.newest for neighbour in self.neighbours.values() if not neighbour.foreign), default=0)
 
+    @property
+    def oldest_needed(self) -> int:
+        """The oldest version that a live neighbour may still ask for: who has trained round r asks for r or newer."""
+        return min((neighbour.newest for neighbour in self.neighbours.values() if neighbour.is_live), default=0)
+
     def candidates(self, at_least: int) -> list[PeerId]:
         """Live neighbours to draw from; the suspect ones only if fewer than `at_least` others are left."""
         live = [neighbour for neighbour in self.neighbours.values() if neighbour.is_live]

@@ -53,8 +53,10 @@ class PullDesk:
             actions.append(self._refusal(peer, crowded_out))
         return [*actions, Send(peer, Later(pull.request, 0))]
 
-    def publish(self, version: int, now: float) -> list[Action]:
-        """Store `version` and serve the parked pulls that it satisfies."""
+    def publish(self, version: int, now: float, needed_from: int = 0) -> list[Action]:
+        """Store `version`, forget those older than `needed_from`, and serve the parked pulls that can now be."""
+        while self.versions and self.versions[0] < needed_from:
+            self.versions.popleft()
         self.versions.append(version)
         return self._revisit(now)
 

@@ -104,7 +104,7 @@ def build_node(
             f"gossip.aggregation = {settings.aggregation!r} needs whole copies, gossip.codec = {settings.codec!r} sends parts; "
             "use aggregation = 'mean' or a dense codec"
         )
-    store = SegmentStore(initial, config.segments, values, settings.versions_kept, settings.seed, name)
+    store = SegmentStore(initial, config.segments, values, settings.seed, name)
     machine = Gossip(name, degrees, config)
     return Node(machine, store, values, AGGREGATORS.get(settings.aggregation), initial, transport, tasks, **callbacks)
 

@@ -140,6 +140,7 @@ class Node:
         self.own = vector
         self.store.publish(round_, vector)
         self.handle(Trained(round_, self.machine.config.num_samples))
+        self.store.retain(self.machine.desk.versions)
 
     def take(self, incoming: Incoming) -> None:
         """A message for this peer: count it, check and decode its payload, and let the machine hear of it."""

@@ -1,23 +1,25 @@
-"""A process that hosts peers for a launcher: JSON lines in on stdin, JSON lines out on stdout, logs on stderr.
+"""A process that hosts peers for a launcher: JSON lines in on one pipe, JSON lines out on another, logs in a file.
 
     in   the job; {"do": "start", "roster": {...}, "fast_math": bool}; {"do": "stop_after", "round": r};
          {"do": "evaluate", "path": "..."}; {"do": "central", "rounds": n}; {"do": "exit"}
-    out  ready, round, fault, finished, evaluated, central, alive, failed
+    out  hello, ready, round, fault, finished, evaluated, central, alive, failed
 
-The end of stdin ends the process: a launcher that dies leaves no orphans. The same worker runs inside a process when the
+The end of its commands ends the process: a launcher that dies leaves no orphans. The same worker runs inside a process when the
 caller's own objects are to be trained (`InlineWorker`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 ALIVE_S = 2.0
 """How often a worker says that it lives, whatever its training does."""
+
+STOP_S = 1.5
+"""How long a worker may take to end in order once its launcher is gone."""
 
 Emit = Callable[[Event], None]
 
@@ -124,12 +129,12 @@ class Worker:
             self._emit({"event": "alive"})
 
 
-def main() -> None:
-    """Serve the launcher at the other end of stdin and stdout."""
-    results = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # what a user's own code prints goes to the log, not among the events
+def serve(commands: int, events: int, log: int) -> None:
+    """Serve the launcher at the other end of two pipes, until it says so or is gone; never returns."""
+    os.dup2(log, 1)  # what a user's own code prints goes to the log
+    os.dup2(log, 2)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    sys.path.insert(0, os.getcwd())
+    results = os.fdopen(events, "w", buffering=1, encoding="utf-8")
     lock = threading.Lock()
 
     def emit(event: Event) -> None:
@@ -139,18 +144,36 @@ def main() -> None:
     worker = Worker(emit)
 
     def read() -> None:
-        for line in sys.stdin:
-            worker.command(json.loads(line))
+        with os.fdopen(commands, encoding="utf-8") as lines:
+            for line in lines:
+                worker.command(json.loads(line))
         worker.command(None)
-        time.sleep(3.0)  # a worker in the middle of a long step would not notice
+        time.sleep(STOP_S)  # a worker in the middle of a long step would not notice
         os._exit(1)
 
-    threading.Thread(target=read, name="gossipfl-stdin", daemon=True).start()
+    emit({"event": "hello", "pid": os.getpid()})
+    threading.Thread(target=read, name="gossipfl-commands", daemon=True).start()
     worker.run()
     logging.shutdown()
-    results.flush()
     os._exit(0)
 
 
+def main(descriptors: Sequence[int]) -> None:
+    """Fork a worker for each three file descriptors (commands, events, log), this process becoming the first."""
+    sys.path.insert(0, os.getcwd())
+    gc.freeze()  # so that the collector does not write to, and so copy, the pages that the forks share
+    mine, others = descriptors[:3], list(zip(*[iter(descriptors[3:])] * 3, strict=True))
+    for theirs in others:
+        if os.fork() == 0:
+            for number in set(descriptors) - set(theirs):
+                os.close(number)
+            os.setsid()
+            serve(*theirs)
+    for number in descriptors[3:]:
+        os.close(number)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks that have ended need nobody to wait for them
+    serve(*mine)
+
+
 if __name__ == "__main__":
-    main()
+    main([int(argument) for argument in sys.argv[1:]])

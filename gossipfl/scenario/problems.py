@@ -5,6 +5,7 @@ pydantic finds them; its own wording names neither our keys nor what to do, and 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -160,17 +161,21 @@ def _sentence(key: str, detail: Mapping[str, Any], known: Sequence[str]) -> str:
 
 
 def _suggestion(key: str, known: Sequence[str]) -> str:
-    leaf = key.rpartition(".")[2]
+    table, _, leaf = key.rpartition(".")
     plain = _plain(leaf)
-    candidates = [*known, *_OPEN_KEYS]
     if plain in CALLED_HERE:
         return f"; {leaf!r} is called {CALLED_HERE[plain]!r} here"
     if plain in _NOT_YET:
         return f"; it would belong to [{_NOT_YET[plain]}], which `run` does not support yet"
-    elsewhere = [candidate for candidate in candidates if candidate.rpartition(".")[2] == plain]
+    by_leaf = [(candidate.rpartition(".")[2], candidate) for candidate in (*known, *_OPEN_KEYS)]
+    elsewhere = [candidate for name, candidate in by_leaf if name == plain]
     if elsewhere:
         return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
-    return did_you_mean(key, candidates)
+    siblings = {name: candidate for name, candidate in by_leaf if candidate.rpartition(".")[0] == table}
+    for pool in (siblings, dict(by_leaf)):  # a slip in this table is likelier than a slip and the wrong table
+        if close := difflib.get_close_matches(plain, pool, n=1):
+            return f"; did you mean {pool[close[0]]!r}?"
+    return f"; known {f'in [{table}]' if table else 'here'}: {', '.join(siblings)}"
 
 
 def _plain(name: str) -> str:

@@ -17,6 +17,7 @@ import math
 import os
 import resource
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ from gossipfl.learning.datasets import Dataset, open_dataset, prepare_dataset, s
 from gossipfl.learning.partition import class_table, partition
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
 from gossipfl.scenario.records import Event, RunRecord, final_models, new_folder, summarize
-from gossipfl.scenario.workers import Inbox, ProcessWorker, ThreadWorker, WorkerHandle
+from gossipfl.scenario.workers import Inbox, ThreadWorker, WorkerHandle, launch
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,8 @@ class _Launcher:
     began: float  # epoch seconds
     insecure: bool
     inbox: Inbox = field(default_factory=SimpleQueue)
-    workers: list[WorkerHandle] = field(default_factory=list)
+    workers: Sequence[WorkerHandle] = ()
+    process: subprocess.Popen[bytes] | None = None
     ended: set[int] = field(default_factory=set)
     finished: dict[str, str | None] = field(default_factory=dict)
     peak_mib: float = 0.0
@@ -145,9 +147,7 @@ class _Launcher:
         if any(value is not None for value in objects.values()) or scenario.transport.kind == "inproc":
             self.workers = [ThreadWorker(groups[0], self.inbox, **objects)]
         else:  # they import torch while the data is prepared
-            self.workers = [
-                ProcessWorker(group, self.inbox, folder / "log" / f"worker{index}.log") for index, group in enumerate(groups)
-            ]
+            self.workers, self.process = launch(groups, self.inbox, folder / "log")
         data, shards = self._prepare_data(folder, objects["dataset"])
         for index, worker in enumerate(self.workers):
             worker.send(self._job(index, worker.peers, folder, data, shards))
@@ -295,7 +295,7 @@ class _Launcher:
             if event["event"] == "failed":
                 raise _error_of(event)
             if event["event"] == "ended":
-                raise RunError(f"a process ended before it was ready, status {event['status']}; see log/")
+                raise RunError("a process ended before it was ready; see log/")
         return worker, event
 
     def _bury(self, worker: WorkerHandle, record: RunRecord) -> None:
@@ -394,6 +394,8 @@ class _Launcher:
             worker.send({"do": "exit"})
         for worker in self.workers:
             worker.stop(deadline)
+        if self.process is not None:
+            self.process.wait(5.0)
 
     def _catch_signals(self) -> dict[int, Any]:
         """Ctrl-C and SIGTERM end the run in order; only the main thread may ask for them."""

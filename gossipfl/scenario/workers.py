@@ -1,4 +1,8 @@
-"""The launcher's side of the processes (or the thread) that host peers."""
+"""The launcher's side of the processes (or the thread) that host peers.
+
+On Linux all processes of a run are forked from the first one, once it has imported torch and before it does anything else
+(it has one thread and no sockets yet): they start together in the time of one, and share the memory of what they imported.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, Protocol
@@ -37,60 +42,73 @@ class WorkerHandle(Protocol):
 
 
 class ProcessWorker:
-    """A worker in a process of its own; its log goes to a file."""
+    """A worker in a process of its own, at the other end of two pipes."""
 
-    def __init__(self, peers: list[str], inbox: Inbox, log: Path) -> None:
+    def __init__(self, peers: list[str], commands: IO[str], events: IO[str], inbox: Inbox) -> None:
         self.peers, self.heard_at = peers, time.monotonic()
-        self._log: IO[bytes] = log.open("wb")
-        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "gossipfl.runtime.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            start_new_session=True,  # Ctrl-C is the launcher's to handle
-            env=environment,
-            text=True,
-        )
-        self._memory = psutil.Process(self._process.pid)
-        threading.Thread(target=self._read, args=(inbox,), name="gossipfl-worker", daemon=True).start()
+        self._commands, self._events = commands, events
+        self._process: psutil.Process | None = None
+        self._reader = threading.Thread(target=self._read, args=(inbox,), name="gossipfl-worker", daemon=True)
+        self._reader.start()
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
 
     def send(self, command: Event) -> None:
-        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError, ValueError):
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
+            self._commands.write(json.dumps(command) + "\n")
+            self._commands.flush()
 
     def stop(self, deadline: float) -> None:
         self.send({"do": "exit"})
-        assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(5.0)
-        self._log.close()
+            self._commands.close()
+        self._reader.join(max(0.0, deadline - time.monotonic()))
+        if self._reader.is_alive() and self._process is not None:
+            with contextlib.suppress(psutil.Error):
+                self._process.kill()
+            self._reader.join(5.0)
 
     def memory_mib(self) -> float:
-        try:
-            memory = self._memory.memory_full_info()
-        except psutil.Error:
-            return 0.0
-        return float(getattr(memory, "pss", memory.rss)) / 2**20
+        return _memory_mib(self._process) if self._process else 0.0
 
     def _read(self, inbox: Inbox) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        """Until the pipe closes, which it does however the process ends."""
+        for line in self._events:
             self.heard_at = time.monotonic()
-            inbox.put((self, json.loads(line)))
-        inbox.put((self, {"event": "ended", "status": self._process.wait()}))
-        self._process.stdout.close()
+            event = json.loads(line)
+            if event["event"] == "hello":
+                with contextlib.suppress(psutil.Error):
+                    self._process = psutil.Process(event["pid"])
+            else:
+                inbox.put((self, event))
+        self._events.close()
+        inbox.put((self, {"event": "ended"}))
+
+
+def launch(groups: Sequence[list[str]], inbox: Inbox, logs: Path) -> tuple[list[ProcessWorker], subprocess.Popen[bytes]]:
+    """Start a process for each group of peers, logging to `logs`; also the first process, which is to be waited for."""
+    theirs, ours, handles = [], [], []
+    for index in range(len(groups)):
+        command_read, command_write = os.pipe()
+        event_read, event_write = os.pipe()
+        log = os.open(logs / f"worker{index}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        theirs += [command_read, event_write, log]
+        ours.append((command_write, event_read))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gossipfl.runtime.worker", *map(str, theirs)],
+        pass_fds=theirs,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is the launcher's to handle
+        env={"OMP_NUM_THREADS": "1"} | os.environ,
+    )
+    for number in theirs:
+        os.close(number)
+    for group, (command_write, event_read) in zip(groups, ours, strict=True):
+        commands = os.fdopen(command_write, "w", encoding="utf-8")
+        handles.append(ProcessWorker(group, commands, os.fdopen(event_read, encoding="utf-8"), inbox))
+    return handles, process
 
 
 class ThreadWorker:
@@ -104,7 +122,7 @@ class ThreadWorker:
 
         def run() -> None:
             self._worker.run()
-            inbox.put((self, {"event": "ended", "status": 0}))
+            inbox.put((self, {"event": "ended"}))
 
         self._thread = threading.Thread(target=run, name="gossipfl-worker", daemon=True)
         self._thread.start()
@@ -117,5 +135,12 @@ class ThreadWorker:
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def memory_mib(self) -> float:
-        memory = psutil.Process().memory_full_info()
-        return float(getattr(memory, "pss", memory.rss)) / 2**20
+        return _memory_mib(psutil.Process())
+
+
+def _memory_mib(process: psutil.Process) -> float:
+    try:
+        memory = process.memory_full_info()
+    except psutil.Error:
+        return 0.0
+    return float(getattr(memory, "pss", memory.rss)) / 2**20

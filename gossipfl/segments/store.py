@@ -1,9 +1,11 @@
-"""What a peer serves: its newest model versions, each one flat vector, read and encoded by range.
+"""What a peer serves: its stored model versions, each one flat vector, read and encoded by range.
 
 A published vector is never written to again, so it is sent without a copy, and a reader never sees two versions mixed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 
@@ -14,20 +16,17 @@ from gossipfl.segments.layout import Range
 
 
 class SegmentStore:
-    """The `versions_kept` newest versions of one peer's vector (f32[P]).
+    """The stored versions of one peer's vector (f32[P]); its machine decides which are kept.
 
     With a sparse codec the store keeps one accumulator of what has changed since each coordinate was last sent. It is advanced
     on publishing, not on serving: all who pull a version get the same coordinates, however many they are (as JWINS does;
     Dhasade et al., ICDCS 2023). `initial` is the common initial model, from which the first change is counted.
     """
 
-    def __init__(
-        self, initial: np.ndarray, segments: tuple[Range, ...], codec: Codec, versions_kept: int, seed: int, name: str
-    ) -> None:
+    def __init__(self, initial: np.ndarray, segments: tuple[Range, ...], codec: Codec, seed: int, name: str) -> None:
         self._size = initial.size
         self._segments = segments
         self._codec = codec
-        self._versions_kept = versions_kept
         self._seed, self._name = seed, name
         self._versions: dict[int, np.ndarray] = {}
         self._encoded: dict[tuple[int, Range], memoryview] = {}
@@ -36,15 +35,17 @@ class SegmentStore:
         self._accumulator = np.zeros_like(initial) if codec.sparse else None
 
     def publish(self, version: int, vector: np.ndarray) -> None:
-        """Keep `vector` (f32[P], not to be written to again) as `version`; forget the oldest beyond `versions_kept`."""
+        """Keep `vector` (f32[P], not to be written to again) as `version`."""
         if vector.shape != (self._size,) or vector.dtype != np.float32:
             raise LayoutError(f"version {version} is {vector.dtype}{vector.shape}; the layout has float32 ({self._size},)")
         vector.flags.writeable = False
         self._versions[version] = vector
         if self._accumulator is not None:
             self._select(version, vector)
-        while len(self._versions) > self._versions_kept:
-            forgotten = next(iter(self._versions))
+
+    def retain(self, versions: Collection[int]) -> None:
+        """Forget all versions but these."""
+        for forgotten in [version for version in self._versions if version not in versions]:
             del self._versions[forgotten]
             for table in (self._encoded, self._selected):
                 for key in [key for key in table if key[0] == forgotten]:

@@ -1,0 +1,416 @@
+"""Real sockets for the tests: transports that are pumped by hand, whole swarms of nodes, and attackers.
+
+Nothing here sleeps: every wait is for an event, with a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import zmq
+
+from gossipfl.aggregation import AGGREGATORS
+from gossipfl.protocol import wire
+from gossipfl.protocol.gossip import Gossip, GossipConfig
+from gossipfl.protocol.messages import Credit, Data, Fault, Message, Pull, Range, Record, RoundReport, Start
+from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone, TrainTask
+from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, ZmqTransport
+from gossipfl.segments.codecs import codec
+from gossipfl.segments.layout import Layout, even_segments
+from gossipfl.segments.store import SegmentStore
+
+RUN = 7
+DEADLINE_S = 20.0
+"""Far beyond what anything here takes on a busy machine; only a failure waits that long."""
+
+
+# --- transports, pumped by hand ---------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class End:
+    """A transport and all that has happened at it."""
+
+    transport: ZmqTransport
+    happened: list[Happening] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return self.transport.address
+
+    @property
+    def received(self) -> list[Incoming]:
+        """What came in from peers, without the transport's own Credit."""
+        return [h for h in self.happened if isinstance(h, Incoming) and not isinstance(h.message, Credit)]
+
+    @property
+    def messages(self) -> list[Message]:
+        return [incoming.message for incoming in self.received]
+
+    @property
+    def links(self) -> list[LinkUp | LinkDown]:
+        return [h for h in self.happened if isinstance(h, LinkUp | LinkDown)]
+
+    def pump(self, timeout_s: float = 0.0) -> None:
+        self.happened += self.transport.receive(timeout_s)
+
+
+Opener = Callable[..., End]
+
+
+@pytest.fixture
+def ends() -> Iterator[Opener]:
+    """Opens transports (`ends("tcp://127.0.0.1:0")`) and closes them when the test is over."""
+    opened: list[End] = []
+
+    def open_(bind: str, *, run: int = RUN, **options: object) -> End:
+        opened.append(End(ZmqTransport(bind, run=run, **options)))  # type: ignore[arg-type]
+        return opened[-1]
+
+    yield open_
+    for end in opened:
+        with contextlib.suppress(OSError):  # the test has closed it
+            end.transport.close()
+
+
+def until(ends: End | list[End], condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
+    """Receive at these ends, in turn, until `condition` holds."""
+    ends = [ends] if isinstance(ends, End) else ends
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > deadline:
+            happened = [[type(h).__name__ for h in end.happened][-8:] for end in ends]
+            raise AssertionError(f"not within {deadline_s:g} s; the last of what happened: {happened}")
+        for end in ends:
+            end.pump(0.002)
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def new_address(kind: str) -> str:
+    """Somewhere to bind: `tcp4`, `tcp6` (skips where there is none), `ipc` or `inproc`."""
+    if kind == "tcp6" and not has_ipv6():
+        pytest.skip("this machine has no IPv6 loopback")
+    return {
+        "tcp4": "tcp://127.0.0.1:0",
+        "tcp6": "tcp://[::1]:0",
+        "ipc": f"ipc://{Path(tempfile.gettempdir()) / f'gossipfl-{uuid.uuid4().hex[:12]}'}",
+        "inproc": f"inproc://{uuid.uuid4().hex}",
+    }[kind]
+
+
+def free_address() -> str:
+    """A TCP address on which nothing listens, for a peer that is not there (yet)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def chunks(request: int, total: int, chunk: int = wire.MAX_PAYLOAD_BYTES, seed: int = 0) -> list[Data]:
+    """An answer of `total` random bytes."""
+    content = np.random.default_rng(seed).bytes(total)
+    return [
+        Data(request, 1, 1, 1, (0, total // 4), at, total, len(part), payload=part)
+        for at in range(0, total, chunk)
+        for part in [memoryview(content)[at : at + chunk]]
+    ]
+
+
+def payload_of(messages: list[Message]) -> bytes:
+    return b"".join(bytes(message.payload) for message in messages if isinstance(message, Data | Record))
+
+
+# --- attackers --------------------------------------------------------------------------------------------------------
+
+
+class Attacker:
+    """A bare ZeroMQ socket: a DEALER that connects to `address`, or a ROUTER that others connect to. Sends any frames."""
+
+    def __init__(self, address: str | None = None, *, receive_limit: int = 0) -> None:
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.ROUTER if address is None else zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDHWM, 0)
+        self.socket.setsockopt(zmq.RCVHWM, receive_limit)
+        if receive_limit:  # so that what is not read fills up soon
+            self.socket.setsockopt(zmq.RCVBUF, 4096)
+        if address is None:
+            self.socket.bind("tcp://127.0.0.1:*")
+        else:
+            self.socket.connect(address)
+        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+    def send(self, *frames: bytes) -> None:
+        self.socket.send_multipart(frames)
+
+    def say(self, sender: str, recipient: str, message: Message, *, to: bytes | None = None, run: int = RUN) -> None:
+        """A well-formed message; `to` is the connection to answer on, for a ROUTER."""
+        payload = bytes(message.payload) if isinstance(message, Data | Record) else b""
+        prefix = () if to is None else (to,)
+        self.send(*prefix, wire.encode(run, sender, recipient, message), payload)
+
+    def hear(self, timeout_s: float = DEADLINE_S) -> tuple[bytes, wire.Envelope] | None:
+        """The next message that came in, with the connection that it came on (b"" for a DEALER); None: none in time."""
+        if not self.socket.poll(round(timeout_s * 1000)):
+            return None
+        *origin, header, payload = self.socket.recv_multipart()
+        return (origin[0] if origin else b""), wire.decode([header, payload])
+
+    def close(self, linger_s: float = 0.0) -> None:
+        self.socket.close(linger=int(linger_s * 1000))
+        self._context.term()
+
+
+@pytest.fixture
+def attackers() -> Iterator[Callable[..., Attacker]]:
+    """Makes attackers (`attackers(address)`, or `attackers()` for one to connect to) and closes them."""
+    made: list[Attacker] = []
+
+    def make(*arguments: object, **options: object) -> Attacker:
+        made.append(Attacker(*arguments, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for attacker in made:
+        if not attacker.socket.closed:
+            attacker.close()
+
+
+def raw_connection(address: str) -> socket.socket:
+    """A plain TCP connection to a tcp:// address."""
+    url = urlsplit(address)
+    return socket.create_connection((url.hostname, url.port), timeout=DEADLINE_S)
+
+
+# --- swarms -----------------------------------------------------------------------------------------------------------
+
+TrainFunction = Callable[[str, int, np.ndarray], np.ndarray]
+
+
+def drift(name: str, round_: int, vector: np.ndarray) -> np.ndarray:
+    """A stand-in for training: each peer pulls towards its own corner."""
+    return vector + np.float32(0.01 * (1 + sum(map(ord, name)) % 7))
+
+
+def random_vectors(names: int | list[str], size: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
+    names = [f"p{index:02d}" for index in range(names)] if isinstance(names, int) else names
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(size).astype(np.float32) for name in names}
+
+
+class Swarm:
+    """Nodes with a stub for training, `per_reactor` of them at each endpoint; this thread trains and collects.
+
+    `others` are peers that are run by somebody else (an attacker, or nobody), with their addresses. Everybody is
+    everybody's neighbour.
+    """
+
+    def __init__(
+        self,
+        vectors: Mapping[str, np.ndarray],
+        rounds: int,
+        *,
+        per_reactor: int = 1,
+        num_segments: int = 4,
+        train: TrainFunction = drift,
+        others: Mapping[str, str] | None = None,
+        bind: Callable[[], str] = lambda: "tcp://127.0.0.1:0",
+        codec_name: str = "float32",
+        **config: object,
+    ) -> None:
+        self.train, self.rounds = train, rounds
+        self.tasks: SimpleQueue = SimpleQueue()
+        self.held: set[str] = set()  # peers that are not let finish their training
+        self.waiting: dict[str, TrainTask] = {}
+        self.final: dict[str, np.ndarray] = {}
+        self.errors: dict[str, str | None] = {}
+        self.reports: dict[str, list[RoundReport]] = {name: [] for name in vectors}
+        self.faults: dict[str, list[Fault]] = {name: [] for name in vectors}
+        self.first_pulls: Counter = Counter()
+        self.data_frames: Counter = Counter()
+        self.nodes: dict[str, Node] = {}
+        self.reactor_of: dict[str, Reactor] = {}
+        self.reactors: list[Reactor] = []
+        self._seen: set = set()
+        self._lock = threading.Lock()
+        names = [*vectors, *(others or {})]
+        size = next(iter(vectors.values())).size
+        layout = Layout.of([("vector", (size,))])
+        self.segments: tuple[Range, ...] = tuple(even_segments(layout, num_segments))
+        self.layout = layout.digest
+        values = codec(codec_name)
+        own = list(vectors)
+        for first in range(0, len(own), per_reactor):
+            transport = ZmqTransport(bind(), run=RUN)
+            transport.tap = self._tap
+            reactor = Reactor(transport, on_crash=self.tasks.put)
+            self.reactors.append(reactor)
+            for name in own[first : first + per_reactor]:
+                settings = GossipConfig(
+                    rounds=rounds, segments=self.segments, layout=self.layout, num_samples=1, codec=codec_name, **config
+                )  # type: ignore[arg-type]
+                machine = Gossip(name, {other: len(names) - 1 for other in names if other != name}, settings)
+                store = SegmentStore(vectors[name], self.segments, values, settings.versions_kept, settings.seed, name)
+                node = Node(
+                    machine, store, values, AGGREGATORS.get("mean"), vectors[name], transport, self.tasks, self._on_record
+                )
+                reactor.add(node)
+                self.nodes[name], self.reactor_of[name] = node, reactor
+        self.addresses = {name: reactor.transport.address for name, reactor in self.reactor_of.items()} | dict(others or {})
+        for reactor in self.reactors:
+            for name, address in self.addresses.items():
+                reactor.transport.connect(name, address)
+
+    # --- what a test does ---------------------------------------------------------------------------------------------
+
+    def start(self, *names: str) -> Swarm:
+        """Start these peers (default: all)."""
+        for reactor in self.reactors:
+            if not reactor.is_running and any(self.reactor_of[name] is reactor for name in names or self.nodes):
+                reactor.start()
+        for name in names or self.nodes:
+            self.reactor_of[name].post(lambda node=self.nodes[name]: node.handle(Start()))
+        return self
+
+    def run_until(self, condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> Swarm:
+        """Train whoever asks for it until `condition` holds. Fails if a reactor crashes."""
+        deadline = time.monotonic() + deadline_s
+        while not condition():
+            if time.monotonic() > deadline:
+                phases = {name: (node.machine.phase.value, node.machine.round) for name, node in self.nodes.items()}
+                raise AssertionError(f"not within {deadline_s:g} s: {phases}")
+            with contextlib.suppress(Empty):
+                self._perform(self.tasks.get(timeout=0.02))
+        return self
+
+    def run(self, *names: str, deadline_s: float = DEADLINE_S) -> Swarm:
+        """Until these peers (default: all) have finished."""
+        return self.run_until(lambda: set(names or self.nodes) <= set(self.final), deadline_s)
+
+    def release(self, *names: str) -> None:
+        """Let peers that were `held` finish their training."""
+        self.held -= set(names)
+        for name in names:
+            if name in self.waiting:
+                self._train(self.waiting.pop(name))
+
+    def settle(self, name: str) -> None:
+        """Wait until the reactor of this peer has done what was asked of it so far."""
+        done = threading.Event()
+        self.reactor_of[name].post(done.set)
+        assert done.wait(DEADLINE_S), f"the reactor of {name} does not answer"
+
+    def until(self, name: str, condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
+        """Wait until `condition`, seen between two turns of this peer's reactor, holds; meanwhile train whoever asks."""
+        deadline = time.monotonic() + deadline_s
+        while True:
+            answers: SimpleQueue = SimpleQueue()
+            self.reactor_of[name].post(lambda answers=answers: answers.put(condition()))
+            if answers.get(timeout=DEADLINE_S):
+                return
+            assert time.monotonic() < deadline, f"not within {deadline_s:g} s at {name}"
+            with contextlib.suppress(Empty):
+                self._perform(self.tasks.get(timeout=0.005))
+
+    def check_running(self) -> None:
+        """Fails if anything was raised out of a reactor."""
+        while not self.tasks.empty():
+            self._perform(self.tasks.get())
+        assert all(reactor.is_running for reactor in self.reactors)
+
+    def close(self) -> None:
+        for reactor in self.reactors:
+            reactor.stop(flush_s=0.05)
+
+    def faults_about(self, peer: str) -> set[str]:
+        return {fault.kind for faults in self.faults.values() for fault in faults if fault.peer == peer}
+
+    # --- the shell ----------------------------------------------------------------------------------------------------
+
+    def _perform(self, task: object) -> None:
+        match task:
+            case TrainTask(node, _, _) if node.name in self.held:
+                self.waiting[node.name] = task
+            case TrainTask():
+                self._train(task)
+            case FinishTask(node, vector, error):
+                self.final[node.name], self.errors[node.name] = vector, error
+            case BaseException():
+                raise AssertionError(f"raised out of the reactor: {task!r}") from task
+
+    def _train(self, task: TrainTask) -> None:
+        node, round_ = task.node, task.round
+        vector = self.train(node.name, round_, task.vector).astype(np.float32)
+        self.reactor_of[node.name].post(lambda: node.trained(round_, vector))
+
+    def _on_record(self, node: Node, record: RoundDone | Fault) -> None:
+        if isinstance(record, Fault):
+            self.faults[node.name].append(record)
+        else:
+            self.reports[node.name].append(record.report)
+
+    def _tap(self, incoming: Incoming) -> None:
+        match incoming.message:
+            case Pull() as pull:
+                with self._lock:
+                    if (incoming.sender, pull.request) not in self._seen:
+                        self._seen.add((incoming.sender, pull.request))
+                        self.first_pulls[incoming.sender, incoming.recipient, pull.version, pull.ranges] += 1
+            case Data() as data:
+                with self._lock:
+                    self.data_frames[incoming.sender, incoming.recipient, data.version, data.range, data.offset] += 1
+
+
+@pytest.fixture
+def swarms() -> Iterator[Callable[..., Swarm]]:
+    """Makes swarms and closes them when the test is over."""
+    made: list[Swarm] = []
+
+    def make(*arguments: object, **options: object) -> Swarm:
+        made.append(Swarm(*arguments, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for swarm in made:
+        swarm.close()
+
+
+# --- what is left over ------------------------------------------------------------------------------------------------
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def wait_for(condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> bool:
+    """Whether `condition` comes true in time: for what other threads do in their own time, such as closing sockets."""
+    deadline = time.monotonic() + deadline_s
+    tick = threading.Event()
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        gc.collect()
+        tick.wait(0.01)
+    return True

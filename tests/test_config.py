@@ -1,0 +1,617 @@
+"""Scenarios: defaults, files and overrides, what is refused with which remedy, and resolved files that load back."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossipfl.errors import ConfigError
+from gossipfl.scenario import Scenario, ScenarioError, builtin_scenarios, check_names, load_scenario
+from gossipfl.scenario.problems import CALLED_HERE, known_keys
+
+
+def written(folder: Path, text: str, name: str = "mine.toml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def message_of(source: Any, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_scenario(source, overrides)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ defaults
+
+
+def test_an_empty_scenario_is_eight_peers_that_run_twenty_rounds():
+    scenario = load_scenario({})
+    assert (scenario.peers, scenario.rounds, scenario.min_peers, scenario.peers_per_process) == (8, 20, 4, None)
+    assert (scenario.training.local_epochs, scenario.training.local_steps) == (1, None)
+    assert (scenario.gossip.segments, scenario.gossip.replicas, scenario.gossip.max_staleness) == (8, 2, 0)
+    assert (scenario.gossip.patience, scenario.gossip.quorum) == ("auto", None)
+    assert (scenario.data.kind, scenario.data.partition.kind, scenario.topology.kind) == ("digits", "iid", "full")
+
+
+def test_keyword_arguments_make_the_same_scenario_as_a_dictionary():
+    settings = {"peers": 5, "data": {"partition": {"kind": "dirichlet", "alpha": 0.3}}}
+    assert Scenario(**settings) == load_scenario(settings) == Scenario.model_validate(settings)
+
+
+def test_half_of_the_peers_must_finish_unless_told_otherwise():
+    assert load_scenario({"peers": 9}).min_peers == 5
+    assert load_scenario({"peers": 9, "min_peers": 9}).min_peers == 9
+
+
+def test_min_peers_follows_an_override_of_peers():
+    assert load_scenario(load_scenario({"peers": 9}), ["peers=4"]).min_peers == 2
+
+
+def test_peers_are_named_by_their_index():
+    assert load_scenario({"peers": 3}).peer_names == ["p0", "p1", "p2"]
+
+
+def test_local_steps_take_the_place_of_local_epochs():
+    training = load_scenario({"training": {"local_steps": 40}}).training
+    assert (training.local_epochs, training.local_steps) == (None, 40)
+
+
+def test_further_keys_of_partition_and_topology_are_their_arguments():
+    scenario = Scenario(data={"partition": {"kind": "shards", "shards": 2}}, topology={"kind": "regular", "degree": 4})
+    assert scenario.data.partition.args == {"shards": 2}
+    assert scenario.topology.args == {"degree": 4}
+    assert [scenario.build_topology().degree(index) for index in range(8)] == [4] * 8
+
+
+def test_the_protocol_seed_decides_the_topology():
+    def topology(**seed: int) -> list[list[int]]:
+        built = Scenario(peers=30, seed=seed, topology={"kind": "regular"}).build_topology()
+        return [list(built.neighbours(index)) for index in range(30)]
+
+    assert topology(protocol=1) == topology(protocol=1, data=5) != topology(protocol=2)
+
+
+def test_a_scenario_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load_scenario({}).peers = 3
+
+
+# --------------------------------------------------------------------------------------------------------------- seeds
+
+
+def seeds(scenario: Scenario) -> tuple[int, int, int]:
+    return scenario.data_seed, scenario.model_seed, scenario.protocol_seed
+
+
+def test_one_seed_stands_for_all_three_and_a_table_sets_them_apart(tmp_path):
+    assert seeds(load_scenario({"seed": 3})) == (3, 3, 3)
+    assert seeds(load_scenario(written(tmp_path, "[seed]\ndata = 1\n"))) == (1, 0, 0)
+
+
+def test_an_override_of_one_seed_keeps_the_others():
+    assert seeds(load_scenario({"seed": 3}, ["seed.data=4"])) == (4, 3, 3)
+    assert seeds(load_scenario({}, ["seed.model=4"])) == (0, 4, 0)
+    assert seeds(load_scenario({"seed": {"data": 1}}, ["seed=9"])) == (9, 9, 9)
+
+
+def test_equal_seeds_are_resolved_to_one():
+    assert load_scenario({"seed": {"data": 2, "model": 2, "protocol": 2}}).resolved()["seed"] == 2
+    assert load_scenario({"seed": {"data": 2}}).resolved()["seed"] == {"data": 2, "model": 0, "protocol": 0}
+
+
+# ---------------------------------------------------------------------------------------------------- when a run stops
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounds"),
+    [
+        ({"rounds": 30, "stop": {"rounds": 10}}, 10),
+        ({"rounds": 10, "stop": {"rounds": 30}}, 10),
+        ({"stop": {"rounds": 30}}, 30),
+    ],
+)
+def test_stop_rounds_lowers_the_rounds_or_sets_those_left_out(settings, rounds):
+    assert load_scenario(settings).rounds == rounds
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(90, 90.0), (1.5, 1.5), ("90s", 90.0), ("10min", 600.0), ("1h", 3600.0), ("0.5 h", 1800.0), ("7", 7)]
+)
+def test_a_duration_is_seconds_or_text_with_a_unit(value, seconds):
+    assert load_scenario({"stop": {"duration": value}}).stop.duration == seconds
+
+
+@pytest.mark.parametrize("value", ["inf", math.inf])
+def test_infinite_staleness_may_be_written_as_text_or_number(value):
+    assert load_scenario({"gossip": {"max_staleness": value}}).gossip.max_staleness == math.inf
+
+
+# --------------------------------------------------------------------------------------------------- files and folders
+
+
+def test_the_name_defaults_to_that_of_the_file_with_odd_letters_replaced(tmp_path):
+    assert load_scenario(written(tmp_path, "", "first_try.toml")).name == "first_try"
+    assert load_scenario(written(tmp_path, "", "..my try (2).toml")).name == "my-try-2-"
+    assert load_scenario(written(tmp_path, "name = 'mine'", "yours.toml")).name == "mine"
+
+
+def test_the_quickstart_is_found_by_name_and_by_path():
+    by_name = load_scenario("quickstart")
+    assert by_name == load_scenario(builtin_scenarios()["quickstart"]) == load_scenario(str(builtin_scenarios()["quickstart"]))
+    assert by_name.name == "quickstart"
+    assert (by_name.peers, by_name.gossip.segments, by_name.gossip.replicas, by_name.central) == (8, 8, 2, True)
+
+
+@pytest.mark.parametrize("name", builtin_scenarios())
+def test_every_built_in_scenario_loads_and_is_called_like_its_file(name):
+    assert load_scenario(name).name == name
+
+
+def test_the_commented_out_alternatives_of_the_quickstart_are_valid_too():
+    text = builtin_scenarios()["quickstart"].read_text()
+    parts = {line[2:] for line in text.splitlines() if line.startswith("# ") and (" = " in line or line.startswith("# ["))}
+    assert {'kind = "regular"', "[stop]", "local_steps = 10  # or a number of batches instead"} <= parts
+    for overrides in (
+        ["training.local_steps=10"],
+        ["gossip.codec=int8", "gossip.max_staleness=inf"],
+        ["topology.kind=regular", "topology.degree=4"],
+        ["stop.target_accuracy=0.9", "stop.duration=2min"],
+    ):
+        load_scenario("quickstart", overrides)
+
+
+def test_a_name_of_no_file_and_no_built_in_scenario_is_refused_with_a_suggestion():
+    message = message_of("quikstart")
+    assert "no scenario 'quikstart'" in message and "did you mean 'quickstart'?" in message
+
+
+def test_a_relative_data_path_is_looked_for_beside_the_file_first_then_in_the_current_folder(tmp_path, monkeypatch):
+    beside, current = tmp_path / "beside", tmp_path / "current"
+    for folder in (beside, current):
+        (folder / "both").mkdir(parents=True)
+    (current / "only_here").mkdir()
+    monkeypatch.chdir(current)
+    path = written(beside, "data.path = 'both'")
+    assert load_scenario(path).data.path == str(beside / "both")
+    assert load_scenario(path, ["data.path=only_here"]).data.path == str(current / "only_here")
+    assert load_scenario({"data": {"path": Path("both")}}).data.path == str(current / "both")
+
+
+def test_a_graph_file_is_looked_for_beside_the_scenario_too(tmp_path):
+    written(tmp_path, "3\n0 1\n1 2\n", "line.edges")
+    path = written(tmp_path, "peers = 3\ngossip.replicas = 1\n[topology]\nkind = 'file'\npath = 'line.edges'")
+    assert list(load_scenario(path).build_topology().neighbours(1)) == [0, 2]
+
+
+def test_a_missing_data_path_is_refused_with_the_key_the_value_and_a_remedy(tmp_path):
+    message = message_of(written(tmp_path, "peers = 2\n[data]\npath = 'gone'"))
+    assert "mine.toml:3: data.path = 'gone' does not exist; give a file or folder" in message
+
+
+@pytest.mark.parametrize(("text", "line"), [("peers = 2\nrounds == 3\n", 2), ("peers = 2\npeers = 3\n", 2), ("[gossip\n", 1)])
+def test_broken_toml_is_refused_with_file_and_line(tmp_path, text, line):
+    assert f"mine.toml:{line}: " in message_of(written(tmp_path, text))
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
+    assert "mine.toml cannot be read" in message_of(tmp_path / "mine.toml")
+
+
+# ----------------------------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_are_toml_values_or_else_text():
+    scenario = load_scenario(
+        {},
+        [
+            *("gossip.segments=4", "peers = 12", "data.partition.alpha=0.1", "name=mine", 'model="cnn"', "central=true"),
+            *("gossip.max_staleness=inf", "gossip.codec=topk:0.1", "model_args.hidden=[64, 32]", "stop.duration=90s"),
+        ],
+    )
+    assert (scenario.gossip.segments, scenario.peers, scenario.data.partition.args) == (4, 12, {"alpha": 0.1})
+    assert (scenario.name, scenario.model, scenario.central) == ("mine", "cnn", True)
+    assert (scenario.gossip.max_staleness, scenario.gossip.codec) == (math.inf, "topk:0.1")
+    assert (scenario.model_args, scenario.stop.duration) == ({"hidden": [64, 32]}, 90.0)
+
+
+def test_the_last_override_of_a_key_wins_and_the_source_is_left_as_it_was():
+    source = {"gossip": {"segments": 2}}
+    assert load_scenario(source, ["gossip.segments=3", "gossip.segments=4"]).gossip.segments == 4
+    assert source == {"gossip": {"segments": 2}}
+
+
+def test_an_override_of_local_steps_replaces_local_epochs_of_the_file_and_back():
+    steps = load_scenario({"training": {"local_epochs": 2}}, ["training.local_steps=5"])
+    assert (steps.training.local_epochs, steps.training.local_steps) == (None, 5)
+    epochs = load_scenario(steps, ["training.local_epochs=3"])
+    assert (epochs.training.local_epochs, epochs.training.local_steps) == (3, None)
+
+
+def test_a_value_with_line_breaks_sets_no_second_key():
+    assert "name = '1\\nrounds = 3' must be made of letters" in message_of({}, "name=1\nrounds = 3")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("peers", "the override 'peers' must be key=value, such as gossip.segments=4"),
+        ("gossip.=3", "the override 'gossip.=3' must be key=value"),
+        ("gossip.segmnets=3", "unknown key 'gossip.segmnets'; did you mean 'gossip.segments'?"),
+        ("gossp.segments=3", "unknown key 'gossp'; did you mean 'gossip'?"),
+        ("comm_round=3", "unknown key 'comm_round'; 'comm_round' is called 'rounds' here"),
+        ("peers.x=3", "unknown key 'peers.x': peers = 8 is no table; override 'peers' itself"),
+        ("peers=many", "peers = 'many' must be a whole number"),
+        ("central=True", "central = 'True' must be true or false"),
+    ],
+)
+def test_an_override_that_cannot_be_right_gets_the_same_help_as_a_file(override, message):
+    assert message in message_of({"peers": 8}, override)
+
+
+# ------------------------------------------------------------------------------------------------- what cannot be right
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peers": 0}, "peers = 0 must be at least 1"),
+        ({"peers": 2.5}, "peers = 2.5 must be a whole number"),
+        ({"peers": "8"}, "peers = '8' must be a whole number"),
+        ({"rounds": True}, "rounds = True must be a whole number"),
+        ({"rounds": 0}, "rounds = 0 must be at least 1"),
+        ({"min_peers": 9}, "min_peers = 9 exceeds peers = 8; lower it"),
+        ({"min_peers": 0}, "min_peers = 0 must be at least 1"),
+        ({"peers_per_process": 0}, "peers_per_process = 0 must be at least 1"),
+        ({"name": "a b"}, "name = 'a b' must be made of letters, digits, '.', '_' and '-'"),
+        ({"name": ".."}, "name = '..' must be made of letters"),
+        ({"model": ""}, "model = '' must not be empty"),
+        ({"model_args": 3}, "model_args = 3 must be a table"),
+        ({"model_args": {"x": [None]}}, "model_args = {'x': [None]} holds None; use numbers, text"),
+        ({"evaluate_every": -1}, "evaluate_every = -1 must be at least 0"),
+        ({"seed": "x"}, "seed = 'x' must be a whole number, or a table of data, model and protocol"),
+        ({"seed": -1}, "seed = -1 must be at least 0"),
+        ({"seed": {"modle": 1}}, "unknown key 'seed.modle'; did you mean 'seed.model'?"),
+        ({"data": {"test_fraction": 1.0}}, "data.test_fraction = 1.0 must be below 1"),
+        ({"data": {"test_fraction": 0}}, "data.test_fraction = 0 must be above 0"),
+        ({"data": {"calibration_fraction": -0.1}}, "data.calibration_fraction = -0.1 must be at least 0"),
+        (
+            {"data": {"test_fraction": 0.6, "calibration_fraction": 0.5}},
+            "data.test_fraction = 0.6 and data.calibration_fraction = 0.5 leave nothing to train on; lower one of them",
+        ),
+        ({"data": {"partition": "dirichlet"}}, "data.partition = 'dirichlet' must be a table"),
+        ({"data": {"partition": {"alpha": math.nan}}}, "data.partition.alpha = nan holds nan; use numbers, text"),
+        (
+            {"training": {"local_epochs": 2, "local_steps": 5}},
+            "training.local_epochs = 2 and training.local_steps = 5 exclude each other; remove one",
+        ),
+        ({"training": {"local_steps": 0}}, "training.local_steps = 0 must be at least 1"),
+        ({"training": {"learning_rate": 0}}, "training.learning_rate = 0 must be above 0"),
+        ({"training": {"learning_rate": math.inf}}, "training.learning_rate = inf must be a finite number"),
+        ({"training": {"learning_rate": "0.1"}}, "training.learning_rate = '0.1' must be a number"),
+        ({"training": {"momentum": 1.0}}, "training.momentum = 1.0 must be below 1"),
+        (
+            {"training": {"optimizer": "adan"}},
+            "training.optimizer = 'adan' is not known; did you mean 'adam'?; use 'sgd', 'adam'",
+        ),
+        ({"training": {"buffers": "share"}}, "training.buffers = 'share' is not known; use 'average' or 'local'"),
+        ({"training": {"step": "my_step"}}, "training.step = 'my_step' must name a function as package.module:function"),
+        ({"training": {"fast_math": 1}}, "training.fast_math = 1 must be true or false"),
+        ({"gossip": {"segments": 129}}, "gossip.segments = 129 must be at most 128"),
+        ({"gossip": {"segments": 0}}, "gossip.segments = 0 must be at least 1"),
+        ({"gossip": {"segmentation": "by_layers"}}, "gossip.segmentation = 'by_layers' is not known; did you mean 'by_layer'?"),
+        ({"gossip": {"replicas": 0}}, "gossip.replicas = 0 must be at least 1"),
+        ({"gossip": {"codec": 8}}, "gossip.codec = 8 must be text, in quotes"),
+        ({"gossip": {"max_staleness": -1}}, "gossip.max_staleness = -1 must be a whole number of rounds of at least 0, or inf"),
+        ({"gossip": {"max_staleness": 1.5}}, "gossip.max_staleness = 1.5 must be a whole number of rounds"),
+        ({"gossip": {"staleness_exponent": -1}}, "gossip.staleness_exponent = -1 must be at least 0"),
+        ({"gossip": {"patience": 0}}, "gossip.patience = 0 must be 'auto' or a number of seconds above 0"),
+        ({"gossip": {"patience": "10"}}, "gossip.patience = '10' must be 'auto' or a number of seconds above 0"),
+        ({"gossip": {"versions_kept": 0}}, "gossip.versions_kept = 0 must be at least 1"),
+        ({"gossip": {"join_timeout_s": 0}}, "gossip.join_timeout_s = 0 must be above 0"),
+        ({"gossip": {"quorum": -1}}, "gossip.quorum = -1 must be at least 0"),
+        (
+            {"gossip": {"mixing": "metropolis_hastings"}},
+            "gossip.mixing = 'metropolis_hastings' with gossip.selection = 'uniform' would not average evenly: "
+            "its weights are for all neighbours; set gossip.selection = 'all'",
+        ),
+        ({"network": {"up": "10Mbit"}}, "network = {'up': '10Mbit'} is not supported by `run` yet; remove the table"),
+        ({"churn": {"kill": [1]}}, "churn = {'kill': [1]} is not supported by `run` yet; remove the table"),
+        (
+            {"transport": {"kind": "tpc"}},
+            "transport.kind = 'tpc' is not known; did you mean 'tcp'?; use 'tcp', 'ipc' or 'inproc'",
+        ),
+        ({"stop": {"target_accuracy": 90}}, "stop.target_accuracy = 90 must be at most 1"),
+        ({"stop": {"duration": "10m"}}, "stop.duration = '10m' must be a number of seconds above 0, or text such as '90s'"),
+        ({"stop": {"duration": 0}}, "stop.duration = 0 must be a number of seconds above 0"),
+        ({"stop": {"rounds": 0}}, "stop.rounds = 0 must be at least 1"),
+    ],
+)
+def test_a_value_that_cannot_be_right_is_refused_with_its_key_and_a_remedy(settings, message):
+    assert message in message_of(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gossip": {"replicas": 9}}, "gossip.replicas = 9 exceeds the 7 neighbours of p0; lower it or densify the topology"),
+        (
+            {"topology": {"kind": "grid"}, "gossip": {"replicas": 3}, "peers": 9},
+            "gossip.replicas = 3 exceeds the 2 neighbours of p0; lower it or densify the topology",
+        ),
+        ({"topology": {"kind": "star"}}, "gossip.replicas = 2 exceeds the 1 neighbour of p1; lower it or densify the topology"),
+        ({"peers": 2}, "gossip.replicas = 2 exceeds the 1 neighbour of p0; lower it"),
+        ({"gossip": {"quorum": 8}}, "gossip.quorum = 8 exceeds the 7 neighbours of p0; lower it or densify the topology"),
+        ({"topology": {"kind": "rnig"}}, "unknown topology 'rnig'; did you mean 'ring'?"),
+        ({"topology": {"kind": "regular", "degree": 8}}, "topology.degree = 8 needs at least 9 peers, there are 8; lower it"),
+        ({"topology": {"kind": "ring", "rewire": 1}}, "unknown key 'topology.rewire' of topology 'ring'; accepted: none"),
+        ({"topology": {"kind": "file", "path": "no.edges"}}, "topology.path = 'no.edges' does not exist; give the path"),
+    ],
+)
+def test_a_topology_that_does_not_fit_is_refused_with_the_peer_and_a_remedy(settings, message):
+    assert message in message_of(settings)
+
+
+def test_a_disconnected_topology_is_refused_with_its_components(tmp_path):
+    graph = written(tmp_path, "4\n0 1\n2 3\n", "two.edges")
+    settings = {"peers": 4, "gossip": {"replicas": 1}, "topology": {"kind": "file", "path": str(graph)}}
+    message = message_of(settings)
+    assert "falls into 2 components" in message and "(p0 p1; p2 p3); add links" in message
+
+
+def test_a_lone_peer_needs_no_neighbours_and_with_selection_all_replicas_do_not_count():
+    assert load_scenario({"peers": 1}).peers == 1
+    star = load_scenario({"topology": {"kind": "star"}, "gossip": {"selection": "all", "mixing": "metropolis_hastings"}})
+    assert star.gossip.replicas == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- suggestions
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("nodes", "peers"),
+        ("num-supernodes", "peers"),
+        ("client_num_in_total", "peers"),
+        ("n_procs", "peers"),
+        ("comm_round", "rounds"),
+        ("num-server-rounds", "rounds"),
+        ("iterations", "rounds"),
+        ("epochs", "training.local_epochs"),
+        ("lr", "training.learning_rate"),
+        ("fanout", "gossip.replicas"),
+        ("k", "gossip.segments"),
+        ("chunks", "gossip.segments"),
+        ("graph_degree", "topology.degree"),
+        ("alpha_list", "gossip.codec"),
+        ("compress", "gossip.codec"),
+        ("compression", "gossip.codec"),
+        ("partition_niid", "data.partition.kind"),
+        ("partition_method", "data.partition.kind"),
+        ("partition_alpha", "data.partition.alpha"),
+        ("test_after", "evaluate_every"),
+        ("frequency_of_the_test", "evaluate_every"),
+        ("aggregator", "gossip.aggregation"),
+        ("strategy", "gossip.aggregation"),
+        ("random_seed", "seed"),
+    ],
+)
+def test_the_names_of_other_frameworks_lead_to_ours(theirs, ours):
+    assert message_of({theirs: 1}) == f"unknown key '{theirs}'; '{theirs}' is called '{ours}' here"
+
+
+def test_a_foreign_name_leads_to_ours_inside_tables_too():
+    assert "unknown key 'gossip.fanout'; 'fanout' is called 'gossip.replicas' here" in message_of({"gossip": {"fanout": 3}})
+    assert "'data.partition.partition_alpha'; 'partition_alpha' is called 'data.partition.alpha' here" in message_of(
+        {"data": {"partition": {"partition_alpha": 0.3}}}
+    )
+    assert "'topology.graph_degree'; 'graph_degree' is called 'topology.degree' here" in message_of(
+        {"topology": {"kind": "regular", "graph_degree": 3}}
+    )
+
+
+@pytest.mark.parametrize("theirs", ["bandwidth", "trace"])
+def test_what_is_not_supported_yet_says_so(theirs):
+    table = {"bandwidth": "network", "trace": "churn"}[theirs]
+    assert message_of({theirs: 1}) == f"unknown key '{theirs}'; it would belong to [{table}], which `run` does not support yet"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"local-steps": 3}, "unknown key 'local-steps'; did you mean 'training.local_steps'?"),
+        ({"batch-size": 3}, "unknown key 'batch-size'; did you mean 'training.batch_size'?"),
+        ({"segments": 3}, "unknown key 'segments'; did you mean 'gossip.segments'?"),
+        ({"gossip": {"rounds": 3}}, "unknown key 'gossip.rounds'; did you mean 'rounds' or 'stop.rounds'?"),
+        ({"learning_rat": 3}, "unknown key 'learning_rat'; did you mean 'training.learning_rate'?"),
+        ({"seed": {"zzz": 3}}, "unknown key 'seed.zzz'; known in [seed]: data, model, protocol"),
+    ],
+)
+def test_a_key_in_the_wrong_place_or_spelling_leads_to_the_right_one(settings, message):
+    assert message_of(settings) == message
+
+
+def test_every_suggested_key_exists_and_no_foreign_name_is_one_of_ours():
+    known = {*known_keys(Scenario), "data.partition.alpha", "topology.degree", "topology.path"}
+    assert set(CALLED_HERE.values()) <= known
+    assert not set(CALLED_HERE) & known
+
+
+def test_all_problems_of_a_file_are_told_at_once_each_with_its_line_in_the_files_order(tmp_path):
+    text = """\
+rounds = 0
+[gossip]
+segmnets = 4
+replicas = 'two'
+[training]
+local_epochs = 1
+local_steps = 2
+"""
+    path = written(tmp_path, text)
+    with pytest.raises(ScenarioError) as caught:
+        load_scenario(path, ["peers=0"])
+    assert str(caught.value).splitlines() == [
+        f"{path}:1: rounds = 0 must be at least 1",
+        f"{path}:3: unknown key 'gossip.segmnets'; did you mean 'gossip.segments'?",
+        f"{path}:4: gossip.replicas = 'two' must be a whole number",
+        f"{path}:5: training.local_epochs = 1 and training.local_steps = 2 exclude each other; remove one",
+        "peers = 0 must be at least 1",  # from the override
+    ]
+    assert {problem.key for problem in caught.value.problems} == {
+        *("rounds", "gossip.segmnets", "gossip.replicas", "training", "peers")
+    }
+
+
+def test_no_message_is_a_traceback_of_pydantic():
+    with pytest.raises(ScenarioError) as caught:
+        Scenario(peers="x", gossip={"mixing": []}, stop={"duration": {}}, topology=[], nonsense=1)
+    assert caught.value.__suppress_context__
+    assert "pydantic" not in str(caught.value) and "http" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+# --------------------------------------------------------------------------------------------------- names in registries
+
+
+def test_the_quickstart_names_only_what_exists():
+    check_names(load_scenario("quickstart"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.kind=digts", "unknown data set 'digts'; did you mean 'digits'?"),
+        ("data.partition.kind=dirichelt", "unknown partition 'dirichelt'; did you mean 'dirichlet'?"),
+        ("gossip.aggregation=mediam", "unknown aggregation rule 'mediam'; did you mean 'median'?"),
+    ],
+)
+def test_a_name_that_no_registry_knows_is_refused_with_a_suggestion(override, message):
+    with pytest.raises(ConfigError) as caught:
+        check_names(load_scenario("quickstart", [override]))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model=mpl", "unknown model 'mpl'; did you mean 'mlp'?"),
+        ("gossip.codec=int9", "unknown codec 'int9'; did you mean 'int"),
+    ],
+)
+def test_models_and_codecs_are_checked_where_torch_is_loaded(override, message):
+    import torch  # noqa: F401
+
+    with pytest.raises(ConfigError) as caught:
+        check_names(load_scenario("quickstart", [override]))
+    assert message in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------- resolved scenarios
+
+
+def test_a_resolved_scenario_has_every_default_and_leaves_out_what_is_none():
+    resolved = load_scenario({"gossip": {"max_staleness": "inf"}}).resolved()
+    assert resolved["gossip"]["max_staleness"] == math.inf and resolved["min_peers"] == 4
+    assert resolved["training"]["local_epochs"] == 1 and "local_steps" not in resolved["training"]
+    assert "quorum" not in resolved["gossip"] and "network" not in resolved and "stop" not in resolved
+
+
+def test_the_digest_covers_every_setting_but_the_name():
+    scenario = load_scenario("quickstart")
+    assert len(scenario.sha256) == 64
+    assert load_scenario(scenario, ["name=other"]).sha256 == scenario.sha256
+    for change in (
+        "seed.model=1",
+        "topology.kind=ring",
+        "data.partition.alpha=0.4",
+        "gossip.max_staleness=inf",
+        "central=false",
+    ):
+        assert load_scenario(scenario, [change]).sha256 != scenario.sha256
+
+
+def test_the_digest_does_not_depend_on_how_a_setting_was_written():
+    written_out = {"seed": {"data": 1, "model": 1, "protocol": 1}, "training": {"learning_rate": 1}, "min_peers": 4}
+    assert load_scenario(written_out).sha256 == load_scenario({"seed": 1, "training": {"learning_rate": 1.0}}).sha256
+
+
+def test_a_scenario_passes_to_another_process():
+    scenario = load_scenario("quickstart")
+    assert pickle.loads(pickle.dumps(scenario)) == scenario  # noqa: S301 (our own bytes)
+
+
+toml_values = st.recursive(
+    st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+argument_names = st.text('abcxyz_-. "é', min_size=1, max_size=6).map(lambda name: f"my_{name}")
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> dict[str, Any]:
+    """Settings that are valid, over most kinds of values."""
+    optional: dict[str, st.SearchStrategy[Any]] = {
+        "name": st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,8}", fullmatch=True),
+        "seed": st.integers(0, 2**63 - 1)
+        | st.fixed_dictionaries({}, optional={"data": st.integers(0, 9), "model": st.just(1)}),
+        "peers": st.integers(4, 50),
+        "min_peers": st.integers(1, 4),
+        "central": st.booleans(),
+        "model_args": st.dictionaries(argument_names, toml_values, max_size=2),
+        "training": st.fixed_dictionaries(
+            {}, optional={"local_steps": st.integers(1, 9), "learning_rate": st.floats(1e-300, 1e300), "threads": st.just(2)}
+        ),
+        "gossip": st.fixed_dictionaries(
+            {},
+            optional={
+                "max_staleness": st.integers(0, 5) | st.just(math.inf) | st.just("inf"),
+                "patience": st.just("auto") | st.integers(1, 9) | st.floats(1e-3, 1e9),
+                "quorum": st.integers(0, 3),
+                "selection": st.sampled_from(["uniform", "all"]),
+            },
+        ),
+        "data": st.fixed_dictionaries(
+            {},
+            optional={
+                "partition": st.dictionaries(argument_names, toml_values, max_size=2),
+                "args": st.dictionaries(argument_names, toml_values, max_size=2),
+            },
+        ),
+        "stop": st.fixed_dictionaries(
+            {}, optional={"rounds": st.integers(1, 99), "duration": st.integers(1, 99) | st.just("1.5h")}
+        ),
+    }
+    return draw(st.fixed_dictionaries({}, optional=optional))
+
+
+@settings(max_examples=60, deadline=None)
+@given(scenarios())
+def test_a_resolved_file_loads_back_to_an_equal_scenario_with_an_equal_digest(values):
+    scenario = load_scenario(values)
+    again = load_scenario(tomllib.loads(scenario.to_toml()))
+    assert again == scenario
+    assert again.sha256 == scenario.sha256
+    assert again.resolved() == scenario.resolved() and again.to_toml() == scenario.to_toml()
+
+
+# ------------------------------------------------------------------------------------------------------------- imports
+
+
+def test_reading_a_scenario_loads_no_torch_networkx_sklearn_or_zmq():
+    code = (
+        "import sys; from gossipfl.scenario.config import load_scenario; load_scenario('quickstart')\n"
+        "loaded = {'torch', 'networkx', 'sklearn', 'zmq'} & set(sys.modules); assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
