@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from gossipfl.learning.datasets import Dataset, normalise
 from gossipfl.learning.flatten import layout_of, travelling_tensors
 from gossipfl.randomness import derived_seed, generator
 from gossipfl.registry import Registry
+from gossipfl.segments.buffers import VectorPool
 from gossipfl.segments.quantization import tensor
 
 TrainingStep = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,7 +39,8 @@ TrainingStep = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 STEPS: Registry[TrainingStep] = Registry("training step")
 """Named training steps; mostly used for a user's own `package.module:function`."""
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 128
+"""Test samples at a time: the activations of a convolutional network take 0.2 MiB for each."""
 MIN_GAIN = 1.05
 """Fast math is used where it is at least this many times faster: below that the difference is noise."""
 
@@ -69,7 +71,7 @@ class Learner:
 
     name: str
     indices: np.ndarray
-    optimizer_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    optimizer_state: OptimizerState = field(default_factory=dict)
     local_buffers: torch.Tensor | None = None
 
 
@@ -89,8 +91,10 @@ def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.T
     return F.cross_entropy(logits.flatten(0, -2), y.flatten())
 
 
-Update = Callable[[TrainingConfig, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], None]
-"""`f(config, parameters_, gradient, state_)`: one step of an optimizer on the flat vectors."""
+OptimizerState = dict[str, list[torch.Tensor]]
+"""By name of the quantity, a tensor for each parameter; empty at first."""
+Update = Callable[[TrainingConfig, list[torch.Tensor], list[torch.Tensor], OptimizerState], None]
+"""`f(config, parameters_, gradients, state_)`: one step of an optimizer."""
 
 OPTIMIZERS: Registry[Update] = Registry("optimizer")
 
@@ -99,11 +103,11 @@ OPTIMIZERS: Registry[Update] = Registry("optimizer")
 
 
 @OPTIMIZERS.register("sgd")
-def sgd(config: TrainingConfig, parameters: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-    momenta = [state.get("momentum")]
+def sgd(config: TrainingConfig, parameters: list[torch.Tensor], gradients: list[torch.Tensor], state: OptimizerState) -> None:
+    momenta: list[torch.Tensor | None] = list(state.get("momentum", [None] * len(parameters)))
     sgd_step(
-        [parameters],
-        [gradient],
+        parameters,
+        gradients,
         momenta,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
@@ -113,22 +117,38 @@ def sgd(config: TrainingConfig, parameters: torch.Tensor, gradient: torch.Tensor
         maximize=False,
         foreach=False,
     )
-    if momenta[0] is not None:
-        state["momentum"] = momenta[0]
+    if config.momentum:
+        state["momentum"] = cast(list[torch.Tensor], momenta)
+
+
+@OPTIMIZERS.register("adam")
+def adam(config: TrainingConfig, parameters: list[torch.Tensor], gradients: list[torch.Tensor], state: OptimizerState) -> None:
+    _adam(config, parameters, gradients, state, decoupled=False)
+
+
+@OPTIMIZERS.register("adamw")
+def adamw(config: TrainingConfig, parameters: list[torch.Tensor], gradients: list[torch.Tensor], state: OptimizerState) -> None:
+    _adam(config, parameters, gradients, state, decoupled=True)
 
 
 def _adam(
-    config: TrainingConfig, parameters: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], decoupled: bool
+    config: TrainingConfig,
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    state: OptimizerState,
+    decoupled: bool,
 ) -> None:
     if not state:
-        state.update(mean=torch.zeros_like(parameters), square=torch.zeros_like(parameters), step=torch.tensor(0.0))
+        state["mean"] = [torch.zeros_like(values) for values in parameters]
+        state["square"] = [torch.zeros_like(values) for values in parameters]
+        state["step"] = [torch.tensor(0.0) for _ in parameters]
     adam_step(
-        [parameters],
-        [gradient],
-        [state["mean"]],
-        [state["square"]],
+        parameters,
+        gradients,
+        state["mean"],
+        state["square"],
         [],
-        [state["step"]],
+        state["step"],
         foreach=False,
         amsgrad=False,
         beta1=0.9,
@@ -139,16 +159,6 @@ def _adam(
         maximize=False,
         decoupled_weight_decay=decoupled,
     )
-
-
-@OPTIMIZERS.register("adam")
-def adam(config: TrainingConfig, parameters: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-    _adam(config, parameters, gradient, state, decoupled=False)
-
-
-@OPTIMIZERS.register("adamw")
-def adamw(config: TrainingConfig, parameters: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-    _adam(config, parameters, gradient, state, decoupled=True)
 
 
 class FlatModel:
@@ -169,18 +179,12 @@ class FlatModel:
         self.layout = layout_of(model, buffers)
         everything = layout_of(model)
         self.flat = torch.empty(everything.size, device=device)
-        self.num_parameters = sum(values.numel() for _, values in parameters)
-        self.gradient = torch.zeros(self.num_parameters, device=device)
+        self.pool = VectorPool(self.layout.size)
+        self.trained = [values for _, values in parameters if values.requires_grad]
         for entry, (_, values) in zip(everything.entries, tensors, strict=True):
             view = self.flat[entry.start : entry.stop].view(entry.shape)
             view.copy_(values.detach())
             values.data = view
-            if isinstance(values, nn.Parameter):
-                values.grad = self.gradient[entry.start : entry.stop].view(entry.shape)
-
-    @property
-    def parameters(self) -> torch.Tensor:
-        return self.flat[: self.num_parameters]
 
     @property
     def local_buffers(self) -> torch.Tensor:
@@ -189,7 +193,9 @@ class FlatModel:
 
     def read(self) -> np.ndarray:
         """What travels, as a fresh f32[P] in main memory."""
-        return self.flat[: self.layout.size].detach().cpu().numpy().copy()
+        vector = self.pool.take()
+        torch.from_numpy(vector).copy_(self.flat[: self.layout.size])
+        return vector
 
     def write(self, vector: np.ndarray) -> None:
         """Load `vector` (f32[P]) into the model. LayoutError if it does not fit."""
@@ -261,38 +267,37 @@ class Engine:
                 total += y.numel()
         return correct / total
 
-    def try_fast_math(self, num_steps: int = 6) -> bool:
+    def try_fast_math(self, num_pairs: int = 8) -> bool:
         """Switch fast math on if it wins here: channels_last images and oneDNN's reduced-precision float32 products.
 
-        Times `num_steps` training steps each way, on a scratch copy of the model's values.
+        Times training steps with and without it in turn, so that a busy machine slows both, and leaves the model as it was.
         """
         before = self.flat.flat.clone()
         batch = self.dataset.x_train[: self.config.batch_size], self.dataset.y_train[: self.config.batch_size]
-
-        def median_s(fast: bool) -> float:
-            self.set_fast_math(fast)
-            times = []
-            for _ in range(num_steps):
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(num_pairs):
+            for fast in times:
+                self.set_fast_math(fast)
                 began = time.perf_counter()
                 self._train_step(*self._tensors(*batch), {})
-                times.append(time.perf_counter() - began)
-            return statistics.median(times[1:])
-
-        wins = median_s(fast=False) > MIN_GAIN * median_s(fast=True)
+                times[fast].append(time.perf_counter() - began)
         self.flat.flat.copy_(before)
-        self.set_fast_math(wins)
-        return wins
+        plain_s, fast_s = (statistics.median(times[fast][1:]) for fast in (False, True))
+        self.set_fast_math(plain_s > MIN_GAIN * fast_s)
+        return self.uses_fast_math
 
     def set_fast_math(self, use: bool) -> None:
         self.uses_fast_math = use
         torch.set_float32_matmul_precision("medium" if use else "highest")
 
-    def _train_step(self, x: torch.Tensor, y: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
-        self.flat.gradient.zero_()
+    def _train_step(self, x: torch.Tensor, y: torch.Tensor, state: OptimizerState) -> torch.Tensor:
+        for values in self.flat.trained:
+            values.grad = None  # backward then stores gradients instead of adding to them
         loss = self._step(self._model, x, y)
         loss.backward()
+        used = [values for values in self.flat.trained if values.grad is not None]
         with torch.no_grad():
-            self._update(self.config, self.flat.parameters, self.flat.gradient, state)
+            self._update(self.config, used, [values.grad for values in used], state)  # type: ignore[misc]
         return loss.detach()
 
     def _batches(self, learner: Learner, round: int, times: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -24,7 +24,7 @@ import torch
 
 from gossipfl.aggregation import AGGREGATORS
 from gossipfl.errors import ConfigError, RunError
-from gossipfl.learning.checkpoint import model_bytes, write_atomically
+from gossipfl.learning.checkpoint import save_model
 from gossipfl.learning.datasets import open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
@@ -152,7 +152,7 @@ class _Hosted:
     accuracy_before: float | None = None
     done: RoundDone | None = None
     is_finished: bool = False
-    result: bytes | None = None
+    model_file: Path | None = None
     events: list[Event] = field(default_factory=list)
 
 
@@ -303,8 +303,8 @@ class PeerHost:
         name = hosted.node.name
         event: Event = {"event": "finished", "peer": name, "round": hosted.node.machine.round, "error": error}
         if error is None:
-            hosted.result = model_bytes(self.layout, vector, peer=name)
-            write_atomically(Path(self.job.out) / "models" / f"{name}.safetensors", hosted.result)
+            hosted.model_file = Path(self.job.out) / "models" / f"{name}.safetensors"
+            save_model(hosted.model_file, self.layout, vector, peer=name)
         hosted.is_finished = True
         hosted.events.append(event)
         on_event(event)
@@ -337,6 +337,6 @@ class PeerHost:
         match item:
             case "events":
                 return "".join(json.dumps(event) + "\n" for event in hosted.events).encode()
-            case "model":
-                return hosted.result
+            case "model" if hosted.model_file is not None:
+                return hosted.model_file.read_bytes()
         return None

@@ -51,6 +51,7 @@ from gossipfl.protocol.messages import (
 )
 from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, Origin, ZmqTransport
 from gossipfl.segments.assembly import Assembler
+from gossipfl.segments.buffers import VectorPool
 from gossipfl.segments.codecs import Codec
 from gossipfl.segments.mixing import mix
 from gossipfl.segments.store import SegmentStore
@@ -102,7 +103,8 @@ class RoundDone:
 class Node:
     """One peer: its machine, its vectors and its share of the transport.
 
-    `own` is the newest trained vector, `mixed` the one that merges write and the next training starts from (both f32[P]).
+    `own` is the newest trained vector; merges write the mixed one, which the next training starts from and takes over (both
+    f32[P]).
     """
 
     machine: Gossip
@@ -114,12 +116,14 @@ class Node:
     tasks: SimpleQueue[TrainTask | FinishTask]
     on_record: Callable[[Node, RoundDone | Fault], None] = lambda node, record: None
     collect: Callable[[str], bytes | None] = lambda item: None
-    mixed: np.ndarray = field(init=False)
+    pool: VectorPool = field(init=False)
     own: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.name = self.machine.name
-        self.own, self.mixed = self.initial, self.initial.copy()
+        self.pool = VectorPool(self.initial.size)
+        self.own = self.initial
+        self._mixed: np.ndarray | None = None
         self._assembler = Assembler(self.codec)
         self._origins: dict[tuple[PeerId, int], Origin] = {}
         self._traffic = Traffic()
@@ -202,11 +206,11 @@ class Node:
             case Forget(_, request):
                 self._assembler.forget(request)
             case Train(round_):
-                self.tasks.put(TrainTask(self, round_, self.mixed))
+                self.tasks.put(TrainTask(self, round_, self._take_mixed()))
             case Report(record):
                 self._report(record)
             case Finish(error):
-                self.tasks.put(FinishTask(self, self.mixed, error))
+                self.tasks.put(FinishTask(self, self._take_mixed(), error))
         return None
 
     def _serve(self, peer: PeerId, pull: Pull, version: int) -> None:
@@ -246,8 +250,15 @@ class Node:
         began = time.perf_counter()
         start, stop = self.machine.config.segments[segment]
         copies = [(contribution.payload, contribution.weight) for contribution in contributions]
-        mix(self.aggregate, self.own[start:stop], own_weight, copies, out=self.mixed[start:stop])
+        if self._mixed is None:
+            self._mixed = self.pool.take()
+        mix(self.aggregate, self.own[start:stop], own_weight, copies, out=self._mixed[start:stop])
         self._traffic.merge_s += time.perf_counter() - began
+
+    def _take_mixed(self) -> np.ndarray:
+        """The vector that the merges have come to; the own one before there are any."""
+        mixed, self._mixed = self._mixed, None
+        return self.own if mixed is None else mixed
 
     def _report(self, record: RoundReport | Fault) -> None:
         if isinstance(record, Fault):

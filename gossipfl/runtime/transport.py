@@ -44,7 +44,7 @@ RETRY_S = 0.005
 HIGH_WATER_MARK = 64
 HANDSHAKE_S = 3.0
 MAX_BANNED = 4096
-BATCH = 64
+BATCH = 16
 """Messages taken from one socket before the others get their turn."""
 
 Origin = bytes
