@@ -36,7 +36,20 @@ _HOMES = {
     "run": "gossipfl.scenario.runner",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "ConfigError",
+    "Dataset",
+    "Gossip",
+    "GossipConfig",
+    "GossipflError",
+    "Peer",
+    "RunError",
+    "RunResult",
+    "Scenario",
+    "__version__",
+    "load_scenario",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

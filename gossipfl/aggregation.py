@@ -34,8 +34,9 @@ from typing import Protocol
 import numpy as np
 
 from gossipfl.registry import Registry
+from gossipfl.segments.buffers import Pieces
 
-Rows = np.ndarray | Sequence[np.ndarray]
+Rows = np.ndarray | Sequence[np.ndarray | Pieces]
 Weight = float | np.floating | np.ndarray
 Weights = np.ndarray | Sequence[Weight]
 
@@ -184,7 +185,7 @@ def _pick(ordered: Sequence[np.ndarray], ranks: np.ndarray) -> np.ndarray:
     return picked
 
 
-def _new_like(row: np.ndarray) -> np.ndarray:
+def _new_like(row: np.ndarray | Pieces) -> np.ndarray:
     return np.empty(row.size, np.float32)
 
 

@@ -150,8 +150,6 @@ def peer(
 
 @main.command(epilog=_EPILOG)
 @click.argument("roster", type=click.Path(path_type=Path))
-@click.option("--config", "scenario", default=None, help="The scenario of the run, if the roster does not name it.")
-@_set
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the record (default: runs/<scenario>).")
 @click.option("--force", is_flag=True, help="Replace the folder of an earlier run.")
 @click.option(
@@ -159,24 +157,18 @@ def peer(
 )
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json to stdout and nothing else.")
 @_errors_are_messages
-def collect(
-    roster: Path,
-    scenario: str | None,
-    overrides: tuple[str, ...],
-    out: Path | None,
-    force: bool,
-    timeout_s: float,
-    as_json: bool,
-) -> None:
+def collect(roster: Path, out: Path | None, force: bool, timeout_s: float, as_json: bool) -> None:
     """Gather a run of peers by hand into one record, one summary and the average model.
 
+    Peers keep their results for a while after they have finished; those that have not finished yet are waited for.
+
     \b
-    gossipfl collect roster.toml --config quickstart
+    gossipfl collect roster.toml
     """
     from gossipfl.scenario.byhand import collect_run
     from gossipfl.scenario.display import print_summary
 
-    result = collect_run(roster, scenario, overrides, out, force, timeout_s, lambda text: click.echo(text, err=True))
+    result = collect_run(roster, out, force, timeout_s, lambda text: click.echo(text, err=True))
     if as_json:
         click.echo(json.dumps(result.summary))
     else:

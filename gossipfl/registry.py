@@ -66,14 +66,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def import_function(name: str, kind: str) -> Callable[..., Any]:
     """Import `package.module:function`, also from the current folder. ConfigError names what is missing."""
     module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute or module_name.startswith("."):
+        raise ConfigError(f"{kind} {name!r} is not of the form package.module:function")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(f"{kind} {name!r}: cannot import module {module_name!r} ({error})") from error
-    except AttributeError as error:
-        raise ConfigError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}") from error
+    function = getattr(module, attribute, None)
+    if function is None:
+        raise ConfigError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}{did_you_mean(attribute, dir(module))}")
     if not callable(function):
         raise ConfigError(f"{kind} {name!r}: {attribute!r} in {module_name!r} is not a function")
     return cast(Callable[..., Any], function)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from gossipfl.segments.layout import Layout
 
 def model_bytes(layout: Layout, vector: np.ndarray, **metadata: str) -> bytes:
     """The safetensors file of `vector` (f32[P]), its tensors under the model's own names."""
-    tensors = {name: np.ascontiguousarray(values) for name, values in layout.tensors(vector).items()}
+    tensors = layout.tensors(np.ascontiguousarray(vector))
     order = json.dumps([entry.name for entry in layout.entries])
     return save(tensors, {"order": order, "gossipfl": __version__, **metadata})
 
@@ -32,19 +33,28 @@ def load_model(path: Path) -> tuple[Layout, np.ndarray]:
     try:
         with safe_open(path, framework="numpy") as file:
             names = json.loads((file.metadata() or {})["order"])
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if not isinstance(names, list) or sorted(map(str, names)) != sorted(file.keys()):
+                raise DataError(f"{path} is no model file of gossipfl: its list of tensors does not fit its tensors")
+            tensors = [file.get_tensor(name) for name in names]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is no model file of gossipfl: {error}") from error
-    layout = Layout.of((name, tensor.shape) for name, tensor in tensors.items())
-    return layout, np.concatenate([tensor.reshape(-1) for tensor in tensors.values()]).astype(np.float32, copy=False)
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.dtype != np.float32:
+            raise DataError(f"{path}: {name} is {tensor.dtype}; models are float32")
+    layout = Layout.of((name, tensor.shape) for name, tensor in zip(names, tensors, strict=True))
+    return layout, np.concatenate([np.empty(0, np.float32), *(tensor.reshape(-1) for tensor in tensors)])
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a torn one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -72,7 +72,7 @@ class Learner:
     name: str
     indices: np.ndarray
     optimizer_state: OptimizerState = field(default_factory=dict)
-    local_buffers: torch.Tensor | None = None
+    local_buffers: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +180,13 @@ class FlatModel:
         everything = layout_of(model)
         self.flat = torch.empty(everything.size, device=device)
         self.pool = VectorPool(self.layout.size)
-        self.trained = [values for _, values in parameters if values.requires_grad]
+        self.trained: list[torch.Tensor] = [values for _, values in parameters if values.requires_grad]
         for entry, (_, values) in zip(everything.entries, tensors, strict=True):
             view = self.flat[entry.start : entry.stop].view(entry.shape)
             view.copy_(values.detach())
             values.data = view
-
-    @property
-    def local_buffers(self) -> torch.Tensor:
-        """The float buffers that do not travel (a view)."""
-        return self.flat[self.layout.size :]
+        travelling = {entry.name for entry in self.layout.entries}
+        self.local_buffers = [values for name, values in model.named_buffers() if name not in travelling]
 
     def read(self) -> np.ndarray:
         """What travels, as a fresh f32[P] in main memory."""
@@ -217,7 +214,7 @@ class Engine:
         self._model = self.flat.model
         self._step = step or (STEPS.get(config.step) if config.step else cross_entropy)
         self._update = OPTIMIZERS.get(config.optimizer)
-        self._initial_buffers = self.flat.local_buffers.clone()
+        self._initial_buffers = [values.clone() for values in self.flat.local_buffers]
         self.uses_fast_math = False
 
     def initial_vector(self) -> np.ndarray:
@@ -242,21 +239,19 @@ class Engine:
         began = time.perf_counter()
         torch.manual_seed(derived_seed(self.config.seed, "training", learner.name, round))
         self.flat.write(vector)
-        self.flat.local_buffers.copy_(self._initial_buffers if learner.local_buffers is None else learner.local_buffers)
+        self._load_buffers(learner)
         if self.config.reset_optimizer:
             learner.optimizer_state.clear()
         self._model.train()
         losses = [self._train_step(x, y, learner.optimizer_state) for x, y in self._batches(learner, round, times)]
-        if self.flat.local_buffers.numel():
-            learner.local_buffers = self.flat.local_buffers.clone()
+        learner.local_buffers = [values.clone() for values in self.flat.local_buffers]
         loss = float(torch.stack(losses).mean())
         return TrainResult(self.flat.read(), loss, len(losses), time.perf_counter() - began)
 
     def evaluate(self, vector: np.ndarray, learner: Learner | None = None) -> float:
-        """Accuracy of `vector` (f32[P]) on the test set; with a learner, using its local buffers."""
+        """Accuracy of `vector` (f32[P]) on the test set, with the learner's local buffers (None: those of a new model)."""
         self.flat.write(vector)
-        if learner is not None and learner.local_buffers is not None:
-            self.flat.local_buffers.copy_(learner.local_buffers)
+        self._load_buffers(learner)
         self._model.eval()
         correct = total = 0
         with torch.no_grad():
@@ -290,14 +285,19 @@ class Engine:
         self.uses_fast_math = use
         torch.set_float32_matmul_precision("medium" if use else "highest")
 
+    def _load_buffers(self, learner: Learner | None) -> None:
+        values = (learner.local_buffers if learner else []) or self._initial_buffers
+        for buffer, value in zip(self.flat.local_buffers, values, strict=True):
+            buffer.copy_(value)
+
     def _train_step(self, x: torch.Tensor, y: torch.Tensor, state: OptimizerState) -> torch.Tensor:
         for values in self.flat.trained:
             values.grad = None  # backward then stores gradients instead of adding to them
         loss = self._step(self._model, x, y)
         loss.backward()
-        used = [values for values in self.flat.trained if values.grad is not None]
+        gradients = [torch.zeros_like(values) if values.grad is None else values.grad for values in self.flat.trained]
         with torch.no_grad():
-            self._update(self.config, used, [values.grad for values in used], state)  # type: ignore[misc]
+            self._update(self.config, self.flat.trained, gradients, state)
         return loss.detach()
 
     def _batches(self, learner: Learner, round: int, times: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

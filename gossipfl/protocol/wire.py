@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import msgpack
@@ -37,9 +38,8 @@ from gossipfl.protocol.messages import (
 WIRE_VERSION = 1
 MAX_HEADER_BYTES = 1024
 MAX_PAYLOAD_BYTES = 256 * 1024
-MAX_NAME_CHARS = 64
+MAX_NAME_BYTES = 64
 _MAX_INT = 2**62
-_RESERVED = (None, None, None)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -56,9 +56,8 @@ class Envelope:
 
 def encode(run: int, sender: PeerId, recipient: PeerId, message: Message) -> bytes:
     """The header frame of a message; its payload frame is the caller's to send, unchanged."""
-    kind, names, _ = _BY_CLASS[type(message)]
-    body = [getattr(message, name) for name in names]
-    header = msgpack.packb((WIRE_VERSION, run, kind, sender, recipient, body, *_RESERVED))
+    kind, body_of = _BY_CLASS[type(message)]
+    header = msgpack.packb((WIRE_VERSION, run, kind, sender, recipient, body_of(message), None, None, None))
     assert len(header) <= MAX_HEADER_BYTES, (len(header), message)
     return header
 
@@ -79,9 +78,9 @@ def decode(frames: Sequence[Buffer]) -> Envelope:
     if type(fields_) is not tuple or len(fields_) != 9:
         raise RemoteProtocolError("the header is not a list of nine fields")
     version, run, kind, sender, recipient, body, *reserved = fields_
-    if version != WIRE_VERSION:
-        raise RemoteProtocolError(f"wire version {version!r}; this is version {WIRE_VERSION}")
-    if tuple(reserved) != _RESERVED:
+    if type(version) is not int or version != WIRE_VERSION:
+        raise RemoteProtocolError(f"wire version {_shown(version)}; this is version {WIRE_VERSION}")
+    if any(value is not None for value in reserved):
         raise RemoteProtocolError("identity, hash and signature are reserved and must be nil")
     if not (_is_count(run) and _is_name(kind) and _is_name(sender) and _is_name(recipient)):
         raise RemoteProtocolError("run, kind, sender or recipient is not what it should be")
@@ -96,14 +95,14 @@ def _message(kind: str, body: Any, payload: Buffer) -> Message:
         raise RemoteProtocolError(f"{kind}: the body is not a list of {len(names)} fields")
     for name, value, is_valid in zip(names, body, checks, strict=True):
         if not is_valid(value):
-            raise RemoteProtocolError(f"{kind}.{name} = {str(value)[:80]} is not valid")
+            raise RemoteProtocolError(f"{kind}.{name} = {_shown(value)} is not valid")
     if class_ is Data:
-        message = Data(*body, payload=payload)
+        message = Data(*(*body, payload))
         if message.num_bytes != len(payload) or not 0 < message.num_bytes <= message.total - message.offset:
             raise RemoteProtocolError(f"data: {len(payload)} payload bytes at {message.offset} of {message.total}")
         return message
     if class_ is Record:
-        return Record(*body, payload=payload)
+        return Record(*(*body, payload))
     if len(payload):
         raise RemoteProtocolError(f"{kind} carries no payload, {len(payload)} bytes came")
     return class_(*body)
@@ -122,6 +121,11 @@ def _unpack(header: Buffer) -> Any:
     )
 
 
+def _shown(value: object) -> str:
+    """A value for an error message; containers only by type, for printing deeply nested ones overflows the stack."""
+    return repr(value)[:80] if isinstance(value, int | float | str | bytes | None) else type(value).__name__
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value <= _MAX_INT
 
@@ -131,7 +135,7 @@ def _is_total(value: object) -> bool:
 
 
 def _is_name(value: object) -> bool:
-    return type(value) is str and 0 < len(value) <= MAX_NAME_CHARS
+    return type(value) is str and 0 < len(value.encode("utf-8", "replace")) <= MAX_NAME_BYTES
 
 
 def _is_flag(value: object) -> bool:
@@ -139,7 +143,7 @@ def _is_flag(value: object) -> bool:
 
 
 def _is_seconds(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= 1e9  # type: ignore[arg-type]
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value) and 0 <= value <= 1e9
 
 
 def _is_range(value: object) -> bool:
@@ -171,5 +175,12 @@ def _names(class_: type) -> tuple[str, ...]:
     return tuple(field.name for field in fields(class_) if field.name != "payload")
 
 
-_BY_CLASS = {class_: (kind, _names(class_), checks) for class_, (kind, checks) in _CHECKS.items()}
+def _body_getter(class_: type) -> Callable[[Message], tuple[Any, ...]]:
+    """The fields of a message as a tuple; on the path of every chunk, so not in a Python loop."""
+    names = _names(class_)
+    get = attrgetter(*names)
+    return get if len(names) > 1 else lambda message: (get(message),)
+
+
+_BY_CLASS = {class_: (kind, _body_getter(class_)) for class_, (kind, _) in _CHECKS.items()}
 _BY_KIND = {kind: (class_, _names(class_), checks) for class_, (kind, checks) in _CHECKS.items()}

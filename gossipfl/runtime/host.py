@@ -135,6 +135,7 @@ class Job:
     out: str
     advertise: str | None = None
     insecure: bool = False
+    scenario: str = ""
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Job:
@@ -152,6 +153,7 @@ class _Hosted:
     accuracy_before: float | None = None
     done: RoundDone | None = None
     is_finished: bool = False
+    is_collected: bool = False
     model_file: Path | None = None
     events: list[Event] = field(default_factory=list)
 
@@ -223,6 +225,11 @@ class PeerHost:
     @property
     def num_active(self) -> int:
         return sum(not hosted.is_finished for hosted in self._hosted.values())
+
+    @property
+    def is_collected(self) -> bool:
+        """Whether a collector has taken what all peers here have left behind."""
+        return all(hosted.is_collected for hosted in self._hosted.values())
 
     def work(self, on_event: Callable[[Event], None], timeout_s: float | None = None) -> bool:
         """Do what is asked next, within `timeout_s`; False if nothing was. Raises what a crashed reactor raised."""
@@ -311,9 +318,12 @@ class PeerHost:
 
     def _keep_first(self, name: PeerId, mixed: np.ndarray) -> None:
         """Keep the first mixed vector, for the consensus distance at the start."""
-        folder = Path(self.job.out) / "first"
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / f"{name}.npy", mixed)
+        path = self._first_file(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, mixed)
+
+    def _first_file(self, name: PeerId) -> Path:
+        return Path(self.job.out) / "first" / f"{name}.npy"
 
     def _is_evaluated(self, round_: int) -> bool:
         every = self.job.evaluate_every
@@ -335,8 +345,14 @@ class PeerHost:
         if not hosted.is_finished:
             return None
         match item:
+            case "thanks":
+                hosted.is_collected = True
+            case "scenario":
+                return self.job.scenario.encode()
             case "events":
                 return "".join(json.dumps(event) + "\n" for event in hosted.events).encode()
+            case "first":
+                return self._first_file(name).read_bytes()
             case "model" if hosted.model_file is not None:
                 return hosted.model_file.read_bytes()
         return None

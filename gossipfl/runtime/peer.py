@@ -27,6 +27,7 @@ from gossipfl.errors import ConfigError, RunError
 from gossipfl.learning.flatten import flatten, layout_of, unflatten_
 from gossipfl.learning.training import TrainingStep, cross_entropy
 from gossipfl.protocol.messages import Fault, RoundReport, Start, StopAfter
+from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
 from gossipfl.runtime.host import GossipSettings, build_node
 from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone
@@ -60,6 +61,9 @@ class Peer:
         for key in gossip:
             if key not in known:
                 raise ConfigError(f"unknown gossip setting {key!r}{did_you_mean(key, known)}")
+        for other in roster:
+            if not 0 < len(other.encode()) <= MAX_NAME_BYTES:
+                raise ConfigError(f"peer name {other!r}: a name has 1 to {MAX_NAME_BYTES} bytes")
         if name not in roster:
             raise ConfigError(f"{name!r} is not in the roster of {', '.join(roster)}")
         self.name, self.model, self.buffers = name, model, buffers

@@ -3,9 +3,9 @@
 Several peers may share an endpoint (all peers of one process do); the header says who speaks to whom. Answers return on the
 connection that asked, so they reach peers that cannot be connected to. Everything here runs on one thread, but for `wake`.
 
-ZeroMQ queues count messages, not bytes, so what is in flight is bounded here: a sender stops once a connection holds
-`window` unacknowledged payload bytes, and the receiver returns them as Credit. The window follows the rate of the
-connection (at most a quarter of a second's worth), so that small messages are not stuck behind seconds of payload.
+ZeroMQ queues count messages, not bytes, so what is in flight is bounded here: a sender may send `FIRST_WINDOW_BYTES` of payload
+on a connection and then as much as the receiver's Credits allow. The receiver's window follows the rate of the connection (a
+quarter of a second's worth), so that small messages are not stuck behind seconds of payload.
 
 A connection that sends something malformed is not listened to again; what it still sends is counted and dropped.
 """
@@ -32,20 +32,24 @@ from gossipfl.protocol.messages import Credit, Data, Message, PeerId, Record
 
 logger = logging.getLogger(__name__)
 
-MIN_WINDOW_BYTES = wire.MAX_PAYLOAD_BYTES
-MAX_WINDOW_BYTES = 8 * wire.MAX_PAYLOAD_BYTES
+FIRST_WINDOW_BYTES = 2 * wire.MAX_PAYLOAD_BYTES
+MAX_WINDOW_BYTES = 16 * wire.MAX_PAYLOAD_BYTES
 WINDOW_S = 0.25
-CREDIT_BYTES = MAX_WINDOW_BYTES // 4
-MIN_CREDIT_BYTES = MIN_WINDOW_BYTES // 4
 MAX_LINKS = 64
 """Outgoing connections kept open; beyond it the one that has been idle longest is closed."""
 IDLE_S = 5.0
 RETRY_S = 0.005
 HIGH_WATER_MARK = 64
 HANDSHAKE_S = 3.0
-MAX_BANNED = 4096
+MAX_REMEMBERED = 4096
+"""Incoming connections whose credit, or whose ban, is remembered."""
 BATCH = 16
 """Messages taken from one socket before the others get their turn."""
+
+# Plain numbers: combining the enumeration's members takes longer than a receive.
+_POLLIN, _POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
+_DONTWAIT, _SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
+_CHUNKED = (Data, Record)
 
 Origin = bytes
 """The connection that a message came in on; answers go back to it."""
@@ -88,20 +92,19 @@ class _Link:
     socket: zmq.Socket
     monitor: zmq.Socket
     outbox: deque[bytes] = field(default_factory=deque)
-    uncredited: int = 0
-    pair: tuple[PeerId, PeerId] = ("", "")
     last_used: float = 0.0
+    allowed: int = FIRST_WINDOW_BYTES  # payload bytes that may still come
+    window: int = FIRST_WINDOW_BYTES
+    credited_at: float = 0.0
 
 
 @dataclass(slots=True)
 class _Inbound:
-    """An incoming connection: what is queued for it, and how much of what was sent is not credited yet."""
+    """An incoming connection: what is queued for it, and how many payload bytes it may still be sent."""
 
-    queue: deque[tuple[PeerId, PeerId, Message]] = field(default_factory=deque)
+    queue: deque[tuple[PeerId, PeerId, Data | Record]] = field(default_factory=deque)
     requests: dict[tuple[PeerId, int], int] = field(default_factory=dict)  # payload bytes still queued
-    in_flight: int = 0
-    window: int = MIN_WINDOW_BYTES
-    credited_at: float = 0.0
+    allowed: int = FIRST_WINDOW_BYTES
 
 
 class ZmqTransport:
@@ -119,7 +122,7 @@ class ZmqTransport:
         self.dropped = 0
         self.unknown = 0
         self.tap: Callable[[Incoming], None] | None = None
-        self._context = zmq.Context.instance()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._context.set(zmq.MAX_SOCKETS, max(self._context.get(zmq.MAX_SOCKETS), 4096))
         self._routes: dict[PeerId, str] = {}
         self._links: dict[str, _Link] = {}
@@ -132,9 +135,9 @@ class ZmqTransport:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._poller = zmq.Poller()
-        self._poller.register(self._wake_read, zmq.POLLIN)
+        self._poller.register(self._wake_read, _POLLIN)
         self._router = self._bind(bind)
-        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._router, _POLLIN)
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self.address = advertise.replace(":0", f":{urlsplit(bound).port}") if advertise else bound
 
@@ -164,6 +167,8 @@ class ZmqTransport:
     def queue(self, origin: Origin, sender: PeerId, recipient: PeerId, chunks: Iterable[Data | Record]) -> None:
         """Queue the chunks of an answer; they go out as the connection takes them, each zero-copy."""
         inbound = self._inbound.setdefault(origin, _Inbound())
+        if len(self._inbound) > MAX_REMEMBERED:
+            self._forget_idle()
         for chunk in chunks:
             key = recipient, chunk.request
             inbound.requests[key] = inbound.requests.get(key, 0) + len(chunk.payload)
@@ -195,9 +200,9 @@ class ZmqTransport:
             self._drain_wakes()
         for link in list(self._links.values()):
             if link.socket in ready:
-                if ready[link.socket] & zmq.POLLIN:
+                if ready[link.socket] & _POLLIN:
                     self._read_link(link)
-                if ready[link.socket] & zmq.POLLOUT:
+                if ready[link.socket] & _POLLOUT:
                     self._flush(link)
             if link.monitor in ready:
                 self._read_monitor(link)
@@ -251,15 +256,15 @@ class ZmqTransport:
         _set_limits(dealer)
         dealer.setsockopt(zmq.IMMEDIATE, 1)
         dealer.setsockopt(zmq.RECONNECT_IVL, 100)
-        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 30_000)
+        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
         events = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
         if address.startswith("inproc:"):  # has neither handshake nor monitor events
             events = zmq.Event.CLOSED
         monitor = dealer.get_monitor_socket(events)
         dealer.connect(address)
         link = self._links[address] = _Link(address, dealer, monitor)
-        self._poller.register(dealer, zmq.POLLIN)
-        self._poller.register(monitor, zmq.POLLIN)
+        self._poller.register(dealer, _POLLIN)
+        self._poller.register(monitor, _POLLIN)
         return link
 
     def _drop_link(self, address: str, linger_s: float = 0.0) -> None:
@@ -267,43 +272,44 @@ class ZmqTransport:
         self._poller.unregister(link.socket)
         self._poller.unregister(link.monitor)
         link.socket.disable_monitor()
+        link.monitor.close(linger=0)
         link.socket.close(linger=int(linger_s * 1000))
 
     def _flush(self, link: _Link) -> None:
         """Send what waits for this link; what does not go waits for the socket to become writable."""
         while link.outbox:
             try:
-                link.socket.send_multipart((link.outbox[0], b""), zmq.DONTWAIT)
+                link.socket.send_multipart((link.outbox[0], b""), _DONTWAIT)
             except zmq.Again:
-                self._poller.modify(link.socket, zmq.POLLIN | zmq.POLLOUT)
+                self._poller.modify(link.socket, _POLLIN | _POLLOUT)
                 return
             link.outbox.popleft()
-        self._poller.modify(link.socket, zmq.POLLIN)
+        self._poller.modify(link.socket, _POLLIN)
 
     def _send_back(self, origin: Origin, sender: PeerId, recipient: PeerId, message: Message) -> None:
         """Send a message without payload ahead of what is queued."""
         try:
-            self._router.send_multipart((origin, wire.encode(self.run, sender, recipient, message), b""), zmq.DONTWAIT)
+            self._router.send_multipart((origin, wire.encode(self.run, sender, recipient, message), b""), _DONTWAIT)
         except zmq.ZMQError as error:
             self._send_failed(origin, error)
             self.dropped += 1
 
     def _pump(self, origin: Origin, inbound: _Inbound) -> None:
-        """Hand over queued chunks while the window allows."""
+        """Hand over queued chunks while the receiver's credit lasts."""
         self._blocked.discard(origin)
-        while inbound.queue and inbound.in_flight < inbound.window:
+        send = self._router.send
+        while inbound.queue and inbound.allowed > 0:
             sender, recipient, chunk = inbound.queue[0]
             header = wire.encode(self.run, sender, recipient, chunk)
             try:
-                self._router.send_multipart((origin, header), zmq.DONTWAIT | zmq.SNDMORE)
-                self._router.send(chunk.payload, zmq.DONTWAIT, copy=False)
+                send(origin, _DONTWAIT | _SNDMORE)
+                send(header, _DONTWAIT | _SNDMORE)
+                send(chunk.payload, _DONTWAIT, copy=False)
             except zmq.ZMQError as error:
                 self._send_failed(origin, error)
                 return
-            if not inbound.in_flight:
-                inbound.credited_at = time.monotonic()
             inbound.queue.popleft()
-            inbound.in_flight += len(chunk.payload)
+            inbound.allowed -= len(chunk.payload)
             key = recipient, chunk.request
             inbound.requests[key] -= len(chunk.payload)
             if not inbound.requests[key]:
@@ -324,43 +330,49 @@ class ZmqTransport:
     def _read_link(self, link: _Link) -> None:
         for _ in range(BATCH):
             try:
-                frames = link.socket.recv_multipart(zmq.DONTWAIT, copy=False)
+                frames = _receive(link.socket)
             except zmq.Again:
                 break
             incoming = self._decode(frames, None)
             if isinstance(incoming, str):
+                logger.warning("malformed message from %s: %s; it is not listened to again", link.address, incoming)
                 self._foul.add(link.address)
                 self._drop_link(link.address)
                 self._happened.append(LinkDown(self._peers_at(link.address), f"malformed: {incoming}"))
                 return
             if incoming is None:
                 continue
-            if isinstance(incoming.message, Data | Record):
-                link.uncredited += len(incoming.message.payload)
-                link.pair = incoming.recipient, incoming.sender
-                if link.uncredited >= CREDIT_BYTES:
-                    self._credit(link)
+            if isinstance(incoming.message, _CHUNKED):
+                link.allowed -= len(incoming.message.payload)
+                if link.allowed <= link.window // 2:
+                    self._credit(link, incoming.recipient, incoming.sender)
             self._happened.append(incoming)
-        if link.uncredited >= MIN_CREDIT_BYTES:
-            self._credit(link)
 
-    def _credit(self, link: _Link) -> None:
-        link.outbox.append(wire.encode(self.run, *link.pair, Credit(link.uncredited)))
-        link.uncredited = 0
-        self._flush(link)
+    def _credit(self, link: _Link, sender: PeerId, recipient: PeerId) -> None:
+        """Allow a window more, of what the link has lately carried in `WINDOW_S`."""
+        now = time.monotonic()
+        rate = (link.window - link.allowed) / max(now - link.credited_at, 1e-6)
+        link.credited_at = now
+        link.window = int(min(max(rate * WINDOW_S, FIRST_WINDOW_BYTES), MAX_WINDOW_BYTES))
+        credit = link.window - link.allowed
+        if credit > 0:
+            link.allowed += credit
+            link.outbox.append(wire.encode(self.run, sender, recipient, Credit(credit)))
+            self._flush(link)
 
     def _read_router(self) -> None:
         for _ in range(BATCH):
             try:
-                origin_frame, *frames = self._router.recv_multipart(zmq.DONTWAIT, copy=False)
+                first, *frames = self._router.recv_multipart(_DONTWAIT, copy=False)
             except zmq.Again:
                 return
-            origin = origin_frame.bytes
+            origin = first.bytes
             if origin in self._banned:
                 self.dropped += 1
                 continue
-            incoming = self._decode(frames, origin)
+            incoming = self._decode([frame.buffer for frame in frames], origin)
             if isinstance(incoming, str):
+                logger.warning("malformed message from %s: %s; its connection is ignored", _source(first), incoming)
                 self._ban(origin)
                 self._inbound.pop(origin, None)
             elif incoming is not None and isinstance(incoming.message, Credit):
@@ -371,29 +383,26 @@ class ZmqTransport:
 
     def _credited(self, origin: Origin, num_bytes: int) -> None:
         inbound = self._inbound.get(origin)
-        if inbound is None:
-            return
-        now = time.monotonic()
-        rate = num_bytes / max(now - inbound.credited_at, 1e-6)
-        inbound.credited_at = now
-        inbound.window = int(min(max(rate * WINDOW_S, MIN_WINDOW_BYTES), MAX_WINDOW_BYTES))
-        inbound.in_flight = max(0, inbound.in_flight - num_bytes)
-        self._pump(origin, inbound)
-        if not inbound.queue and not inbound.in_flight:
+        if inbound is not None:
+            inbound.allowed = min(inbound.allowed + num_bytes, MAX_WINDOW_BYTES)
+            self._pump(origin, inbound)
+
+    def _forget_idle(self) -> None:
+        """Forget the connections that have nothing queued; one that is still in use starts with a first window again."""
+        for origin in [origin for origin, inbound in self._inbound.items() if not inbound.queue]:
             del self._inbound[origin]
 
-    def _decode(self, frames: list[zmq.Frame], origin: Origin | None) -> Incoming | str | None:
+    def _decode(self, frames: list[wire.Buffer], origin: Origin | None) -> Incoming | str | None:
         """The message, None where it is not for anybody here to read, or what is wrong with it."""
         try:
-            envelope = wire.decode([frame.buffer for frame in frames])
+            envelope = wire.decode(frames)
         except RemoteProtocolError as error:
             self.malformed += 1
-            logger.warning("malformed message from %s: %s; its connection is ignored", _source(frames), error)
             return str(error)
         if envelope.message is None or envelope.run != self.run:
             self.unknown += 1
             return None
-        num_bytes = sum(len(frame) for frame in frames)
+        num_bytes = len(frames[0]) + len(frames[1])
         incoming = Incoming(envelope.sender, envelope.recipient, envelope.message, origin, num_bytes)
         if self.tap is not None:
             self.tap(incoming)
@@ -401,7 +410,7 @@ class ZmqTransport:
 
     def _ban(self, origin: Origin) -> None:
         self._banned[origin] = None
-        while len(self._banned) > MAX_BANNED:
+        while len(self._banned) > MAX_REMEMBERED:
             del self._banned[next(iter(self._banned))]
 
     def _read_monitor(self, link: _Link) -> None:
@@ -410,7 +419,7 @@ class ZmqTransport:
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 self._happened.append(LinkUp(self._peers_at(link.address)))
             elif event == zmq.Event.DISCONNECTED:
-                link.uncredited = 0
+                link.allowed = link.window = FIRST_WINDOW_BYTES
                 self._happened.append(LinkDown(self._peers_at(link.address), "the connection broke"))
 
     def _peers_at(self, address: str) -> tuple[PeerId, ...]:
@@ -457,13 +466,23 @@ def _set_limits(socket: zmq.Socket) -> None:
 def _bind_failure(address: str, error: zmq.ZMQError) -> str:
     if error.errno == zmq.EADDRINUSE:
         return f"{address} is in use; choose another port, or 0 for any free one"
-    if error.errno == zmq.ENODEV or error.errno == errno.EADDRNOTAVAIL:
+    if error.errno in (errno.ENODEV, errno.EADDRNOTAVAIL):
         return f"{address} is no address of this machine; bind to one that is, and advertise the other"
     return f"cannot bind to {address}: {error}"
 
 
-def _source(frames: list[zmq.Frame]) -> str:
+def _receive(socket: zmq.Socket[bytes]) -> list[wire.Buffer]:
+    """The frames of one message; the payload is not copied. Frames beyond those that a message has are passed over."""
+    frames: list[wire.Buffer] = [socket.recv(_DONTWAIT)]
+    while socket.get(zmq.RCVMORE):
+        frame = socket.recv(copy=False)
+        if len(frames) <= 2:
+            frames.append(frame.buffer)
+    return frames
+
+
+def _source(frame: zmq.Frame) -> str:
     try:
-        return str(frames[0].get("Peer-Address"))
-    except (zmq.ZMQError, IndexError):
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:
         return "an unknown address"

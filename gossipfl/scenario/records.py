@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
+import shutil
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -69,8 +71,6 @@ def new_folder(out: Path | None, name: str, force: bool) -> Path:
 
 def _remove_run(folder: Path) -> None:
     """Remove a run's folder, and nothing that is none."""
-    import shutil
-
     if not (folder / "scenario.toml").exists() and not (folder / "events.jsonl").exists():
         raise ConfigError(f"--out {folder} is not the folder of a run, so --force does not replace it; choose another folder")
     shutil.rmtree(folder)
@@ -103,15 +103,16 @@ def final_models(folder: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarr
 
 def mean_vector(vectors: Iterable[np.ndarray]) -> np.ndarray:
     """The plain mean of vectors (f32[P]), summed in float64."""
-    total, count = np.float64(0), 0
-    for vector in vectors:
-        total, count = total + vector.astype(np.float64), count + 1
-    return np.asarray(total / count, dtype=np.float32)
+    first, *others = vectors
+    total = first.astype(np.float64)
+    for vector in others:
+        total += vector
+    return (total / (1 + len(others))).astype(np.float32)
 
 
 def consensus_distance(vectors: Sequence[np.ndarray]) -> float:
     """Mean squared distance of the peers' vectors from their mean: mean ||x_i - x_bar||^2."""
-    mean = sum(vector.astype(np.float64) for vector in vectors) / len(vectors)
+    mean = np.mean(vectors, axis=0, dtype=np.float64)
     return float(np.mean([np.sum((vector - mean) ** 2) for vector in vectors]))
 
 
@@ -207,8 +208,6 @@ def summarize(
 
 def machine() -> str:
     """One line on where this ran."""
-    import os
-
     model = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -222,3 +221,8 @@ def machine() -> str:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else round(value, 6)
+
+
+def remove_files(folder: Path) -> None:
+    """Remove a folder of working files, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -32,12 +32,12 @@ import psutil
 import tomli_w
 
 from gossipfl import errors
-from gossipfl.errors import ConfigError, GossipflError, RunError
+from gossipfl.errors import GossipflError, RunError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.learning.datasets import Dataset, open_dataset, prepare_dataset, save_dataset
 from gossipfl.learning.partition import class_table, partition
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
-from gossipfl.scenario.records import Event, RunRecord, final_models, new_folder, summarize
+from gossipfl.scenario.records import Event, RunRecord, final_models, new_folder, remove_files, summarize
 from gossipfl.scenario.workers import Inbox, ThreadWorker, WorkerHandle, launch
 
 logger = logging.getLogger(__name__)
@@ -187,10 +187,7 @@ class _Launcher:
             prepared = folder / "data"
             save_dataset(dataset, prepared)
         else:
-            data = scenario.data
-            prepared = prepare_dataset(
-                data.kind, Path(data.path) if data.path else None, data.test_fraction, scenario.data_seed, data.args, _cache()
-            )
+            prepared = prepare(scenario)
         opened = open_dataset(prepared)
         shards = deal(scenario, opened)
         table = class_table(opened.y_train, shards, opened.num_classes) if opened.num_classes <= 20 else None
@@ -262,6 +259,8 @@ class _Launcher:
         while not self.is_interrupted and any(name not in self.finished for name in names):
             worker, event = self._next(0.5)
             match event["event"]:
+                case _ if worker is None:
+                    pass
                 case "round" | "fault" | "finished":
                     if event["event"] == "finished":
                         self.finished[event["peer"]] = event["error"]
@@ -352,7 +351,7 @@ class _Launcher:
                 num_rounds = max((event["round"] for event in record.events if event["event"] == "round"), default=0)
                 central = self._ask({"do": "central", "rounds": num_rounds, "peers": scenario.peers}, "central")
         for leftover in ("first", "shards"):
-            _remove_files(record.folder / leftover)
+            remove_files(record.folder / leftover)
         summary = summarize(
             record.events,
             scenario=scenario.name,
@@ -403,7 +402,7 @@ class _Launcher:
         def interrupt(number: int, frame: FrameType | None) -> None:
             self.is_interrupted = True
 
-        handlers = {}
+        handlers: dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 handlers[number] = signal.signal(number, interrupt)
@@ -413,6 +412,13 @@ class _Launcher:
 
 
 _BUFFERS = {"average": "averaged like the weights", "local": "each peer's own"}
+
+
+def prepare(scenario: Scenario) -> Path:
+    """The folder of the scenario's data set, converted to memory-mapped files once and kept for later runs."""
+    data = scenario.data
+    path = Path(data.path) if data.path else None
+    return prepare_dataset(data.kind, path, data.test_fraction, scenario.data_seed, data.args, _cache())
 
 
 def deal(scenario: Scenario, dataset: Dataset) -> list[np.ndarray]:
@@ -461,17 +467,7 @@ def _cache() -> Path:
     return Path(os.environ.get("GOSSIPFL_CACHE") or Path.home() / ".cache" / "gossipfl")
 
 
-def _remove_files(folder: Path) -> None:
-    if folder.exists():
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-
-
 def _error_of(event: Event) -> GossipflError:
     """The worker's error, as the class that it was there."""
     class_ = getattr(errors, event["kind"], RunError)
     return class_(event["message"]) if issubclass(class_, GossipflError) else RunError(event["message"])
-
-
-__all__ = ["ConfigError", "Observer", "RunResult", "run"]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from gossipfl.errors import CodecError
+from gossipfl.segments.buffers import Pieces
 from gossipfl.segments.codecs import Codec, Decoded, all_finite
 from gossipfl.segments.layout import Range
 
 
 @dataclass(slots=True)
 class _Partial:
-    buffer: np.ndarray
+    """What has come of one range: decoded pieces, where the codec's chunks decode on their own, else encoded bytes."""
+
     num_bytes: int = 0
+    pieces: list[np.ndarray] = field(default_factory=list)
+    encoded: bytearray = field(default_factory=bytearray)
 
 
 class Assembler:
@@ -22,12 +26,12 @@ class Assembler:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._asked: dict[int, dict[Range, _Partial | None]] = {}
+        self._asked: dict[int, dict[Range, _Partial]] = {}
 
     def expect(self, request: int, ranges: tuple[Range, ...]) -> None:
         """Open `request`, or narrow it to the ranges still missing when it is asked again."""
         known = self._asked.get(request, {})
-        self._asked[request] = {range_: known.get(range_) for range_ in ranges}
+        self._asked[request] = {range_: known.get(range_) or _Partial() for range_ in ranges}
 
     def forget(self, request: int) -> None:
         self._asked.pop(request, None)
@@ -44,23 +48,34 @@ class Assembler:
         size = range_[1] - range_[0]
         if total != self._codec.num_bytes(size):
             raise CodecError(f"{total} bytes for {size} values; {self._codec.name} takes {self._codec.num_bytes(size)}")
-        partial = ranges[range_]
-        if offset == 0 and len(chunk) == total:
-            return self._finish(request, range_, chunk)
         if offset == 0:
-            partial = ranges[range_] = _Partial(np.empty(total, np.uint8))
-        if partial is None or partial.num_bytes != offset:
+            ranges[range_] = _Partial()
+        partial = ranges[range_]
+        if partial.num_bytes != offset:
             return None
-        partial.buffer[offset : offset + len(chunk)] = chunk
         partial.num_bytes += len(chunk)
-        return self._finish(request, range_, partial.buffer) if partial.num_bytes == total else None
-
-    def _finish(self, request: int, range_: Range, encoded: memoryview | np.ndarray) -> Decoded:
-        decoded = self._codec.decode(encoded, range_[1] - range_[0])
-        if not all_finite(decoded.values):
-            raise CodecError(f"values of {range_} are not finite")
-        ranges = self._asked[request]
+        item_bytes = self._codec.item_bytes
+        if len(chunk) == total:
+            decoded = self._decode(chunk, size)
+        elif item_bytes:
+            if len(chunk) % item_bytes:
+                raise CodecError(f"a chunk of {len(chunk)} bytes, not whole values of {item_bytes}")
+            partial.pieces.append(np.asarray(self._decode(chunk, len(chunk) // item_bytes).values))
+            if partial.num_bytes < total:
+                return None
+            decoded = Decoded(Pieces(partial.pieces), None)
+        else:
+            partial.encoded += chunk
+            if partial.num_bytes < total:
+                return None
+            decoded = self._decode(partial.encoded, size)
         del ranges[range_]
         if not ranges:
             del self._asked[request]
+        return decoded
+
+    def _decode(self, encoded: memoryview | bytearray, size: int) -> Decoded:
+        decoded = self._codec.decode(encoded, size)
+        if not all_finite(np.asarray(decoded.values)):
+            raise CodecError("the values are not finite")
         return decoded

@@ -49,6 +49,7 @@ import torch
 
 from gossipfl.errors import CodecError, ConfigError
 from gossipfl.registry import Registry, did_you_mean
+from gossipfl.segments.buffers import Pieces
 from gossipfl.segments.quantization import (
     dequantize,
     num_blocks,
@@ -78,7 +79,7 @@ _F32, _I8, _U16, _U32 = (np.dtype(name) for name in ("<f4", "i1", "<u2", "<u4"))
 class Decoded:
     """Values of a range, and which of them the sender sent. Sparse codecs leave 0 where nothing was sent."""
 
-    values: np.ndarray
+    values: np.ndarray | Pieces
     """f32[n]; may be a read-only view of the payload."""
     present: np.ndarray | None
     """bool[n], or None when every value was sent."""
@@ -89,6 +90,8 @@ class Codec(Protocol):
 
     name: str
     """As asked for, with its argument: `topk:0.1`."""
+    item_bytes: int | None
+    """Bytes per value, where any run of whole values decodes on its own; else None."""
     sparse: bool
     """Needs `selected` to encode and leaves out the other values."""
 
@@ -112,6 +115,7 @@ class SparseCodec(Codec):
     """Sends `num_selected(n)` of n values with their indices; subclasses choose which."""
 
     sparse = True
+    item_bytes: int | None = None
 
     def __init__(self, name: str, ratio: Fraction) -> None:
         self.name = name
@@ -177,6 +181,7 @@ class _Float32:
     """The values as they are; encode and decode are views."""
 
     name, sparse = "float32", False
+    item_bytes: int | None = 4
 
     def num_bytes(self, n: int) -> int:
         return 4 * n
@@ -193,6 +198,7 @@ class _Half:
     """A 16-bit float type. Finite values beyond its range become its largest; infinity and NaN stay what they are."""
 
     sparse = False
+    item_bytes: int | None = 2
 
     def __init__(self, name: str, dtype: torch.dtype, infinity: int) -> None:
         self.name = name
@@ -219,6 +225,7 @@ class _Quantized:
     """Block-wise levels: bytes when `max_level` is 127, half bytes when it is 7."""
 
     sparse = False
+    item_bytes: int | None = None
 
     def __init__(self, name: str, max_level: int, block: int) -> None:
         self.name = name

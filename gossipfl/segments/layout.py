@@ -60,7 +60,7 @@ class Layout:
     @cached_property
     def digest(self) -> str:
         """16 hex digits that differ when any name, shape or order differs."""
-        text = ";".join(f"{entry.name}:{','.join(map(str, entry.shape))}" for entry in self.entries)
+        text = repr([(entry.name, entry.shape) for entry in self.entries])
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def tensors(self, vector: np.ndarray) -> dict[str, np.ndarray]:

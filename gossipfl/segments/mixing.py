@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gossipfl.aggregation import AGGREGATORS, Aggregator
+from gossipfl.aggregation import Aggregator
 from gossipfl.segments.codecs import Decoded
 
 
@@ -19,18 +19,14 @@ def mix(
 ) -> None:
     """Write the mix of `own` (f32[n]) and `copies` into `out` (f32[n]).
 
-    A copy from a sparse codec counts only at the coordinates that it holds. With `own_weight` = 0 (adopting) the own copy
-    serves only the coordinates that no copy holds.
+    A copy from a sparse codec counts only at the coordinates that it holds. With `own_weight` = 0 (adopting) the one copy is
+    taken as it is, and the own one serves only the coordinates that it does not hold.
     """
-    if not copies:
+    if not copies or not own_weight:
         out[:] = own
+        for decoded, _ in copies:
+            np.copyto(out, np.asarray(decoded.values), where=True if decoded.present is None else decoded.present)
         return
     rows = [own, *(decoded.values for decoded, _ in copies)]
     weights = [weight if decoded.present is None else np.float32(weight) * decoded.present for decoded, weight in copies]
-    if own_weight:
-        aggregate(rows, [own_weight, *weights], out=out)
-        return
-    held = np.zeros(own.size, np.float32)  # adopting takes the copies as they are, whatever the rule
-    for weight in weights:
-        held += weight
-    AGGREGATORS.get("mean")(rows, [(held == 0).astype(np.float32), *weights], out=out)
+    aggregate(rows, [own_weight, *weights], out=out)

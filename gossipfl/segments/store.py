@@ -11,7 +11,7 @@ import numpy as np
 
 from gossipfl.errors import CodecError, LayoutError
 from gossipfl.randomness import generator
-from gossipfl.segments.codecs import Codec
+from gossipfl.segments.codecs import Codec, SparseCodec
 from gossipfl.segments.layout import Range
 
 
@@ -31,8 +31,9 @@ class SegmentStore:
         self._versions: dict[int, np.ndarray] = {}
         self._encoded: dict[tuple[int, Range], memoryview] = {}
         self._selected: dict[tuple[int, Range], np.ndarray] = {}
-        self._previous = initial.copy() if codec.sparse else None
-        self._accumulator = np.zeros_like(initial) if codec.sparse else None
+        self._sparse = codec if isinstance(codec, SparseCodec) else None
+        self._previous = initial
+        self._accumulator = np.zeros_like(initial) if self._sparse else np.empty(0, np.float32)
 
     def publish(self, version: int, vector: np.ndarray) -> None:
         """Keep `vector` (f32[P], not to be written to again) as `version`."""
@@ -40,8 +41,8 @@ class SegmentStore:
             raise LayoutError(f"version {version} is {vector.dtype}{vector.shape}; the layout has float32 ({self._size},)")
         vector.flags.writeable = False
         self._versions[version] = vector
-        if self._accumulator is not None:
-            self._select(version, vector)
+        if self._sparse is not None:
+            self._select(self._sparse, version, vector)
 
     def retain(self, versions: Collection[int]) -> None:
         """Forget all versions but these."""
@@ -62,18 +63,17 @@ class SegmentStore:
             return self._codec.encode(values)  # a view already: nothing to keep
         key = version, range_
         if key not in self._encoded:
-            if self._codec.sparse and key not in self._selected:
+            if self._sparse and key not in self._selected:
                 raise CodecError(f"range {range_} of version {version} is no segment; {self._codec.name} serves whole segments")
             self._encoded[key] = self._codec.encode(values, self._selected.get(key))
         return self._encoded[key]
 
-    def _select(self, version: int, vector: np.ndarray) -> None:
-        assert self._accumulator is not None
+    def _select(self, codec: SparseCodec, version: int, vector: np.ndarray) -> None:
         self._accumulator += vector - self._previous
         self._previous = vector
         rng = generator(self._seed, "coordinates", self._name, version)
         for range_ in self._segments:
             change = self._accumulator[slice(*range_)]
-            selected = self._codec.select(change, rng)
+            selected = codec.select(change, rng)
             change[selected] = 0
             self._selected[version, range_] = selected
