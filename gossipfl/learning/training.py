@@ -207,6 +207,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: TrainingConfig, dataset: Dataset, step: TrainingStep | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+        _check_device(config.device)
         torch.set_num_threads(config.threads)
         self.config, self.dataset = config, dataset
         self.flat = FlatModel(model, config.buffers, config.device)
@@ -318,3 +319,11 @@ class Engine:
         if self.uses_fast_math and inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs, torch.from_numpy(np.array(y)).to(self.config.device)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"training.device = {device!r} is not to be had here ({reason}); use 'cpu'") from error

@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -81,6 +81,7 @@ from gossipfl.protocol.messages import (
 )
 from gossipfl.protocol.serving import PullDesk
 from gossipfl.randomness import generator
+from gossipfl.registry import Registry
 
 MIN_PATIENCE_S = 10.0
 PATIENCE_IN_TRAININGS = 4
@@ -154,6 +155,10 @@ class _Transfer:
         return self.num_bytes / max(now - self.asked_at, 1e-6)
 
 
+PROTOCOLS: Registry[Callable[[PeerId, Mapping[PeerId, int], GossipConfig], Gossip]] = Registry("protocol")
+
+
+@PROTOCOLS.register("gossip")
 class Gossip:
     """The machine of one peer. `degrees` maps each neighbour to its own number of neighbours."""
 

@@ -28,7 +28,7 @@ from gossipfl.learning.checkpoint import save_model
 from gossipfl.learning.datasets import open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
-from gossipfl.protocol.gossip import Gossip, GossipConfig
+from gossipfl.protocol.gossip import PROTOCOLS, GossipConfig
 from gossipfl.protocol.messages import Fault, PeerId, Start, StopAfter
 from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone, TrainTask
 from gossipfl.runtime.transport import ZmqTransport
@@ -105,7 +105,7 @@ def build_node(
             "use aggregation = 'mean' or a dense codec"
         )
     store = SegmentStore(initial, config.segments, values, settings.seed, name)
-    machine = Gossip(name, degrees, config)
+    machine = PROTOCOLS.get(settings.protocol)(name, degrees, config)
     return Node(machine, store, values, AGGREGATORS.get(settings.aggregation), initial, transport, tasks, **callbacks)
 
 

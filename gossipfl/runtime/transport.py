@@ -450,10 +450,6 @@ def check_loopback(address: str, insecure: bool) -> None:
         )
 
 
-def tcp_address(host: str, port: int) -> str:
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
 def _set_limits(socket: zmq.Socket) -> None:
     socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.LINGER, 0)

@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
@@ -37,6 +36,7 @@ from pydantic import (
 from gossipfl.errors import ConfigError
 from gossipfl.overlay.topology import Topology as PeerTopology
 from gossipfl.overlay.topology import build_topology
+from gossipfl.registry import did_you_mean
 from gossipfl.scenario.problems import Problem, ScenarioError, misplaced_key, problems_of, shown
 from gossipfl.scenario.sources import apply_overrides, line_of, read_toml, resolve_paths, scenario_file
 from gossipfl.scenario.values import (
@@ -51,6 +51,9 @@ from gossipfl.scenario.values import (
     three_seeds,
     toml_value,
 )
+
+BUILT_IN_MODELS = ("cnn", "gpt", "lenet5", "mlp", "resnet20")
+BUILT_IN_CODECS = ("bfloat16", "float16", "float32", "int4", "int8", "randomk", "topk")
 
 # ---------------------------------------------------------------------------------------------------------- the tables
 
@@ -348,22 +351,25 @@ def load_scenario(source: str | Path | Mapping[str, Any] | Scenario, overrides: 
 def check_names(scenario: Scenario) -> None:
     """ConfigError, with a suggestion, for names that no registry knows: data set, partition, aggregation.
 
-    The model and the codec live in modules that import torch, which takes seconds; they are looked up only where torch
-    is loaded already, and else by whoever builds them.
+    The tables of models and codecs live in modules that import torch, which takes most of a second; the names that come with
+    gossipfl are known here too. A scenario that names a module of the user's may have others registered there.
     """
     from gossipfl.aggregation import AGGREGATORS
     from gossipfl.learning.datasets import DATASETS
     from gossipfl.learning.partition import PARTITIONERS
+    from gossipfl.protocol.gossip import PROTOCOLS
 
     DATASETS.get(scenario.data.kind)
     PARTITIONERS.get(scenario.data.partition.kind)
     AGGREGATORS.get(scenario.gossip.aggregation)
-    if "torch" in sys.modules:
-        from gossipfl.learning.models import MODELS
-        from gossipfl.segments.codecs import codec
-
-        MODELS.get(scenario.model)
-        codec(scenario.gossip.codec)
+    PROTOCOLS.get(scenario.gossip.protocol)
+    names_own_module = any(":" in name for name in (scenario.model, scenario.data.kind, scenario.training.step or ""))
+    for kind, name, known in (
+        ("model", scenario.model, BUILT_IN_MODELS),
+        ("codec", scenario.gossip.codec.partition(":")[0], BUILT_IN_CODECS),
+    ):
+        if name not in known and not names_own_module:
+            raise ConfigError(f"unknown {kind} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 
 def _check_topology(scenario: Scenario) -> None:

@@ -32,10 +32,12 @@ import psutil
 import tomli_w
 
 from gossipfl import errors
-from gossipfl.errors import GossipflError, RunError
+from gossipfl.errors import ConfigError, GossipflError, RunError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.learning.datasets import Dataset, open_dataset, prepare_dataset, save_dataset
 from gossipfl.learning.partition import class_table, partition
+from gossipfl.randomness import generator
+from gossipfl.runtime.transport import check_loopback
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
 from gossipfl.scenario.records import Event, RunRecord, final_models, new_folder, remove_files, summarize
 from gossipfl.scenario.workers import Inbox, ThreadWorker, WorkerHandle, launch
@@ -117,6 +119,7 @@ class _Launcher:
     inbox: Inbox = field(default_factory=SimpleQueue)
     workers: Sequence[WorkerHandle] = ()
     process: subprocess.Popen[bytes] | None = None
+    sockets: tempfile.TemporaryDirectory[str] = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="gossipfl-"))
     ended: set[int] = field(default_factory=set)
     finished: dict[str, str | None] = field(default_factory=dict)
     peak_mib: float = 0.0
@@ -128,6 +131,8 @@ class _Launcher:
 
     def run(self, out: Path | None, force: bool, objects: dict[str, Any]) -> RunResult:
         check_names(self.scenario)
+        if self.scenario.transport.kind == "tcp":
+            check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
         self._check_file_descriptors()
         folder = new_folder(out, self.scenario.name, force)
         record = RunRecord(folder)
@@ -135,8 +140,13 @@ class _Launcher:
         handlers = self._catch_signals()
         try:
             return self._run(record, objects)
+        except ConfigError:
+            self._stop_workers()
+            remove_files(folder)  # nothing has run
+            raise
         finally:
             self._stop_workers()
+            self.sockets.cleanup()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             record.close()
@@ -208,9 +218,24 @@ class _Launcher:
             number = names.index(peer)
             degrees = {names[other]: topology.degree(other) for other in topology.neighbours(number)}
             jobs.append({"name": peer, "indices": str(shards[number].resolve()), "degrees": degrees})
-        bind = bind_address(scenario, index)
-        values = peer_settings(scenario) | {"peers": jobs, "run": self._run_number(folder), "bind": bind, "data": str(data)}
-        return values | {"out": str(folder.resolve()), "insecure": self.insecure}
+        return peer_settings(scenario) | {
+            "peers": jobs,
+            "run": self._run_number(folder),
+            "bind": self._bind_address(index),
+            "advertise": f"tcp://{scenario.transport.advertise}:0" if scenario.transport.advertise else None,
+            "data": str(data),
+            "out": str(folder.resolve()),
+            "insecure": self.insecure,
+        }
+
+    def _bind_address(self, index: int) -> str:
+        """Where the process number `index` listens: any free port, or a socket file that nobody else has."""
+        match self.scenario.transport.kind:
+            case "tcp":
+                return tcp_address(self.scenario.transport.host, 0)
+            case "ipc":
+                return f"ipc://{self.sockets.name}/{index}"
+        return f"inproc://gossipfl-{os.getpid()}-{time.monotonic_ns()}"
 
     def _run_number(self, folder: Path) -> int:
         text = f"{self.scenario.sha256}/{folder.resolve()}/{self.began}/{os.getpid()}"
@@ -422,15 +447,20 @@ def prepare(scenario: Scenario) -> Path:
 
 
 def deal(scenario: Scenario, dataset: Dataset) -> list[np.ndarray]:
-    """The indices (i64[n]) of the training samples of each peer."""
-    return partition(
-        dataset.y_train,
-        scenario.peers,
-        scenario.data.partition.kind,
-        scenario.data_seed,
-        dataset.keys,
-        scenario.data.partition.args,
-    )
+    """The indices (i64[n]) of the training samples of each peer; those kept for calibration are nobody's."""
+    kept = calibration_indices(scenario, dataset)
+    dealt = np.setdiff1d(np.arange(len(dataset.y_train)), kept)
+    keys = None if dataset.keys is None else dataset.keys[dealt]
+    kind, args = scenario.data.partition.kind, scenario.data.partition.args
+    shards = partition(dataset.y_train[dealt], scenario.peers, kind, scenario.data_seed, keys, args)
+    return [dealt[shard] for shard in shards]
+
+
+def calibration_indices(scenario: Scenario, dataset: Dataset) -> np.ndarray:
+    """The training samples (sorted i64[n]) that no peer trains on, `data.calibration_fraction` of all."""
+    total = len(dataset.y_train)
+    rng = generator(scenario.data_seed, "calibration")
+    return np.sort(rng.choice(total, round(scenario.data.calibration_fraction * total), replace=False))
 
 
 def peer_settings(scenario: Scenario) -> Event:
@@ -444,19 +474,11 @@ def peer_settings(scenario: Scenario) -> Event:
         "training": scenario.training.model_dump() | {"seed": scenario.protocol_seed},
         "gossip": gossip | {"rounds": scenario.rounds, "seed": scenario.protocol_seed},
         "evaluate_every": scenario.evaluate_every,
-        "advertise": None,
     }
 
 
-def bind_address(scenario: Scenario, index: int) -> str:
-    """Where the process number `index` listens: any free port, or a socket file that nobody else has."""
-    match scenario.transport.kind:
-        case "tcp":
-            host = scenario.transport.host
-            return f"tcp://[{host}]:0" if ":" in host else f"tcp://{host}:0"
-        case "ipc":
-            return f"ipc://{tempfile.mkdtemp(prefix='gossipfl-')}/{index}.sock"
-    return f"inproc://gossipfl-{os.getpid()}-{time.monotonic_ns()}"
+def tcp_address(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def _roster(run_number: int, addresses: Mapping[str, str]) -> dict[str, Any]:
