@@ -14,6 +14,7 @@ RULES = [pytest.param(AGGREGATORS.get(name), id=name) for name in AGGREGATORS]
 floats = st.floats(-1e6, 1e6, width=32)
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 12))
 matrices = shapes.flatmap(lambda shape: arrays(np.float32, shape, elements=floats))
+HALF_STEP = 2.0**-150  # float32 numbers near 0 are 2**-149 apart
 quick = settings(deadline=None, max_examples=60)
 
 
@@ -39,8 +40,13 @@ def some_presence(k, n, seed=2):
 def mean_bound(rows):
     """Rounding of `mean`: a difference of two rows is 2M at most, M the largest magnitude; the difference, the share
     (twice for weights per value) and the product each err by 2**-24 of it, each of k sums by as much again, and the last
-    step by 2**-24 M."""
-    return (len(rows) + 5) * 2 * np.abs(rows).max() * 2.0**-24
+    step by 2**-24 M.
+
+    That holds down to the smallest normal number. Below it products and quotients err by up to HALF_STEP; sums and
+    differences are exact there. With shares these are k - 1 products; with weights per value, of 0.1 each at least, k - 1
+    products, divided by a sum of 0.1 k at least, and the quotient: less than 11 HALF_STEP.
+    """
+    return (len(rows) + 5) * 2 * float(np.abs(rows).max()) * 2.0**-24 + (len(rows) + 10) * HALF_STEP
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -80,8 +86,8 @@ def test_the_mean_of_exact_numbers_is_exact():
 @given(rows=matrices)
 @quick
 def test_the_median_is_that_of_numpy(rows):
-    # The midpoint of the middle two takes three roundings of numbers of at most twice their magnitude.
-    bound = 6 * np.abs(rows).max() * 2.0**-24
+    # The midpoint of the middle two takes three roundings of numbers of at most twice their magnitude; near 0 halving rounds.
+    bound = 6 * float(np.abs(rows).max()) * 2.0**-24 + HALF_STEP
     assert np.abs(median(rows, some_weights(len(rows))) - np.median(rows.astype(np.float64), axis=0)).max() <= bound
 
 

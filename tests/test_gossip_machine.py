@@ -337,6 +337,19 @@ def test_a_transfer_that_progresses_outlives_the_patience():
     assert only(actions, Merge) and a.report.repeated_bytes == 0
 
 
+def test_a_neighbour_that_drips_bytes_does_not_hold_the_round():
+    a, asked = gathering(replicas=2, others=("b", "c"), patience_s=10, segments=((0, 1000),))
+    answer = data(asked["b"], (0, 1000), num_bytes=4000, total=4000)
+    a.handle(Received("b", answer), 1.5)  # 8,000 bytes a second
+    now = 1.5
+    for offset in range(0, 4000, 10):
+        now += 1.0
+        actions = a.handle(Received("c", data(asked["c"], (0, 1000), offset=offset, num_bytes=10, total=4000)), now)
+        if only(actions, Merge):
+            break
+    assert now < 12 and a.report.missing == 1 and a.membership.neighbours["c"].strikes == 1
+
+
 def test_a_late_copy_is_counted_and_changes_nothing():
     a, asked = gathering(replicas=1)
     peer, pull = next(iter(asked.items()))
@@ -354,7 +367,9 @@ def test_a_peer_that_changes_its_number_of_samples_is_rejected():
 
 def test_who_is_far_behind_adopts_the_newest_model_and_jumps_to_its_round():
     a, asked = gathering(rounds=20, replicas=1, versions_kept=4)
-    peer, pull = next(iter(asked.items()))
+    (liar, its_pull), (peer, pull) = list(asked.items())[:2]
+    actions = a.handle(Received(liar, data(its_pull, its_pull.ranges[0], version=6, newest=10**9)), 1.1)
+    assert only(actions, Report) == []  # one neighbour alone is not believed
     actions = a.handle(Received(peer, data(pull, pull.ranges[0], version=6, newest=9)), 1.1)
     assert [record.record.kind for record in only(actions, Report)] == ["behind"]
     asked = pulls(actions)

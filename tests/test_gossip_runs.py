@@ -10,6 +10,7 @@ import pytest
 from virtual_host import VirtualHost, keep
 
 from gossipfl.protocol.messages import Data, Pull
+from gossipfl.protocol.wire import MIN_CHUNK_BYTES
 
 
 def random_vectors(num_peers: int, size: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
@@ -128,9 +129,10 @@ def test_a_late_joiner_catches_up():
 def test_a_transfer_slower_than_any_deadline_arrives_once_not_twice(everybody):
     """Each segment takes 100 s, ten times the patience; its chunks come every 10 s."""
     names = list(random_vectors(3))
-    host = VirtualHost(
-        random_vectors(3), 2, num_segments=1, replicas=1 if not everybody else 2, bytes_per_s=40, chunk_bytes=400
-    )
+    replicas = 2 if everybody else 1
+    vectors = random_vectors(3, 10 * MIN_CHUNK_BYTES // 4)
+    rate = MIN_CHUNK_BYTES / 10
+    host = VirtualHost(vectors, 2, num_segments=1, replicas=replicas, bytes_per_s=rate, chunk_bytes=MIN_CHUNK_BYTES)
     host.run(until=5000)
     frames = [m for _, _, to, m in host.log if isinstance(m, Data)]
     assert max(host.data_frames.values()) == 1 and len(frames) == 3 * 2 * 10 * (2 if everybody else 1)

@@ -29,8 +29,8 @@ What the paper leaves open, and how it is settled:
 
 Deadlines. A first answer is due within an adaptive time (`membership.py`). One patience budget per round, from Trained,
 bounds the waiting for versions that are not trained yet; after it, replacements take the newest stored version and nothing
-waits again. A transfer that progresses is not cut off by either: after a silence its pull is repeated at the same neighbour,
-which resumes it, and only a second silence, or a crawl, ends it.
+waits again. A transfer that progresses is not cut off by either (`transfers.py`): after a silence its pull is repeated at the
+same neighbour, which resumes it, and only a second silence, or a crawl, ends it.
 
 Far behind. Who finds itself more than `versions_kept` rounds behind a neighbour adopts the newest model, by segments from
 several peers, and jumps to its round: a slow peer is never left to train alone.
@@ -39,7 +39,6 @@ several peers, and jumps to its round: a slow peer is never left to train alone.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -80,15 +79,13 @@ from gossipfl.protocol.messages import (
     by_peer,
 )
 from gossipfl.protocol.serving import PullDesk
+from gossipfl.protocol.transfers import Transfer
 from gossipfl.randomness import generator
 from gossipfl.registry import Registry
 
 MIN_PATIENCE_S = 10.0
 PATIENCE_IN_TRAININGS = 4
 MAX_SAMPLES = 2**40
-CRAWL = 32
-"""Past the patience, a transfer this many times slower than the round's median one is given up: a peer that drips bytes
-must not hold a round."""
 
 
 class Phase(Enum):
@@ -132,29 +129,6 @@ class _Segment:
     is_merged: bool = False
 
 
-@dataclass(slots=True)
-class _Transfer:
-    """One Pull in flight, and how far its ranges have come."""
-
-    peer: PeerId
-    pull: Pull
-    asked_at: float
-    deadline: float
-    missing: dict[Range, int]  # encoded bytes so far
-    versions: dict[Range, int] = field(default_factory=dict)
-    first_byte_at: float | None = None
-    last_byte_at: float = 0.0
-    longest_gap_s: float = 0.0
-    num_bytes: int = 0
-    is_answered: bool = False
-    is_flowing: bool = False
-    is_probed: bool = False
-
-    def rate(self, now: float) -> float:
-        """Encoded bytes per second since the pull was asked."""
-        return self.num_bytes / max(now - self.asked_at, 1e-6)
-
-
 PROTOCOLS: Registry[Callable[[PeerId, Mapping[PeerId, int], GossipConfig], Gossip]] = Registry("protocol")
 
 
@@ -175,7 +149,7 @@ class Gossip:
         self.report = RoundReport(0)
         self._segment_of = {range_: index for index, range_ in enumerate(config.segments)}
         self._segments: list[_Segment] = []
-        self._transfers: dict[int, _Transfer] = {}
+        self._transfers: dict[int, Transfer] = {}
         self._finished_rates: list[float] = []
         self._next_request = 1
         self._order: list[PeerId] = []  # of replacements, drawn once per round
@@ -354,7 +328,7 @@ class Gossip:
             some = tuple(ranges[first : first + MAX_RANGES])
             pull = Pull(self._next_request, version, oldest, some, self.config.codec, patience_left_s)
             deadline = now + self.membership.neighbours[peer].answer_deadline_s
-            self._transfers[pull.request] = _Transfer(peer, pull, now, deadline, dict.fromkeys(some, 0))
+            self._transfers[pull.request] = Transfer(peer, pull, now, deadline, dict.fromkeys(some, 0))
             self._next_request += 1
             actions.append(Send(peer, pull))
         return actions
@@ -386,23 +360,20 @@ class Gossip:
             reason = f"version {data.version} is older than {transfer.pull.oldest}"
             return self._reject(peer, data.request, reason, now)
         self._answered(transfer, now)
-        started = transfer.versions.setdefault(data.range, data.version)
-        if data.offset == 0 and transfer.missing[data.range]:  # the version was forgotten meanwhile: served anew
-            self.report.repeated_bytes += transfer.missing[data.range]
-            transfer.missing[data.range], started = 0, data.version
-            transfer.versions[data.range] = data.version
-        if data.offset != transfer.missing[data.range] or data.version != started:
+        self.report.repeated_bytes += transfer.begin(data)
+        if not transfer.continues_with(data):
             self.report.repeated_bytes += data.num_bytes
             return []
-        self._progress(transfer, data, now)
+        transfer.advance(data, now)
+        transfer.flows(now, neighbour.answer_deadline_s, self._patience_s)
+        self.report.payload_bytes += data.num_bytes
         if not data.is_last:
-            return []
-        del transfer.missing[data.range]
+            return self._give_up(transfer, now) if self._crawls(transfer, now) else []
         if not transfer.missing:
             del self._transfers[data.request]
             self._finished_rates.append(transfer.rate(now))
-        if data.newest - self.round > self.config.versions_kept and not self.report.adopted:
-            return self._fall_behind(peer, data.newest, now)
+        if self.membership.newest - self.round > self.config.versions_kept and not self.report.adopted:
+            return self._fall_behind(now)
         return self._copy_is_in(peer, data)
 
     def _copy_is_in(self, peer: PeerId, data: Data) -> list[Action]:
@@ -465,29 +436,10 @@ class Gossip:
 
     # --- waiting, and what goes wrong ---------------------------------------------------------------------------------
 
-    def _answered(self, transfer: _Transfer, now: float) -> None:
+    def _answered(self, transfer: Transfer, now: float) -> None:
         if not transfer.is_answered:
             transfer.is_answered = True
             self.membership.neighbours[transfer.peer].answered_after(now - transfer.asked_at)
-
-    def _progress(self, transfer: _Transfer, data: Data, now: float) -> None:
-        if transfer.first_byte_at is None:
-            transfer.first_byte_at = now
-        else:
-            transfer.longest_gap_s = max(transfer.longest_gap_s, now - transfer.last_byte_at)
-        transfer.last_byte_at = now
-        transfer.num_bytes += data.num_bytes
-        transfer.missing[data.range] += data.num_bytes
-        transfer.is_flowing, transfer.is_probed = True, False
-        transfer.deadline = now + self._silence_s(transfer)
-        self.report.payload_bytes += data.num_bytes
-
-    def _silence_s(self, transfer: _Transfer) -> float:
-        """How long a transfer may be silent: the patience until its chunks have been timed, then four of their gaps."""
-        if not transfer.longest_gap_s:
-            return self._patience_s
-        due = self.membership.neighbours[transfer.peer].answer_deadline_s
-        return max(4 * transfer.longest_gap_s, due)
 
     def _wait(self, peer: PeerId, request: int, bytes_queued: int, now: float) -> list[Action]:
         """Later: that neighbour lives. Wait for its training within the patience, for its queue as for a transfer."""
@@ -497,35 +449,27 @@ class Gossip:
             return []
         self._answered(transfer, now)
         if bytes_queued:
-            transfer.is_flowing, transfer.is_probed = True, False
-            transfer.deadline = now + self._silence_s(transfer)
+            transfer.flows(now, self.membership.neighbours[peer].answer_deadline_s, self._patience_s)
         elif not transfer.is_flowing:
             transfer.deadline = max(self._patience_end, now)
         return []
 
-    def _overdue(self, transfer: _Transfer, now: float) -> list[Action]:
-        neighbour = self.membership.neighbours[transfer.peer]
+    def _overdue(self, transfer: Transfer, now: float) -> list[Action]:
         if transfer.is_flowing and not transfer.is_probed and not self._crawls(transfer, now):
-            transfer.is_probed = True
-            transfer.deadline = now + max(self._silence_s(transfer), neighbour.answer_deadline_s)
-            return [Send(transfer.peer, self._rest_of(transfer))]
+            answer_s = self.membership.neighbours[transfer.peer].answer_deadline_s
+            return [Send(transfer.peer, transfer.probe(now, answer_s, self._patience_s))]
         if transfer.is_flowing or not transfer.is_answered:
-            neighbour.strikes += 1
-            self.report.timeouts += 1
+            return self._give_up(transfer, now)
         return self._replace(transfer, now)
 
-    def _crawls(self, transfer: _Transfer, now: float) -> bool:
-        if now < self._patience_end or not self._finished_rates:
-            return False
-        return transfer.rate(now) < statistics.median(self._finished_rates) / CRAWL
+    def _crawls(self, transfer: Transfer, now: float) -> bool:
+        return now >= self._patience_end and transfer.crawls(now, self._finished_rates)
 
-    def _rest_of(self, transfer: _Transfer) -> Pull:
-        """The same request for what is still missing, resuming the first range where it stopped."""
-        first, offset = next(iter(transfer.missing.items()))
-        old = transfer.pull
-        version = transfer.versions.get(first, old.version)
-        ranges = tuple(transfer.missing)
-        return Pull(old.request, version, old.oldest, ranges, old.codec, old.expires_s, offset)
+    def _give_up(self, transfer: Transfer, now: float) -> list[Action]:
+        """It was silent, or crawled, for too long."""
+        self.membership.neighbours[transfer.peer].strikes += 1
+        self.report.timeouts += 1
+        return self._replace(transfer, now)
 
     def _refused(self, peer: PeerId, request: int, newest: int, now: float) -> list[Action]:
         self.membership.neighbours[peer].heard(newest)
@@ -563,7 +507,7 @@ class Gossip:
             return [Send(peer, self.membership.hello(self.desk.newest, wants_reply=True))]
         return []
 
-    def _replace(self, transfer: _Transfer, now: float) -> list[Action]:
+    def _replace(self, transfer: Transfer, now: float) -> list[Action]:
         """Ask neighbours not tried yet for what is missing; where none is left, merge with fewer copies."""
         if self._transfers.pop(transfer.pull.request, None) is None:
             return []
@@ -591,8 +535,8 @@ class Gossip:
         candidates = set(self.membership.candidates(at_least=1))
         return [peer for peer in self._order if peer in candidates]
 
-    def _fall_behind(self, peer: PeerId, newest: int, now: float) -> list[Action]:
-        detail = f"{self.name} is at round {self.round}, {peer} at {newest}: adopting the newest model"
+    def _fall_behind(self, now: float) -> list[Action]:
+        detail = f"{self.name} is at round {self.round}, others at {self.membership.newest}: adopting the newest model"
         return [Report(Fault(self.round, self.name, "behind", detail)), *self._adopt(now)]
 
     def _adopt(self, now: float) -> list[Action]:

@@ -115,8 +115,9 @@ class Membership:
 
     @property
     def newest(self) -> int:
-        """The newest version that any neighbour is known to have trained."""
-        return max((neighbour.newest for neighbour in self.neighbours.values() if not neighbour.foreign), default=0)
+        """The newest version that two neighbours (or the only one) are known to have trained: one alone may lie."""
+        known = sorted((neighbour.newest for neighbour in self.neighbours.values() if not neighbour.foreign), reverse=True)
+        return known[min(1, len(known) - 1)] if known else 0
 
     @property
     def oldest_needed(self) -> int:

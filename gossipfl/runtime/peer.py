@@ -71,7 +71,7 @@ class Peer:
         self.faults: list[Fault] = []
         others = [other for other in roster if other != name] if neighbours is None else list(neighbours)
         self._tasks: SimpleQueue[Any] = SimpleQueue()
-        self._round = 0
+        self._round = self._yielded = 0
         initial = flatten(model, buffers)
         run = int.from_bytes(hashlib.blake2b("/".join(sorted(roster)).encode(), digest_size=6).digest(), "little")
         transport = ZmqTransport(bind or roster[name], run=run, advertise=roster[name], insecure=insecure)
@@ -99,7 +99,7 @@ class Peer:
             if self._round > 1:
                 unflatten_(self.model, start, self.buffers)
             while self._round:
-                current = self._round
+                current = self._yielded = self._round
                 yield current
                 if self._round == current:
                     raise RunError(f"{self.name}: round {current} ended without peer.mix(model)")
@@ -108,6 +108,8 @@ class Peer:
 
     def mix(self, model: nn.Module | None = None) -> RoundReport:
         """Hand over what training has come to, wait for the round's gossip, and write the mixed values into the model."""
+        if not self._round or self._round != self._yielded:
+            raise RunError(f"{self.name}: call peer.mix() once in each round of `for round in peer.rounds()`")
         model = model or self.model
         vector, round_ = flatten(model, self.buffers), self._round
         self._reactor.post(lambda: self._node.trained(round_, vector))

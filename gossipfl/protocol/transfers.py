@@ -1,0 +1,86 @@
+"""Pulls in flight: how far each has come, and when its silence is too long.
+
+A transfer is *asked* until the first answer of any kind, then *parked* (Later: the version is not trained yet) or *flowing*
+(bytes are queued or have come). A flowing transfer that falls silent is asked again once, at the same neighbour, which resumes it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gossipfl.protocol.messages import Data, PeerId, Pull, Range
+
+CRAWL = 32
+"""Past the patience, a transfer this many times slower than the round's median one is given up: a peer that drips bytes must
+not hold a round."""
+MAX_SILENCE = 4
+"""Silence is never waited out for longer than this many patiences, however long the gaps between chunks have been."""
+
+
+@dataclass(slots=True)
+class Transfer:
+    """One Pull in flight. `missing` maps the ranges not yet complete to the encoded bytes that have come of them."""
+
+    peer: PeerId
+    pull: Pull
+    asked_at: float
+    deadline: float
+    missing: dict[Range, int]
+    versions: dict[Range, int] = field(default_factory=dict)
+    last_byte_at: float | None = None
+    longest_gap_s: float = 0.0
+    num_bytes: int = 0
+    is_answered: bool = False
+    is_flowing: bool = False
+    is_probed: bool = False
+
+    def begin(self, data: Data) -> int:
+        """Note the version that a range is served in; bytes that had come of another one, which count for nothing now."""
+        self.versions.setdefault(data.range, data.version)
+        wasted = self.missing[data.range] if data.offset == 0 else 0
+        if wasted:
+            self.missing[data.range], self.versions[data.range] = 0, data.version
+        return wasted
+
+    def continues_with(self, data: Data) -> bool:
+        return data.offset == self.missing[data.range] and data.version == self.versions[data.range]
+
+    def advance(self, data: Data, now: float) -> None:
+        """Take a chunk that continues its range; the range is no longer missing after its last one."""
+        if self.last_byte_at is not None:
+            self.longest_gap_s = max(self.longest_gap_s, now - self.last_byte_at)
+        self.last_byte_at = now
+        self.num_bytes += data.num_bytes
+        self.missing[data.range] += data.num_bytes
+        if data.is_last:
+            del self.missing[data.range]
+
+    def flows(self, now: float, answer_s: float, patience_s: float) -> None:
+        """Bytes are on their way: silence is due to end within the patience until chunks have been timed, then within four of
+        their gaps."""
+        self.is_flowing, self.is_probed = True, False
+        self.deadline = now + self._silence_s(answer_s, patience_s)
+
+    def probe(self, now: float, answer_s: float, patience_s: float) -> Pull:
+        """The same request again for what is missing, resuming the first range where it stopped."""
+        self.is_probed = True
+        self.deadline = now + max(self._silence_s(answer_s, patience_s), answer_s)
+        first, offset = next(iter(self.missing.items()))
+        old = self.pull
+        version = self.versions.get(first, old.version)
+        return Pull(old.request, version, old.oldest, tuple(self.missing), old.codec, old.expires_s, offset)
+
+    def rate(self, now: float) -> float:
+        """Encoded bytes per second since the pull was asked."""
+        return self.num_bytes / max(now - self.asked_at, 1e-6)
+
+    def crawls(self, now: float, finished_rates: Sequence[float]) -> bool:
+        """Whether it is far slower than the transfers that have been finished."""
+        return bool(finished_rates) and self.rate(now) < statistics.median(finished_rates) / CRAWL
+
+    def _silence_s(self, answer_s: float, patience_s: float) -> float:
+        if not self.longest_gap_s:
+            return patience_s
+        return min(max(4 * self.longest_gap_s, answer_s), MAX_SILENCE * patience_s)
