@@ -99,6 +99,8 @@ def test_the_digest_differs_where_any_name_shape_or_order_differs():
         [("a", (2, 3)), ("b", (4,)), ("c", ())],
         [("a", (2, 3)), ("b", (4,)), ("c", (1,))],
         [("a", (2, 3)), ("b", (4,)), ("c", (0,))],
+        [("a:2,3;b", (4,))],  # a name that looks like a tensor and the next one's name
+        [("a', (2, 3)), ('b", (4,))],
         [],
     ]
     assert len({Layout.of(tensors).digest for tensors in different}) == len(different)
@@ -173,4 +175,4 @@ def test_more_segments_than_tensors_is_an_error_that_says_what_to_change():
 
 
 def test_each_segmentation_has_its_name():
-    assert SEGMENTATIONS == {"even": even_segments, "by_layer": layer_segments}
+    assert {"even": even_segments, "by_layer": layer_segments} == SEGMENTATIONS

@@ -25,15 +25,15 @@ from gossipfl.protocol.messages import (
     Record,
     Refuse,
 )  # fmt: skip
-from gossipfl.protocol.wire import MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_PAYLOAD_BYTES, Envelope
+from gossipfl.protocol.wire import MAX_HEADER_BYTES, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, Envelope
 
 LARGEST = 2**62
 quick = settings(deadline=None, max_examples=80)
 
 # --- every message within the limits ----------------------------------------------------------------------------------
 
-ascii_names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=MAX_NAME_CHARS)
-other_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=MAX_NAME_CHARS // 4)  # at most 4 bytes each
+ascii_names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=MAX_NAME_BYTES)
+other_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=MAX_NAME_BYTES // 4)  # at most 4 bytes each
 names = ascii_names | other_names
 counts = st.integers(0, LARGEST)
 ranges = st.sets(counts, min_size=2, max_size=2).map(lambda ends: tuple(sorted(ends)))
@@ -87,13 +87,24 @@ def test_every_message_comes_back_as_it_went(kind, run, sender, recipient, data)
 
 def test_the_largest_pull_fits_the_header():
     last = (LARGEST - 1, LARGEST)
-    pull = Pull(LARGEST, LARGEST, LARGEST, (last,) * MAX_RANGES, "c" * MAX_NAME_CHARS, 0.1, LARGEST)
-    header = wire.encode(LARGEST, "s" * MAX_NAME_CHARS, "r" * MAX_NAME_CHARS, pull)
+    pull = Pull(LARGEST, LARGEST, LARGEST, (last,) * MAX_RANGES, "c" * MAX_NAME_BYTES, 0.1, LARGEST)
+    header = wire.encode(LARGEST, "s" * MAX_NAME_BYTES, "r" * MAX_NAME_BYTES, pull)
     # an integer or a float takes 9 bytes, a name of 64 ASCII characters 66, "pull" 5, a list below 16 entries 1, another 3
     envelope = 1 + 1 + 9 + 5 + 2 * 66 + 3
     body = 1 + 3 * 9 + (3 + MAX_RANGES * (1 + 9 + 9)) + 66 + 9 + 9
     assert len(header) == envelope + body == 874 <= MAX_HEADER_BYTES
     assert wire.decode([header, b""]).message == pull
+
+
+@pytest.mark.parametrize("character", ["x", "é", "中", "😀"])
+def test_the_largest_pull_fits_the_header_in_any_script(character):
+    longest = character * (MAX_NAME_BYTES // len(character.encode()))
+    pull = Pull(LARGEST, LARGEST, LARGEST, ((LARGEST - 1, LARGEST),) * MAX_RANGES, longest, 0.1, LARGEST)
+    header = wire.encode(LARGEST, longest, longest, pull)
+    assert wire.decode([header, b""]) == Envelope(LARGEST, longest, longest, pull)
+    for arguments in ({"sender": longest + character}, {"recipient": longest + character}):
+        refused([header_of(**arguments), b""], "run, kind, sender or recipient")
+    refused([header_of("hello", [longest + character, 3, True]), b""], r"^hello\.\w+ = ")
 
 
 def test_a_header_beyond_the_limit_is_our_own_bug():
@@ -135,7 +146,7 @@ VALID = {
 }
 NOT_A_COUNT = [-1, LARGEST + 1, 2**64 - 1, 1.0, True, None, "1", b"1", [], [1]]
 NOT_A_TOTAL = [-2, *NOT_A_COUNT[1:]]
-NOT_A_NAME = ["", "x" * (MAX_NAME_CHARS + 1), b"x", 1, None, True, ["x"]]
+NOT_A_NAME = ["", "x" * (MAX_NAME_BYTES + 1), b"x", 1, None, True, ["x"]]
 NOT_A_FLAG = [0, 1, None, "true", []]
 NOT_SECONDS = [-1, -0.5, float("nan"), float("inf"), -float("inf"), 1e9 + 1, True, None, "1", []]
 NOT_A_RANGE = [[0], [0, 1, 2], [5, 5], [6, 5], [-1, 5], [0, LARGEST + 1], [0.0, 5], [False, 5], ["0", "5"], "05", 5, None, []]
@@ -300,6 +311,16 @@ def test_nested_lists_are_refused_wherever_they_stand(depth):
         refused([header_of(**({"kind": "leave", "body": [3]} | {field: nested})), b""])
 
 
+@pytest.mark.parametrize("field", ["version", "run", "kind", "sender", "body"])
+def test_lists_nested_as_deep_as_the_header_allows_are_refused(field):
+    place = msgpack.packb("here")
+    header = header_of(**({"body": [3]} | {field: ["here"] if field == "body" else "here"}))
+    depth = MAX_HEADER_BYTES - (len(header) - len(place)) - 1
+    header = header.replace(place, b"\x91" * depth + b"\xc0")
+    assert len(header) == MAX_HEADER_BYTES
+    refused([header, b""])
+
+
 @pytest.mark.parametrize("kind", [kind for kind in VALID if kind not in ("data", "record")])
 def test_a_payload_where_none_belongs_is_refused(kind):
     refused([header_of(kind), b"x"], f"{kind} carries no payload")
@@ -343,7 +364,7 @@ values = st.recursive(
     payload=st.binary(max_size=41),
     others=st.just((1, 7, "a", "b")) | st.tuples(values, values, values, values),
 )
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 def test_any_values_at_all_are_an_envelope_or_refused(kind, body, payload, others):
     version, run, sender, recipient = others
     header = msgpack.packb([version, run, kind, sender, recipient, body, None, None, None])

@@ -88,6 +88,10 @@ PATIENCE_IN_TRAININGS = 4
 MAX_SAMPLES = 2**40
 
 
+MAX_STRANGERS = 64
+"""Strangers that are reported, each once."""
+
+
 class Phase(Enum):
     JOINING = "joining"
     TRAINING = "training"
@@ -156,6 +160,7 @@ class Gossip:
         self._began = 0.0  # training, then gathering
         self._patience_s = MIN_PATIENCE_S
         self._patience_end = 0.0
+        self._strangers: set[PeerId] = set()
         self._wake_at: float | None = None  # hello or leave again
         self._give_up_at = math.inf  # joining or lingering
 
@@ -196,7 +201,7 @@ class Gossip:
 
     def _receive(self, peer: PeerId, message: object, now: float) -> list[Action]:
         if peer not in self.membership.neighbours:
-            return [Report(Fault(self.round, peer, "stranger", f"{type(message).__name__} from a peer that is no neighbour"))]
+            return self._turn_away(peer, message)
         match message:
             case Data():
                 return self._take(peer, message, now)
@@ -226,6 +231,13 @@ class Gossip:
             case Phase.LINGERING if self._wake_at is not None and now >= self._wake_at:
                 return self._say_leave(now)
         return []
+
+    def _turn_away(self, peer: PeerId, message: object) -> list[Action]:
+        """A stranger is reported once, and not at all where there are too many: reports must not fill the disk."""
+        if peer in self._strangers or len(self._strangers) >= MAX_STRANGERS:
+            return []
+        self._strangers.add(peer)
+        return [Report(Fault(self.round, peer, "stranger", f"{type(message).__name__} from a peer that is no neighbour"))]
 
     # --- joining ------------------------------------------------------------------------------------------------------
 
@@ -449,6 +461,8 @@ class Gossip:
             return []
         self._answered(transfer, now)
         if bytes_queued:
+            if self._crawls(transfer, now):
+                return self._give_up(transfer, now)
             transfer.flows(now, self.membership.neighbours[peer].answer_deadline_s, self._patience_s)
         elif not transfer.is_flowing:
             transfer.deadline = max(self._patience_end, now)
@@ -553,9 +567,11 @@ class Gossip:
 
     def _answer(self, peer: PeerId, pull: Pull, now: float) -> list[Action]:
         self.membership.neighbours[peer].heard()
-        size = self.config.segments[-1][1]
-        if any(stop > size for _, stop in pull.ranges) or pull.codec != self.config.codec:
-            detail = f"pull of {pull.ranges[-1]} as {pull.codec}; there are {size} values, sent as {self.config.codec}"
+        strange = [range_ for range_ in pull.ranges if range_ not in self._segment_of]
+        if strange or pull.codec != self.config.codec:
+            size, number = self.config.segments[-1][1], len(self.config.segments)
+            detail = f"pull of {(strange or pull.ranges)[0]} as {pull.codec!r}; there are {number} segments of {size} values"
+            detail += f", sent as {self.config.codec!r}"
             refusal = Refuse(pull.request, self.desk.oldest, self.desk.newest)
             return [Report(Fault(self.round, peer, "bad_pull", detail)), Send(peer, refusal)]
         return self.desk.answer(peer, pull, now, may_train=self.phase is not Phase.LINGERING)

@@ -38,8 +38,6 @@ from gossipfl.protocol.messages import (
 WIRE_VERSION = 1
 MAX_HEADER_BYTES = 1024
 MAX_PAYLOAD_BYTES = 256 * 1024
-MIN_CHUNK_BYTES = 16 * 1024
-"""Of any chunk but a range's last one: progress is to be worth the wait."""
 MAX_NAME_BYTES = 64
 _MAX_INT = 2**62
 
@@ -102,8 +100,6 @@ def _message(kind: str, body: Any, payload: Buffer) -> Message:
         message = Data(*(*body, payload))
         if message.num_bytes != len(payload) or not 0 < message.num_bytes <= message.total - message.offset:
             raise RemoteProtocolError(f"data: {len(payload)} payload bytes at {message.offset} of {message.total}")
-        if not message.is_last and message.num_bytes < MIN_CHUNK_BYTES:
-            raise RemoteProtocolError(f"data: a chunk of {message.num_bytes} bytes; the least is {MIN_CHUNK_BYTES}")
         return message
     if class_ is Record:
         return Record(*(*body, payload))

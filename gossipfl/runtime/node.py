@@ -58,8 +58,10 @@ from gossipfl.segments.store import SegmentStore
 
 logger = logging.getLogger(__name__)
 
-MAX_ORIGINS = 4096
-"""Pulls whose connection is remembered until they are answered; the oldest are forgotten first."""
+MAX_ORIGINS = 256
+"""Pulls of one neighbour whose connection is remembered until they are answered; the oldest are forgotten first."""
+MIN_CHUNK_BYTES = 16 * 1024
+"""Of any chunk but a range's last one: progress is to be worth the wait."""
 MAX_SERVED = 256
 """Pulls being served at once on one connection; more are refused."""
 
@@ -125,7 +127,7 @@ class Node:
         self.own = self.initial
         self._mixed: np.ndarray | None = None
         self._assembler = Assembler(self.codec)
-        self._origins: dict[tuple[PeerId, int], Origin] = {}
+        self._origins: dict[PeerId, dict[int, Origin]] = {name: {} for name in self.machine.membership.neighbours}
         self._traffic = Traffic()
 
     # --- what comes in ------------------------------------------------------------------------------------------------
@@ -163,10 +165,15 @@ class Node:
             self.handle(Received(peer, message))
 
     def _assemble(self, peer: PeerId, data: Data) -> Event:
+        request = peer, data.request  # nobody completes what was asked of another
         try:
-            decoded = self._assembler.add(data.request, data.range, data.offset, data.total, data.payload)
+            if not data.is_last and data.num_bytes < MIN_CHUNK_BYTES:
+                raise CodecError(f"a chunk of {data.num_bytes} bytes; the least is {MIN_CHUNK_BYTES}")
+            decoded = self._assembler.add(request, data.range, data.offset, data.total, data.payload)
+            if decoded is None and data.is_last and self._assembler.is_open(request):
+                raise CodecError(f"the end of {data.range} does not continue what has come of it")
         except CodecError as error:
-            self._assembler.forget(data.request)
+            self._assembler.forget(request)
             return Rejected(peer, data.request, str(error))
         chunk = Data(
             data.request,
@@ -182,10 +189,12 @@ class Node:
         return Received(peer, chunk)
 
     def _remember(self, peer: PeerId, request: int, origin: Origin | None) -> None:
-        if origin is not None:
-            self._origins[peer, request] = origin
-        while len(self._origins) > MAX_ORIGINS:
-            del self._origins[next(iter(self._origins))]
+        origins = self._origins.get(peer)
+        if origin is None or origins is None:
+            return
+        origins.setdefault(request, origin)  # who repeats another's pull does not get its answer
+        while len(origins) > MAX_ORIGINS:
+            del origins[next(iter(origins))]
 
     # --- what goes out ------------------------------------------------------------------------------------------------
 
@@ -193,18 +202,18 @@ class Node:
         match action:
             case Send(peer, message):
                 if isinstance(message, Pull):
-                    self._assembler.expect(message.request, message.ranges)
-                origin = self._origins.get((peer, message.request)) if isinstance(message, Later | Refuse) else None
-                if isinstance(message, Refuse):
-                    self._origins.pop((peer, message.request), None)
-                self.transport.send(self.name, peer, message, origin)
+                    self._assembler.expect((peer, message.request), message.ranges)
+                if isinstance(message, Later | Refuse):
+                    self._answer(peer, message)
+                else:
+                    self.transport.send(self.name, peer, message)
             case Merge(round_, segment, contributions, own_weight):
                 self._merge(segment, contributions, own_weight)
                 return Merged(round_, segment)
             case Serve(peer, pull, version):
                 self._serve(peer, pull, version)
-            case Forget(_, request):
-                self._assembler.forget(request)
+            case Forget(peer, request):
+                self._assembler.forget((peer, request))
             case Train(round_):
                 self.tasks.put(TrainTask(self, round_, self._take_mixed()))
             case Report(record):
@@ -213,8 +222,17 @@ class Node:
                 self.tasks.put(FinishTask(self, self._take_mixed(), error))
         return None
 
+    def _answer(self, peer: PeerId, answer: Later | Refuse) -> None:
+        """On the connection that asked."""
+        origins = self._origins.get(peer, {})
+        origin = origins.get(answer.request)
+        if isinstance(answer, Refuse):
+            origins.pop(answer.request, None)
+        if origin is not None:
+            self.transport.send(self.name, peer, answer, origin)
+
     def _serve(self, peer: PeerId, pull: Pull, version: int) -> None:
-        origin = self._origins.pop((peer, pull.request), None)
+        origin = self._origins.get(peer, {}).pop(pull.request, None)
         if origin is None:
             return
         queued = self.transport.bytes_queued(origin, peer, pull.request)
@@ -262,7 +280,7 @@ class Node:
 
     def _report(self, record: RoundReport | Fault) -> None:
         if isinstance(record, Fault):
-            logger.info("%s round %d: %s: %s", self.name, record.round, record.kind, record.detail)
+            logger.info("%s round %d: %s by %r: %r", self.name, record.round, record.kind, record.peer, record.detail)
             self.on_record(self, record)
         else:
             traffic, self._traffic = self._traffic, Traffic()
@@ -270,7 +288,7 @@ class Node:
 
     def _hand_over(self, peer: PeerId, collect: Collect, origin: Origin | None) -> None:
         """Answer a Collect with what is ready: one window's worth of chunks, or that it is not (`total` = -1)."""
-        if origin is None:
+        if origin is None or self.transport.num_chunks_queued(origin) >= MAX_SERVED:
             return
         content = self.collect(collect.item)
         if content is None:

@@ -28,7 +28,7 @@ import zmq.utils.monitor
 
 from gossipfl.errors import ConfigError, RemoteProtocolError, RunError
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import Credit, Data, Message, PeerId, Record
+from gossipfl.protocol.messages import Credit, Data, Later, Message, PeerId, Record, Refuse
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ BATCH = 16
 _POLLIN, _POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 _DONTWAIT, _SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
 _CHUNKED = (Data, Record)
+_ANSWERS = (Data, Record, Later, Refuse)
+"""Come in on the connection that asked, and there only."""
 
 Origin = bytes
 """The connection that a message came in on; answers go back to it."""
@@ -189,6 +191,10 @@ class ZmqTransport:
         inbound = self._inbound.get(origin)
         return len(inbound.requests) if inbound else 0
 
+    def num_chunks_queued(self, origin: Origin) -> int:
+        inbound = self._inbound.get(origin)
+        return len(inbound.queue) if inbound else 0
+
     # --- receiving ----------------------------------------------------------------------------------------------------
 
     def receive(self, timeout_s: float | None) -> list[Happening]:
@@ -199,13 +205,12 @@ class ZmqTransport:
         if self._wake_read in ready:
             self._drain_wakes()
         for link in list(self._links.values()):
-            if link.socket in ready:
-                if ready[link.socket] & _POLLIN:
-                    self._read_link(link)
-                if ready[link.socket] & _POLLOUT:
-                    self._flush(link)
+            if ready.get(link.socket, 0) & _POLLOUT:
+                self._flush(link)
             if link.monitor in ready:
                 self._read_monitor(link)
+            if ready.get(link.socket, 0) & _POLLIN:
+                self._read_link(link)  # last: it may drop the link
         if self._router in ready:
             self._read_router()
         for origin in list(self._blocked):
@@ -311,9 +316,9 @@ class ZmqTransport:
             inbound.queue.popleft()
             inbound.allowed -= len(chunk.payload)
             key = recipient, chunk.request
-            inbound.requests[key] -= len(chunk.payload)
-            if not inbound.requests[key]:
-                del inbound.requests[key]
+            left = inbound.requests.pop(key, 0) - len(chunk.payload)
+            if left > 0:
+                inbound.requests[key] = left
 
     def _send_failed(self, origin: Origin, error: zmq.ZMQError) -> None:
         if error.errno == zmq.EAGAIN:
@@ -341,6 +346,10 @@ class ZmqTransport:
                 self._happened.append(LinkDown(self._peers_at(link.address), f"malformed: {incoming}"))
                 return
             if incoming is None:
+                continue
+            link.last_used = time.monotonic()
+            if not isinstance(incoming.message, _ANSWERS) or self._routes.get(incoming.sender) != link.address:
+                self.dropped += 1
                 continue
             if isinstance(incoming.message, _CHUNKED):
                 link.allowed -= len(incoming.message.payload)
@@ -375,6 +384,9 @@ class ZmqTransport:
                 logger.warning("malformed message from %s: %s; its connection is ignored", _source(first), incoming)
                 self._ban(origin)
                 self._inbound.pop(origin, None)
+                self._blocked.discard(origin)
+            elif incoming is not None and isinstance(incoming.message, _ANSWERS):
+                self.dropped += 1
             elif incoming is not None and isinstance(incoming.message, Credit):
                 self._credited(origin, incoming.message.num_bytes)
                 self._happened.append(incoming)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,17 +27,20 @@ class Assembler:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._asked: dict[int, dict[Range, _Partial]] = {}
+        self._asked: dict[Hashable, dict[Range, _Partial]] = {}
 
-    def expect(self, request: int, ranges: tuple[Range, ...]) -> None:
+    def expect(self, request: Hashable, ranges: tuple[Range, ...]) -> None:
         """Open `request`, or narrow it to the ranges still missing when it is asked again."""
         known = self._asked.get(request, {})
         self._asked[request] = {range_: known.get(range_) or _Partial() for range_ in ranges}
 
-    def forget(self, request: int) -> None:
+    def is_open(self, request: Hashable) -> bool:
+        return request in self._asked
+
+    def forget(self, request: Hashable) -> None:
         self._asked.pop(request, None)
 
-    def add(self, request: int, range_: Range, offset: int, total: int, chunk: memoryview) -> Decoded | None:
+    def add(self, request: Hashable, range_: Range, offset: int, total: int, chunk: memoryview) -> Decoded | None:
         """Take one chunk in; the decoded range once it is complete, else None.
 
         A chunk that nobody asked for, or that does not continue what is there, is passed over (the machine counts it).
@@ -53,7 +57,6 @@ class Assembler:
         partial = ranges[range_]
         if partial.num_bytes != offset:
             return None
-        partial.num_bytes += len(chunk)
         item_bytes = self._codec.item_bytes
         if len(chunk) == total:
             decoded = self._decode(chunk, size)
@@ -61,11 +64,13 @@ class Assembler:
             if len(chunk) % item_bytes:
                 raise CodecError(f"a chunk of {len(chunk)} bytes, not whole values of {item_bytes}")
             partial.pieces.append(np.asarray(self._decode(chunk, len(chunk) // item_bytes).values))
+            partial.num_bytes += len(chunk)
             if partial.num_bytes < total:
                 return None
             decoded = Decoded(Pieces(partial.pieces), None)
         else:
             partial.encoded += chunk
+            partial.num_bytes += len(chunk)
             if partial.num_bytes < total:
                 return None
             decoded = self._decode(partial.encoded, size)

@@ -52,7 +52,8 @@ class Pieces:
         first = self._starts[index]
         if run.stop <= self._starts[index + 1]:
             return self._parts[index][run.start - first : run.stop - first]
-        return np.asarray(self)[run]
+        last = min(bisect_right(self._starts, run.stop - 1), len(self._parts))
+        return np.concatenate(self._parts[index:last])[run.start - first : run.stop - first]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.concatenate(self._parts).astype(dtype or np.float32, copy=False)

@@ -32,7 +32,7 @@ class SegmentStore:
         self._encoded: dict[tuple[int, Range], memoryview] = {}
         self._selected: dict[tuple[int, Range], np.ndarray] = {}
         self._sparse = codec if isinstance(codec, SparseCodec) else None
-        self._previous = initial
+        self._previous = initial.copy() if self._sparse else initial
         self._accumulator = np.zeros_like(initial) if self._sparse else np.empty(0, np.float32)
 
     def publish(self, version: int, vector: np.ndarray) -> None:
