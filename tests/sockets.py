@@ -1,13 +1,14 @@
 """Real sockets for the tests: transports that are pumped by hand, whole swarms of nodes, and attackers.
 
-Nothing here sleeps: every wait is for an event, with a deadline.
+Nothing here sleeps: every wait is for an event, with a deadline. The generators are fixtures, to be named where they are used:
+
+    swarms = pytest.fixture(made_swarms)
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import socket
 import tempfile
 import threading
@@ -21,18 +22,16 @@ from queue import Empty, SimpleQueue
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import pytest
 import zmq
 
-from gossipfl.aggregation import AGGREGATORS
 from gossipfl.protocol import wire
-from gossipfl.protocol.gossip import Gossip, GossipConfig
-from gossipfl.protocol.messages import Credit, Data, Fault, Message, Pull, Range, Record, RoundReport, Start
+from gossipfl.protocol.messages import Credit, Data, Fault, Hello, Leave, Message, Pull, Record, RoundReport, Start
+from gossipfl.runtime.host import GossipSettings, build_node
 from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone, TrainTask
 from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, ZmqTransport
-from gossipfl.segments.codecs import codec
-from gossipfl.segments.layout import Layout, even_segments
-from gossipfl.segments.store import SegmentStore
+from gossipfl.segments.layout import Layout
 
 RUN = 7
 DEADLINE_S = 20.0
@@ -73,9 +72,8 @@ class End:
 Opener = Callable[..., End]
 
 
-@pytest.fixture
-def ends() -> Iterator[Opener]:
-    """Opens transports (`ends("tcp://127.0.0.1:0")`) and closes them when the test is over."""
+def opened_ends() -> Iterator[Opener]:
+    """Fixture: opens transports (`ends("tcp://127.0.0.1:0")`) and closes them when the test is over."""
     opened: list[End] = []
 
     def open_(bind: str, *, run: int = RUN, **options: object) -> End:
@@ -183,9 +181,8 @@ class Attacker:
         self._context.term()
 
 
-@pytest.fixture
-def attackers() -> Iterator[Callable[..., Attacker]]:
-    """Makes attackers (`attackers(address)`, or `attackers()` for one to connect to) and closes them."""
+def made_attackers() -> Iterator[Callable[..., Attacker]]:
+    """Fixture: makes attackers (`attackers(address)`, or `attackers()` for one to connect to) and closes them."""
     made: list[Attacker] = []
 
     def make(*arguments: object, **options: object) -> Attacker:
@@ -196,6 +193,83 @@ def attackers() -> Iterator[Callable[..., Attacker]]:
     for attacker in made:
         if not attacker.socket.closed:
             attacker.close()
+
+
+class FakePeer(threading.Thread):
+    """A neighbour that keeps its manners, Hello and Leave, but answers pulls as it is told to.
+
+    `on_pull(fake, origin, sender, pull)` runs for each Pull and answers with `fake.answer`; `on_tick(fake)` runs about every
+    20 ms. `newest` is what its Hello claims.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        on_pull: Callable[[FakePeer, bytes, str, Pull], object] = lambda *_: None,
+        on_tick: Callable[[FakePeer], object] = lambda fake: None,
+        newest: int = 0,
+    ) -> None:
+        super().__init__(name=f"fake-{name}", daemon=True)
+        self.peer, self.newest = name, newest
+        self.pulls: list[Pull] = []
+        self.layout = ""
+        self.error: Exception | None = None
+        self._on_pull, self._on_tick = on_pull, on_tick
+        self._router = Attacker()
+        self._dealers: dict[str, Attacker] = {}
+        self._over = threading.Event()
+        self.address = self._router.address
+
+    def greet(self, layout: str, victims: Mapping[str, str]) -> FakePeer:
+        """Answer the Hello of these peers from now on."""
+        self.layout = layout
+        self._dealers = {name: Attacker(address) for name, address in victims.items()}
+        self.start()
+        return self
+
+    def answer(self, origin: bytes, recipient: str, message: Message) -> None:
+        self._router.say(self.peer, recipient, message, to=origin)
+
+    def answer_frames(self, origin: bytes, *frames: bytes) -> None:
+        self._router.send(origin, *frames)
+
+    def serve(self, origin: bytes, recipient: str, pull: Pull, value: float = 1e6, **changes: object) -> None:
+        """Answer a Pull in full with float32 `value`s; `changes` are fields of Data to get wrong."""
+        for range_ in pull.ranges:
+            payload = np.full(range_[1] - range_[0], value, np.float32).tobytes()
+            version, size = max(pull.version, 1), len(payload)
+            fields = dict(request=pull.request, version=version, newest=version, num_samples=1, range=range_, offset=0)
+            fields |= dict(total=size, num_bytes=size, payload=payload)
+            self.answer(origin, recipient, Data(**(fields | changes)))  # type: ignore[arg-type]
+
+    def run(self) -> None:
+        try:
+            while not self._over.is_set():
+                heard = self._router.hear(0.02)
+                if heard is not None:
+                    self._take(*heard)
+                self._on_tick(self)
+        except Exception as error:
+            self.error = error
+
+    def _take(self, origin: bytes, envelope: wire.Envelope) -> None:
+        sender = envelope.sender
+        match envelope.message:
+            case Hello(wants_reply=True):
+                self._dealers[sender].say(self.peer, sender, Hello(self.layout, self.newest, False))
+            case Leave(round_):
+                self._dealers[sender].say(self.peer, sender, Leave(round_))
+            case Pull() as pull:
+                self.pulls.append(pull)
+                self._on_pull(self, origin, sender, pull)
+
+    def close(self) -> None:
+        self._over.set()
+        if self.is_alive():
+            self.join()
+        for attacker in (self._router, *self._dealers.values()):
+            attacker.close()
+        assert self.error is None, self.error
 
 
 def raw_connection(address: str) -> socket.socket:
@@ -224,7 +298,7 @@ class Swarm:
     """Nodes with a stub for training, `per_reactor` of them at each endpoint; this thread trains and collects.
 
     `others` are peers that are run by somebody else (an attacker, or nobody), with their addresses. Everybody is
-    everybody's neighbour.
+    everybody's neighbour. `gossip` are settings of the protocol.
     """
 
     def __init__(
@@ -233,16 +307,16 @@ class Swarm:
         rounds: int,
         *,
         per_reactor: int = 1,
-        num_segments: int = 4,
         train: TrainFunction = drift,
         others: Mapping[str, str] | None = None,
         bind: Callable[[], str] = lambda: "tcp://127.0.0.1:0",
-        codec_name: str = "float32",
-        **config: object,
+        **gossip: object,
     ) -> None:
         self.train, self.rounds = train, rounds
         self.tasks: SimpleQueue = SimpleQueue()
         self.held: set[str] = set()  # peers that are not let finish their training
+        self.held_at: dict[str, int] = {}  # the round for which a peer is not let finish its training
+        self.heard: set[tuple[str, str]] = set()  # who has said something to whom, on a connection of its own
         self.waiting: dict[str, TrainTask] = {}
         self.final: dict[str, np.ndarray] = {}
         self.errors: dict[str, str | None] = {}
@@ -258,9 +332,8 @@ class Swarm:
         names = [*vectors, *(others or {})]
         size = next(iter(vectors.values())).size
         layout = Layout.of([("vector", (size,))])
-        self.segments: tuple[Range, ...] = tuple(even_segments(layout, num_segments))
         self.layout = layout.digest
-        values = codec(codec_name)
+        settings = GossipSettings(rounds=rounds, **gossip)  # type: ignore[arg-type]
         own = list(vectors)
         for first in range(0, len(own), per_reactor):
             transport = ZmqTransport(bind(), run=RUN)
@@ -268,13 +341,9 @@ class Swarm:
             reactor = Reactor(transport, on_crash=self.tasks.put)
             self.reactors.append(reactor)
             for name in own[first : first + per_reactor]:
-                settings = GossipConfig(
-                    rounds=rounds, segments=self.segments, layout=self.layout, num_samples=1, codec=codec_name, **config
-                )  # type: ignore[arg-type]
-                machine = Gossip(name, {other: len(names) - 1 for other in names if other != name}, settings)
-                store = SegmentStore(vectors[name], self.segments, values, settings.versions_kept, settings.seed, name)
-                node = Node(
-                    machine, store, values, AGGREGATORS.get("mean"), vectors[name], transport, self.tasks, self._on_record
+                degrees = {other: len(names) - 1 for other in names if other != name}
+                node = build_node(
+                    name, degrees, settings, layout, vectors[name], 1, transport, self.tasks, on_record=self._on_record
                 )
                 reactor.add(node)
                 self.nodes[name], self.reactor_of[name] = node, reactor
@@ -310,9 +379,10 @@ class Swarm:
         return self.run_until(lambda: set(names or self.nodes) <= set(self.final), deadline_s)
 
     def release(self, *names: str) -> None:
-        """Let peers that were `held` finish their training."""
-        self.held -= set(names)
-        for name in names:
+        """Let peers that were held finish their training (default: all)."""
+        for name in names or self.nodes:
+            self.held.discard(name)
+            self.held_at.pop(name, None)
             if name in self.waiting:
                 self._train(self.waiting.pop(name))
 
@@ -351,7 +421,7 @@ class Swarm:
 
     def _perform(self, task: object) -> None:
         match task:
-            case TrainTask(node, _, _) if node.name in self.held:
+            case TrainTask(node, round_, _) if node.name in self.held or self.held_at.get(node.name) == round_:
                 self.waiting[node.name] = task
             case TrainTask():
                 self._train(task)
@@ -372,6 +442,8 @@ class Swarm:
             self.reports[node.name].append(record.report)
 
     def _tap(self, incoming: Incoming) -> None:
+        if incoming.origin is not None:
+            self.heard.add((incoming.sender, incoming.recipient))
         match incoming.message:
             case Pull() as pull:
                 with self._lock:
@@ -383,9 +455,8 @@ class Swarm:
                     self.data_frames[incoming.sender, incoming.recipient, data.version, data.range, data.offset] += 1
 
 
-@pytest.fixture
-def swarms() -> Iterator[Callable[..., Swarm]]:
-    """Makes swarms and closes them when the test is over."""
+def made_swarms() -> Iterator[Callable[..., Swarm]]:
+    """Fixture: makes swarms and closes them when the test is over."""
     made: list[Swarm] = []
 
     def make(*arguments: object, **options: object) -> Swarm:
@@ -401,7 +472,7 @@ def swarms() -> Iterator[Callable[..., Swarm]]:
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return psutil.Process().num_fds()
 
 
 def wait_for(condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> bool:

@@ -86,6 +86,7 @@ from gossipfl.registry import Registry
 MIN_PATIENCE_S = 10.0
 PATIENCE_IN_TRAININGS = 4
 MAX_SAMPLES = 2**40
+MIXINGS = ("data_size", "uniform", "metropolis_hastings")
 
 
 MAX_STRANGERS = 64

@@ -1,7 +1,7 @@
 """Pulls in flight: how far each has come, and when its silence is too long.
 
 A transfer is *asked* until the first answer of any kind, then *parked* (Later: the version is not trained yet) or *flowing*
-(bytes are queued or have come). A flowing transfer that falls silent is asked again once, at the same neighbour, which resumes it.
+(bytes are queued or have come). One that flows and falls silent is asked again once, at the same neighbour, which resumes it.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ class Transfer:
             del self.missing[data.range]
 
     def flows(self, now: float, answer_s: float, patience_s: float) -> None:
-        """Bytes are on their way: silence is due to end within the patience until chunks have been timed, then within four of
-        their gaps."""
+        """Bytes are on their way: silence may last for the patience until chunks are timed, then for four of their gaps."""
         self.is_flowing, self.is_probed = True, False
         self.deadline = now + self._silence_s(answer_s, patience_s)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,8 @@ from gossipfl.learning.checkpoint import save_model
 from gossipfl.learning.datasets import open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
-from gossipfl.protocol.gossip import PROTOCOLS, GossipConfig
+from gossipfl.overlay.selection import SELECTORS
+from gossipfl.protocol.gossip import MAX_SAMPLES, MIXINGS, PROTOCOLS, GossipConfig
 from gossipfl.protocol.messages import Fault, PeerId, Start, StopAfter
 from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone, TrainTask
 from gossipfl.runtime.transport import ZmqTransport
@@ -62,6 +64,23 @@ class GossipSettings:
     linger_s: float = 10.0
     join_timeout_s: float = 30.0
     quorum: int | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"segmentation": tuple(SEGMENTATIONS), "mixing": MIXINGS}
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise ConfigError(f"{key} = {getattr(self, key)!r}; choose one of {', '.join(known)}")
+        bounds: dict[str, tuple[float, float]] = {
+            **dict.fromkeys(("rounds", "segments", "replicas", "versions_kept"), (1, 1e9)),
+            **dict.fromkeys(("staleness_exponent", "linger_s", "quorum"), (0, 1e9)),
+            **dict.fromkeys(("patience", "join_timeout_s"), (1e-3, 1e9)),
+            "max_staleness": (0, math.inf),
+        }
+        for key, (least, most) in bounds.items():
+            value = getattr(self, key)
+            if value is not None and not least <= value <= most:  # NaN fails every comparison
+                raise ConfigError(f"{key} = {value!r} is out of bounds; give {least:g} to {most:g}")
+        PROTOCOLS.get(self.protocol), AGGREGATORS.get(self.aggregation), SELECTORS.get(self.selection), codec(self.codec)
 
     def for_peer(self, layout: Layout, num_samples: int) -> GossipConfig:
         """What a peer's machine goes by, once its model is known."""
@@ -97,6 +116,8 @@ def build_node(
     **callbacks: Any,
 ) -> Node:
     """A peer's machine with its store, ready for a reactor. `degrees`: each neighbour's own number of neighbours."""
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise ConfigError(f"num_samples = {num_samples} of {name}; give its number of training samples, 1 to 2^40")
     config = settings.for_peer(layout, num_samples)
     values = codec(settings.codec)
     if values.sparse and settings.aggregation != "mean":

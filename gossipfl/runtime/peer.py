@@ -66,24 +66,32 @@ class Peer:
                 raise ConfigError(f"peer name {other!r}: a name has 1 to {MAX_NAME_BYTES} bytes")
         if name not in roster:
             raise ConfigError(f"{name!r} is not in the roster of {', '.join(roster)}")
+        others = [other for other in roster if other != name] if neighbours is None else list(neighbours)
+        for other in others:
+            if other == name or other not in roster:
+                raise ConfigError(f"neighbour {other!r} of {name!r} is not one of the others in the roster")
+        if buffers not in ("average", "local"):
+            raise ConfigError(f"buffers = {buffers!r}; choose 'average' or 'local'")
         self.name, self.model, self.buffers = name, model, buffers
         self.reports: list[RoundReport] = []
         self.faults: list[Fault] = []
-        others = [other for other in roster if other != name] if neighbours is None else list(neighbours)
         self._tasks: SimpleQueue[Any] = SimpleQueue()
         self._round = self._yielded = 0
-        initial = flatten(model, buffers)
+        settings, layout = GossipSettings(rounds=rounds, **gossip), layout_of(model, buffers)
         run = int.from_bytes(hashlib.blake2b("/".join(sorted(roster)).encode(), digest_size=6).digest(), "little")
         transport = ZmqTransport(bind or roster[name], run=run, advertise=roster[name], insecure=insecure)
+        try:
+            for other in others:
+                transport.connect(other, roster[other])
+            degrees = dict.fromkeys(others, len(roster) - 1)
+            initial = flatten(model, buffers)
+            self._node = build_node(
+                name, degrees, settings, layout, initial, num_samples, transport, self._tasks, on_record=self._record
+            )
+        except BaseException:
+            transport.close()
+            raise
         self._reactor = Reactor(transport, on_crash=self._tasks.put)
-        for other in others:
-            transport.connect(other, roster[other])
-        degrees = dict.fromkeys(others, len(roster) - 1)
-        settings = GossipSettings(rounds=rounds, **gossip)
-        layout = layout_of(model, buffers)
-        self._node = build_node(
-            name, degrees, settings, layout, initial, num_samples, transport, self._tasks, on_record=self._record
-        )
         self._reactor.add(self._node)
 
     def rounds(self) -> Iterator[int]:

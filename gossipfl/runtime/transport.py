@@ -16,6 +16,9 @@ import contextlib
 import errno
 import logging
 import os
+import re
+import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -32,13 +35,15 @@ from gossipfl.protocol.messages import Credit, Data, Later, Message, PeerId, Rec
 
 logger = logging.getLogger(__name__)
 
-FIRST_WINDOW_BYTES = 2 * wire.MAX_PAYLOAD_BYTES
+FIRST_WINDOW_BYTES = 4 * wire.MAX_PAYLOAD_BYTES
 MAX_WINDOW_BYTES = 16 * wire.MAX_PAYLOAD_BYTES
 WINDOW_S = 0.25
 MAX_LINKS = 64
 """Outgoing connections kept open; beyond it the one that has been idle longest is closed."""
 IDLE_S = 5.0
 RETRY_S = 0.005
+SWEEP_S = 5.0
+"""How often those who take nothing of what is queued for them are asked whether they are still there."""
 HIGH_WATER_MARK = 64
 HANDSHAKE_S = 3.0
 MAX_REMEMBERED = 4096
@@ -97,6 +102,7 @@ class _Link:
     last_used: float = 0.0
     allowed: int = FIRST_WINDOW_BYTES  # payload bytes that may still come
     window: int = FIRST_WINDOW_BYTES
+    uncredited: int = 0
     credited_at: float = 0.0
 
 
@@ -107,6 +113,7 @@ class _Inbound:
     queue: deque[tuple[PeerId, PeerId, Data | Record]] = field(default_factory=deque)
     requests: dict[tuple[PeerId, int], int] = field(default_factory=dict)  # payload bytes still queued
     allowed: int = FIRST_WINDOW_BYTES
+    moved_at: float = field(default_factory=time.monotonic)
 
 
 class ZmqTransport:
@@ -132,21 +139,24 @@ class ZmqTransport:
         self._inbound: dict[Origin, _Inbound] = {}
         self._blocked: set[Origin] = set()
         self._banned: dict[Origin, None] = {}
+        self._swept_at = time.monotonic()
         self._happened: deque[Happening] = deque()
+        self._router = self._bind(bind)
+        bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self.address = re.sub(r":0$", f":{urlsplit(bound).port}", advertise) if advertise else bound
+        self._wake_lock = threading.Lock()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._poller = zmq.Poller()
         self._poller.register(self._wake_read, _POLLIN)
-        self._router = self._bind(bind)
         self._poller.register(self._router, _POLLIN)
-        bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-        self.address = advertise.replace(":0", f":{urlsplit(bound).port}") if advertise else bound
 
     # --- sending ------------------------------------------------------------------------------------------------------
 
     def connect(self, peer: PeerId, address: str) -> None:
-        """Learn where a peer lives. The connection is made when it is first sent something."""
+        """Learn where a peer lives; ConfigError if that is no address. The connection is made when it is first sent something."""
+        _check_address(address, f"the address of {peer}")
         self._routes[peer] = address
 
     def send(self, sender: PeerId, recipient: PeerId, message: Message, origin: Origin | None = None) -> None:
@@ -199,8 +209,9 @@ class ZmqTransport:
 
     def receive(self, timeout_s: float | None) -> list[Happening]:
         """Wait at most `timeout_s` (None: for ever) for something to happen; all that has happened, in order."""
-        if self._blocked:
-            timeout_s = RETRY_S if timeout_s is None else min(timeout_s, RETRY_S)
+        limit_s = RETRY_S if self._blocked else SWEEP_S if self._inbound else None
+        if limit_s is not None:
+            timeout_s = limit_s if timeout_s is None else min(timeout_s, limit_s)
         ready = dict(self._poller.poll(None if timeout_s is None else max(0, round(timeout_s * 1000 + 0.499))))
         if self._wake_read in ready:
             self._drain_wakes()
@@ -215,17 +226,22 @@ class ZmqTransport:
             self._read_router()
         for origin in list(self._blocked):
             self._pump(origin, self._inbound[origin])
+        if time.monotonic() - self._swept_at > SWEEP_S:
+            self._sweep()
         happened = list(self._happened)
         self._happened.clear()
         return happened
 
     def wake(self) -> None:
         """Make `receive` return soon. May be called from any thread."""
-        with contextlib.suppress(OSError):  # a full pipe wakes as well; a closed one has nobody to wake
-            os.write(self._wake_write, b"\0")
+        with self._wake_lock, contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+            if not self._router.closed:
+                os.write(self._wake_write, b"\0")
 
     def close(self, flush_s: float = 0.0) -> None:
         """Close all sockets; what is queued gets `flush_s` seconds to leave."""
+        if self._router.closed:
+            return
         deadline = time.monotonic() + flush_s
         while time.monotonic() < deadline and (
             any(link.outbox for link in self._links.values()) or any(i.queue for i in self._inbound.values())
@@ -233,15 +249,18 @@ class ZmqTransport:
             self.receive(min(0.05, flush_s))
         for address in list(self._links):
             self._drop_link(address, linger_s=max(0.0, flush_s))
-        self._router.close(linger=int(flush_s * 1000))
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        with self._wake_lock:
+            self._router.close(linger=int(flush_s * 1000))
+            os.close(self._wake_read)
+            os.close(self._wake_write)
 
     # --- sockets ------------------------------------------------------------------------------------------------------
 
     def _bind(self, address: str) -> zmq.Socket:
+        if address.startswith("ipc://") and _is_listened_at(address.removeprefix("ipc://")):
+            raise RunError(_in_use(address))  # ZeroMQ would take it over in silence
         router = self._context.socket(zmq.ROUTER)
-        _set_limits(router)
+        _set_limits(router, address)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         router.setsockopt(zmq.ROUTER_HANDOVER, 0)
         router.setsockopt(zmq.BACKLOG, 512)
@@ -258,7 +277,7 @@ class ZmqTransport:
             if time.monotonic() - idle.last_used > IDLE_S:
                 self._drop_link(idle.address)
         dealer = self._context.socket(zmq.DEALER)
-        _set_limits(dealer)
+        _set_limits(dealer, address)
         dealer.setsockopt(zmq.IMMEDIATE, 1)
         dealer.setsockopt(zmq.RECONNECT_IVL, 100)
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
@@ -314,6 +333,7 @@ class ZmqTransport:
                 self._send_failed(origin, error)
                 return
             inbound.queue.popleft()
+            inbound.moved_at = time.monotonic()
             inbound.allowed -= len(chunk.payload)
             key = recipient, chunk.request
             left = inbound.requests.pop(key, 0) - len(chunk.payload)
@@ -349,25 +369,26 @@ class ZmqTransport:
                 continue
             link.last_used = time.monotonic()
             if not isinstance(incoming.message, _ANSWERS) or self._routes.get(incoming.sender) != link.address:
-                self.dropped += 1
+                self.dropped += not isinstance(incoming.message, Credit)
                 continue
             if isinstance(incoming.message, _CHUNKED):
                 link.allowed -= len(incoming.message.payload)
-                if link.allowed <= link.window // 2:
+                link.uncredited += len(incoming.message.payload)
+                # a sender that has forgotten its credit starts with a first window again, and must not wait for ever
+                if link.allowed <= link.window // 2 or link.uncredited >= FIRST_WINDOW_BYTES:
                     self._credit(link, incoming.recipient, incoming.sender)
             self._happened.append(incoming)
 
     def _credit(self, link: _Link, sender: PeerId, recipient: PeerId) -> None:
         """Allow a window more, of what the link has lately carried in `WINDOW_S`."""
         now = time.monotonic()
-        rate = (link.window - link.allowed) / max(now - link.credited_at, 1e-6)
-        link.credited_at = now
+        rate = link.uncredited / max(now - link.credited_at, 1e-6)
+        link.credited_at, link.uncredited = now, 0
         link.window = int(min(max(rate * WINDOW_S, FIRST_WINDOW_BYTES), MAX_WINDOW_BYTES))
-        credit = link.window - link.allowed
-        if credit > 0:
-            link.allowed += credit
-            link.outbox.append(wire.encode(self.run, sender, recipient, Credit(credit)))
-            self._flush(link)
+        credit = max(link.window - link.allowed, FIRST_WINDOW_BYTES)
+        link.allowed += credit
+        link.outbox.append(wire.encode(self.run, sender, recipient, Credit(credit)))
+        self._flush(link)
 
     def _read_router(self) -> None:
         for _ in range(BATCH):
@@ -398,6 +419,14 @@ class ZmqTransport:
         if inbound is not None:
             inbound.allowed = min(inbound.allowed + num_bytes, MAX_WINDOW_BYTES)
             self._pump(origin, inbound)
+
+    def _sweep(self) -> None:
+        """Who has gone in the middle of a transfer is found out by sending it something; what is queued for it is dropped."""
+        self._swept_at = now = time.monotonic()
+        for origin, inbound in list(self._inbound.items()):
+            if inbound.queue and now - inbound.moved_at > SWEEP_S:
+                sender, recipient, _ = inbound.queue[0]
+                self._send_back(origin, sender, recipient, Credit(0))
 
     def _forget_idle(self) -> None:
         """Forget the connections that have nothing queued; one that is still in use starts with a first window again."""
@@ -431,7 +460,7 @@ class ZmqTransport:
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 self._happened.append(LinkUp(self._peers_at(link.address)))
             elif event == zmq.Event.DISCONNECTED:
-                link.allowed = link.window = FIRST_WINDOW_BYTES
+                link.allowed, link.window, link.uncredited = FIRST_WINDOW_BYTES, FIRST_WINDOW_BYTES, 0
                 self._happened.append(LinkDown(self._peers_at(link.address), "the connection broke"))
 
     def _peers_at(self, address: str) -> tuple[PeerId, ...]:
@@ -445,9 +474,8 @@ class ZmqTransport:
 
 def check_loopback(address: str, insecure: bool) -> None:
     """ConfigError if a tcp address is reachable from other machines and `insecure` does not allow it."""
+    _check_address(address, "the address to listen at")
     url = urlsplit(address)
-    if url.scheme not in ("tcp", "ipc", "inproc"):
-        raise ConfigError(f"address {address!r}: the transport is tcp, ipc or inproc")
     if url.scheme != "tcp" or insecure:
         return
     host = url.hostname or ""
@@ -462,28 +490,53 @@ def check_loopback(address: str, insecure: bool) -> None:
         )
 
 
-def _set_limits(socket: zmq.Socket) -> None:
-    socket.setsockopt(zmq.IPV6, 1)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-    socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
+def _check_address(address: str, what: str) -> None:
+    """ConfigError unless it is `tcp://host:port`, `ipc://path` or `inproc://name`."""
+    kind, separator, rest = address.partition("://")
+    is_address = bool(separator and rest) and kind in ("tcp", "ipc", "inproc")
+    if is_address and kind == "tcp":
+        try:
+            url = urlsplit(address)
+            is_address = bool(url.hostname) and url.port is not None
+        except ValueError:
+            is_address = False
+    if not is_address:
+        raise ConfigError(f"{what}, {address!r}, is none; give tcp://host:port, ipc://path or inproc://name")
+
+
+def _set_limits(end: zmq.Socket[bytes], address: str) -> None:
+    end.setsockopt(zmq.IPV6, int(address.startswith("tcp://[")))
+    end.setsockopt(zmq.LINGER, 0)
+    end.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    end.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    end.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
+    end.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
+
+
+def _is_listened_at(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        probe.connect(path)
+        return True
+    return False
+
+
+def _in_use(address: str) -> str:
+    return f"{address} is in use; choose another{' port, or 0 for any free one' if address.startswith('tcp:') else ''}"
 
 
 def _bind_failure(address: str, error: zmq.ZMQError) -> str:
     if error.errno == zmq.EADDRINUSE:
-        return f"{address} is in use; choose another port, or 0 for any free one"
+        return _in_use(address)
     if error.errno in (errno.ENODEV, errno.EADDRNOTAVAIL):
         return f"{address} is no address of this machine; bind to one that is, and advertise the other"
     return f"cannot bind to {address}: {error}"
 
 
-def _receive(socket: zmq.Socket[bytes]) -> list[wire.Buffer]:
+def _receive(end: zmq.Socket[bytes]) -> list[wire.Buffer]:
     """The frames of one message; the payload is not copied. Frames beyond those that a message has are passed over."""
-    frames: list[wire.Buffer] = [socket.recv(_DONTWAIT)]
-    while socket.get(zmq.RCVMORE):
-        frame = socket.recv(copy=False)
+    frames: list[wire.Buffer] = [end.recv(_DONTWAIT)]
+    while end.get(zmq.RCVMORE):
+        frame = end.recv(copy=False)
         if len(frames) <= 2:
             frames.append(frame.buffer)
     return frames
