@@ -96,10 +96,14 @@ def run(
     sys.exit(result.exit_code)
 
 
-@main.command()
+@main.command(epilog=_EPILOG)
 @_errors_are_messages
 def scenarios() -> None:
-    """List the scenarios that come with gossipfl."""
+    """List the scenarios that come with gossipfl, and where their files are.
+
+    \b
+    gossipfl scenarios
+    """
     from gossipfl.scenario import builtin_scenarios
 
     for name, path in sorted(builtin_scenarios().items()):

@@ -10,7 +10,7 @@ import pytest
 from virtual_host import VirtualHost, keep
 
 from gossipfl.protocol.messages import Data, Pull
-from gossipfl.protocol.wire import MIN_CHUNK_BYTES
+from gossipfl.runtime.node import MIN_CHUNK_BYTES
 
 
 def random_vectors(num_peers: int, size: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
@@ -47,7 +47,7 @@ def test_each_peer_receives_r_times_the_model_a_round_whatever_s(num_segments, r
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_consensus_distance_shrinks_by_the_closed_form(num_segments, replicas):
     """Without training and with equal weights each peer's new segment is the mean of R + 1 distinct peers' ones. With iid
-    vectors of variance s^2, before: s^2 (N-1)/N per coordinate. After: the mixed copies have variance s^2/(R+1) each and any two
+    vectors of variance s^2, before: s^2 (N-1)/N per coordinate. After: the mixed copies have variance s^2/(R+1) each, any two
     share (R+1)^2/N copies on average: the ratio is (N-R-1)/((N-1)(R+1))."""
     n = 32
     ratios = []

@@ -155,7 +155,7 @@ class ZmqTransport:
     # --- sending ------------------------------------------------------------------------------------------------------
 
     def connect(self, peer: PeerId, address: str) -> None:
-        """Learn where a peer lives; ConfigError if that is no address. The connection is made when it is first sent something."""
+        """Learn where a peer lives (ConfigError if that is no address); connected to when there is something to send."""
         _check_address(address, f"the address of {peer}")
         self._routes[peer] = address
 
@@ -501,7 +501,9 @@ def _check_address(address: str, what: str) -> None:
         except ValueError:
             is_address = False
     if not is_address:
-        raise ConfigError(f"{what}, {address!r}, is none; give tcp://host:port, ipc://path or inproc://name")
+        raise ConfigError(
+            f"{what}, {address!r}, is none (tcp, ipc or inproc): give tcp://host:port, ipc://path or inproc://name"
+        )
 
 
 def _set_limits(end: zmq.Socket[bytes], address: str) -> None:

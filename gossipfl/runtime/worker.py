@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ class Worker:
         threading.Thread(target=self._say_alive, name="gossipfl-alive", daemon=True).start()
         try:
             job = self._commands.get()
-            if job is None:
+            if job is None or job.get("do") == "exit":  # before there was anything to do
                 return
             self._host = PeerHost(Job.from_json(job), **self._objects)
             self._emit(self._ready(self._host))
@@ -95,8 +95,12 @@ class Worker:
         }
 
     def _obey(self) -> None:
-        command, host = self._commands.get(), self._host
+        host = self._host
         assert host is not None
+        try:
+            command = self._commands.get_nowait()
+        except Empty:  # a command that came while the host was being made is announced twice
+            return
         match command:
             case {"do": "start", "roster": roster, "fast_math": fast_math}:
                 host.engine.set_fast_math(fast_math)

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from gossipfl.errors import ConfigError, DataError, RunError
+from gossipfl.errors import ConfigError, DataError, GossipflError, RunError
 from gossipfl.learning.checkpoint import load_model, write_atomically
 from gossipfl.learning.datasets import open_dataset
 from gossipfl.protocol.messages import Collect, PeerId, Record
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
-from gossipfl.scenario.records import RunRecord, final_models, new_folder, remove_files, summarize
+from gossipfl.scenario.records import RunRecord, check_free, final_models, new_folder, remove_files, summarize
 from gossipfl.scenario.runner import RunResult, deal, peer_settings, prepare
 
 Say = Callable[[str], None]
@@ -95,28 +95,33 @@ def run_peer(
     roster = read_roster(roster_path)
     _check_names_match(name, scenario, roster, roster_path)
     check_loopback(bind or roster.peers[name], insecure)
+    prepared = prepare(scenario)
+    number, names = scenario.peer_names.index(name), scenario.peer_names
+    indices = deal(scenario, open_dataset(prepared))[number]
     folder = new_folder(out, f"{scenario.name}-{name}", force)
     record = RunRecord(folder)
     record.write("scenario.toml", scenario.to_toml())
-    prepared = prepare(scenario)
-    number, names = scenario.peer_names.index(name), scenario.peer_names
     shard = folder / "shard.npy"
-    np.save(shard, deal(scenario, open_dataset(prepared))[number])
+    np.save(shard, indices)
     topology = scenario.build_topology()
     degrees = {names[other]: topology.degree(other) for other in topology.neighbours(number)}
     settings = peer_settings(scenario) | {"advertise": roster.peers[name]}
-    host = PeerHost(
-        Job(
-            peers=[PeerJob(name, str(shard), degrees)],
-            run=roster.run,
-            bind=bind or roster.peers[name],
-            data=str(prepared),
-            out=str(folder),
-            insecure=insecure,
-            scenario=scenario.to_toml(),
-            **settings,
-        )
+    job = Job(
+        peers=[PeerJob(name, str(shard), degrees)],
+        run=roster.run,
+        bind=bind or roster.peers[name],
+        data=str(prepared),
+        out=str(folder),
+        insecure=insecure,
+        scenario=scenario.to_toml(),
+        **settings,
     )
+    try:
+        host = PeerHost(job)
+    except GossipflError:
+        record.close()
+        remove_files(folder)  # nothing has run
+        raise
     problem: str | None = None
 
     def hear(event: dict[str, Any]) -> None:
@@ -172,6 +177,8 @@ class _Gathering:
 def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: float, say: Say) -> RunResult:
     """Gather a run of peers by hand into one record. Waits for peers that have not finished, `timeout_s` at the most."""
     roster = read_roster(roster_path)
+    if out is not None:
+        check_free(out, force)  # before peers give away what they keep
     began = time.monotonic()
     gathered = _gather(roster, timeout_s, say)
     if not gathered:

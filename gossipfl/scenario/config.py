@@ -335,6 +335,7 @@ def load_scenario(source: str | Path | Mapping[str, Any] | Scenario, overrides: 
     else:
         path = scenario_file(source)
         values, text = read_toml(path)
+        values.pop("engine", None)  # the record of a run tells what it was made with
         values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "scenario")
     overridden = apply_overrides(values, overrides)
     resolve_paths(values, [path.parent, Path.cwd()] if path else [Path.cwd()])

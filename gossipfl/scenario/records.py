@@ -51,6 +51,13 @@ class RunRecord:
         self._file.close()
 
 
+def check_free(folder: Path, force: bool) -> None:
+    """ConfigError if `folder` holds anything, unless `force` may replace it."""
+    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_free and not (force and folder.is_dir()):
+        raise ConfigError(f"--out {folder} exists; choose another folder, or pass --force to replace it")
+
+
 def new_folder(out: Path | None, name: str, force: bool) -> Path:
     """The folder for a run: `out`, or the first free of runs/<name>, runs/<name>-2, ... ConfigError if `out` exists."""
     if out is None:
@@ -58,9 +65,8 @@ def new_folder(out: Path | None, name: str, force: bool) -> Path:
         folder = Path("runs") / name if force else next(path for path in candidates if not path.exists())
     else:
         folder = out
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not force:
-            raise ConfigError(f"--out {folder} exists; choose another folder, or pass --force to replace it")
+    check_free(folder, force)
+    if folder.exists() and any(folder.iterdir()):
         _remove_run(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -140,7 +140,7 @@ class _Launcher:
         handlers = self._catch_signals()
         try:
             return self._run(record, objects)
-        except ConfigError:
+        except (ConfigError, KeyboardInterrupt):
             self._stop_workers()
             remove_files(folder)  # nothing has run
             raise
@@ -250,7 +250,7 @@ class _Launcher:
             if event["event"] == "ready":
                 ready[id(worker)] = event
             elif self.is_interrupted:
-                raise RunError("interrupted before the peers had started")
+                raise KeyboardInterrupt
             elif event["event"] == "timeout" and time.monotonic() >= deadline:
                 raise RunError(f"{len(self.workers) - len(ready)} processes were not ready after {READY_S:g} s; see log/")
         return [ready[id(worker)] for worker in self.workers]

@@ -71,10 +71,17 @@ def apply_overrides(values: Values, overrides: Sequence[str]) -> set[str]:
                 raise ConfigError(f"unknown key {key!r}: {table} = {target!r} is no table; override {table!r} itself")
         for rival in _RIVALS.get(key, ()):
             target.pop(rival, None)
-        target[last] = _toml_value(text.strip())
+        value = _toml_value(text.strip())
+        if key in _KINDS and target.get("kind", value) != value:  # the arguments of another kind are none of this one's
+            for argument in [name for name in target if f"{key.rpartition('.')[0]}.{name}" not in keys]:
+                del target[argument]
+        target[last] = value
         keys.add(key)
     return keys
 
+
+_KINDS = ("data.partition.kind", "topology.kind")
+"""The kinds whose arguments stand beside them."""
 
 _RIVALS = {"training.local_steps": ("local_epochs",), "training.local_epochs": ("local_steps",)}
 """Keys that exclude each other: the override of one takes the place of the file's other."""

@@ -18,10 +18,8 @@ from queue import SimpleQueue
 from typing import Any
 
 import click
-os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # as the processes of a run have it
-
-import numpy as np  # noqa: E402
-import zmq  # noqa: E402
+import numpy as np
+import zmq
 
 CHUNK_BYTES = 256 * 1024
 IN_FLIGHT = 16  # chunks: 4 MiB, the transport's largest window
@@ -113,12 +111,15 @@ def serve_segments(connection: Any, copy: bool) -> None:
 
 
 def take_segments(address: str, seconds: float, copy: bool) -> float:
+    import torch
+
     from gossipfl.protocol.messages import Data, Pull
     from gossipfl.runtime.transport import Incoming, ZmqTransport
     from gossipfl.segments.assembly import Assembler
     from gossipfl.segments.codecs import codec
     from gossipfl.segments.layout import Layout, even_segments
 
+    torch.set_num_threads(1)
     transport = ZmqTransport("tcp://127.0.0.1:0", run=1)
     transport.connect("server", address)
     assembler = Assembler(codec("float32"))
@@ -170,6 +171,7 @@ PATTERNS = {
 
 
 def rate(pattern: str, seconds: float) -> float:
+    os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # as the processes of a run have it
     serve, take, copy = PATTERNS[pattern]
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, copy), daemon=True)
