@@ -121,13 +121,23 @@ def test_who_missed_two_deadlines_in_a_row_is_suspect_until_heard_from():
     assert (suspicion, neighbour.is_suspect, neighbour.strikes) == ([False, True, True], False, 0)
 
 
-def test_hearing_from_a_neighbour_brings_it_back_and_never_takes_its_newest_version_away():
-    neighbour = Neighbour("b", 1, away=True)
-    assert not neighbour.is_live
+def test_what_a_neighbour_says_never_takes_its_newest_version_away():
+    neighbour = Neighbour("b", 1)
     neighbour.heard(7)
     neighbour.heard(5)
     neighbour.heard()
-    assert (neighbour.is_live, neighbour.met, neighbour.newest) == (True, True, 7)
+    assert (neighbour.met, neighbour.newest) == (True, 7)
+
+
+def test_only_a_hello_brings_back_a_neighbour_that_is_away():
+    """Other messages may be the last words of one that has gone."""
+    peers = membership()
+    neighbour = peers.neighbours["b"]
+    neighbour.away = True
+    neighbour.heard(7)
+    assert not neighbour.is_live
+    peers.greeted("b", Hello("L", 7, False))
+    assert neighbour.is_live
 
 
 def test_a_neighbour_that_has_left_still_serves_and_one_of_another_layout_does_not():

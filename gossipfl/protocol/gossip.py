@@ -39,9 +39,10 @@ several peers, and jumps to its round: a slow peer is never left to train alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import count
 
 from gossipfl.overlay.selection import SELECTORS
 from gossipfl.protocol.membership import HELLO_INTERVAL_S, Membership
@@ -134,14 +135,20 @@ class _Segment:
     is_merged: bool = False
 
 
-PROTOCOLS: Registry[Callable[[PeerId, Mapping[PeerId, int], GossipConfig], Gossip]] = Registry("protocol")
+PROTOCOLS: Registry[Callable[[PeerId, Mapping[PeerId, int], GossipConfig, Iterator[int]], Gossip]] = Registry("protocol")
 
 
 @PROTOCOLS.register("gossip")
 class Gossip:
-    """The machine of one peer. `degrees` maps each neighbour to its own number of neighbours."""
+    """The machine of one peer.
 
-    def __init__(self, name: PeerId, degrees: Mapping[PeerId, int], config: GossipConfig) -> None:
+    `degrees` maps each neighbour to its own number of neighbours. `numbers` yields the numbers of requests, each once; where
+    others may lie they should not be guessable, for who guesses one may ask in this peer's name.
+    """
+
+    def __init__(
+        self, name: PeerId, degrees: Mapping[PeerId, int], config: GossipConfig, numbers: Iterator[int] | None = None
+    ) -> None:
         assert 1 <= config.num_samples <= MAX_SAMPLES, config.num_samples
         self.name = name
         self.config = config
@@ -156,7 +163,8 @@ class Gossip:
         self._segments: list[_Segment] = []
         self._transfers: dict[int, Transfer] = {}
         self._finished_rates: list[float] = []
-        self._next_request = 1
+        self._numbers = numbers or count(1)
+        self._reported: set[tuple[PeerId, str]] = set()  # in this round
         self._order: list[PeerId] = []  # of replacements, drawn once per round
         self._began = 0.0  # training, then gathering
         self._patience_s = MIN_PATIENCE_S
@@ -315,6 +323,7 @@ class Gossip:
         late = self.report.late if self.report.round == 0 else 0
         self.report = RoundReport(round_, train_s=train_s, late=late)
         self._finished_rates.clear()
+        self._reported.clear()
         neighbours = list(self.membership.neighbours)
         generator(self.config.seed, "replacements", self.name, round_).shuffle(neighbours)
         self._order = neighbours
@@ -339,10 +348,9 @@ class Gossip:
         actions: list[Action] = []
         for first in range(0, len(ranges), MAX_RANGES):
             some = tuple(ranges[first : first + MAX_RANGES])
-            pull = Pull(self._next_request, version, oldest, some, self.config.codec, patience_left_s)
+            pull = Pull(next(self._numbers), version, oldest, some, self.config.codec, patience_left_s)
             deadline = now + self.membership.neighbours[peer].answer_deadline_s
             self._transfers[pull.request] = Transfer(peer, pull, now, deadline, dict.fromkeys(some, 0))
-            self._next_request += 1
             actions.append(Send(peer, pull))
         return actions
 
@@ -497,11 +505,11 @@ class Gossip:
 
     def _reject(self, peer: PeerId, request: int, reason: str, now: float) -> list[Action]:
         self.report.rejected += 1
-        fault = Report(Fault(self.round, peer, "rejected", reason))
+        fault = self._once(Fault(self.round, peer, "rejected", reason))
         transfer = self._transfers.get(request)
         if transfer is None or transfer.peer != peer:
-            return [fault]
-        return [fault, *self._replace(transfer, now)]
+            return fault
+        return fault + self._replace(transfer, now)
 
     def _peer_down(self, peer: PeerId, now: float) -> list[Action]:
         neighbour = self.membership.neighbours.get(peer)
@@ -574,8 +582,15 @@ class Gossip:
             detail = f"pull of {(strange or pull.ranges)[0]} as {pull.codec!r}; there are {number} segments of {size} values"
             detail += f", sent as {self.config.codec!r}"
             refusal = Refuse(pull.request, self.desk.oldest, self.desk.newest)
-            return [Report(Fault(self.round, peer, "bad_pull", detail)), Send(peer, refusal)]
+            return [*self._once(Fault(self.round, peer, "bad_pull", detail)), Send(peer, refusal)]
         return self.desk.answer(peer, pull, now, may_train=self.phase is not Phase.LINGERING)
+
+    def _once(self, fault: Fault) -> list[Action]:
+        """Report this kind of fault of this peer once a round: reports must not fill the disk."""
+        if (fault.peer, fault.kind) in self._reported:
+            return []
+        self._reported.add((fault.peer, fault.kind))
+        return [Report(fault)]
 
     def _linger(self, now: float) -> list[Action]:
         self.phase = Phase.LINGERING

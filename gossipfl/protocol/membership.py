@@ -52,7 +52,6 @@ class Neighbour:
     def heard(self, newest: int = 0) -> None:
         self.strikes = 0
         self.met = True
-        self.away = False
         self.newest = max(self.newest, newest)
 
     def answered_after(self, seconds: float) -> None:
@@ -93,6 +92,7 @@ class Membership:
         neighbour = self.neighbours[name]
         neighbour.heard(hello.newest)
         neighbour.answered = True
+        neighbour.away = False  # a Hello alone brings back: other messages may be the last words of one that has gone
         neighbour.gone = False
         neighbour.foreign = hello.layout != self.layout
         return not neighbour.foreign

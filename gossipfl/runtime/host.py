@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -126,7 +127,8 @@ def build_node(
             "use aggregation = 'mean' or a dense codec"
         )
     store = SegmentStore(initial, config.segments, values, settings.seed, name)
-    machine = PROTOCOLS.get(settings.protocol)(name, degrees, config)
+    numbers = iter(lambda: 1 + secrets.randbelow(2**61), None)
+    machine = PROTOCOLS.get(settings.protocol)(name, degrees, config, numbers)
     return Node(machine, store, values, AGGREGATORS.get(settings.aggregation), initial, transport, tasks, **callbacks)
 
 

@@ -53,9 +53,12 @@ class RunRecord:
 
 def check_free(folder: Path, force: bool) -> None:
     """ConfigError if `folder` holds anything, unless `force` may replace it."""
-    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    if not is_free and not (force and folder.is_dir()):
+    if not _is_free(folder) and not force:
         raise ConfigError(f"--out {folder} exists; choose another folder, or pass --force to replace it")
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def new_folder(out: Path | None, name: str, force: bool) -> Path:
@@ -66,7 +69,7 @@ def new_folder(out: Path | None, name: str, force: bool) -> Path:
     else:
         folder = out
     check_free(folder, force)
-    if folder.exists() and any(folder.iterdir()):
+    if not _is_free(folder):
         _remove_run(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
