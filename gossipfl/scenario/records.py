@@ -147,12 +147,13 @@ def summarize(
 ) -> dict[str, Any]:
     """The contents of summary.json.
 
-    Accuracies are on the common test set, after each peer's last merge; bytes are summed over all that was received; train,
-    wait and merge seconds are summed over peers and rounds; `exit_code` is made from `min_peers` where it is not given.
+    Accuracies are on the common test set, after the last merge of each peer that has finished (of all, where none has);
+    bytes are summed over all that was received; train, wait and merge seconds are summed over peers and rounds; `exit_code` is
+    made from `min_peers` where it is not given.
     """
     rounds = [event for event in events if event["event"] == "round"]
     finished = {event["peer"] for event in events if event["event"] == "finished" and event["error"] is None}
-    last = {event["peer"]: event for event in rounds if event["peer"] in finished}
+    last = {event["peer"]: event for event in rounds if event["peer"] in finished or not finished}
     after = [event["accuracy_after"] for event in last.values() if event["accuracy_after"] is not None]
     before = [event["accuracy_before"] for event in last.values() if event["accuracy_before"] is not None]
 
