@@ -317,7 +317,7 @@ class Engine:
     def _tensors(self, x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = torch.from_numpy(np.array(normalise(x, self.dataset))).to(self.config.device)
         if self.uses_fast_math and inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            inputs = inputs.to(memory_format=torch.channels_last)  # contiguous() leaves one-channel images as they are
         return inputs, torch.from_numpy(np.array(y)).to(self.config.device)
 
 

@@ -32,7 +32,7 @@ def step() -> None:
     chosen = torch.randint(len(y_train), (batch,), generator=generator)
     x, y = x_train[chosen], y_train[chosen]
     if fast:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)  # contiguous() leaves one-channel images as they are
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
