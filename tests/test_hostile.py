@@ -545,7 +545,8 @@ def test_rubbish_from_a_neighbour_is_reported_with_its_name(with_evil):
     assert "malformed" in swarm.faults_about("evil")
 
 
-def test_a_neighbour_that_mixes_versions_within_an_answer_is_survived(with_evil):
+@pytest.mark.parametrize("num_segments", [1, 4])
+def test_a_neighbour_that_mixes_versions_within_an_answer_is_survived(num_segments, with_evil):
     """Chunks of two versions, laid so that their offsets fit: what is assembled must be what is counted."""
 
     def weave(fake, origin, sender, pull) -> None:
@@ -560,7 +561,7 @@ def test_a_neighbour_that_mixes_versions_within_an_answer_is_survived(with_evil)
                 data = Data(pull.request, version, version, 1, (start, stop), offset, total, size, payload=bytes(size))
                 fake.answer(origin, sender, data)
 
-    with_evil(weave, size=40_000)
+    with_evil(weave, size=40_000, gossip=dict(segments=num_segments))
 
 
 def test_each_chunk_sent_twice_and_backwards_is_survived(with_evil):

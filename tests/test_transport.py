@@ -315,6 +315,18 @@ def test_a_transfer_goes_on_however_many_others_connect(num_strangers, ends, att
             b.transport.queue(b.received[-1].origin, "b", "x", chunks(1, 2**10))
 
 
+def test_a_newcomer_is_served_when_as_many_as_are_remembered_came_before(ends, attackers, monkeypatch):
+    monkeypatch.setattr(transport_module, "MAX_REMEMBERED", 4)
+    a, b = ends("tcp://127.0.0.1:0"), ends("tcp://127.0.0.1:0")
+    for number, stranger in enumerate([attackers(b.address) for _ in range(4)], start=1):
+        stranger.say("x", "b", PULL)
+        until(b, lambda number=number: len(b.received) == number)
+        b.transport.queue(b.received[-1].origin, "b", "x", chunks(1, 2**10))
+    a.transport.connect("b", b.address)
+    b.transport.queue(asked(a, b), "b", "a", chunks(1, 3 * 2**20))
+    until([a, b], lambda: len(a.messages) == 12, deadline_s=8)
+
+
 def test_outgoing_connections_are_capped_by_closing_idle_ones(ends, monkeypatch):
     monkeypatch.setattr(transport_module, "IDLE_S", 0.0)
     a, b = ends("tcp://127.0.0.1:0"), ends("tcp://127.0.0.1:0")

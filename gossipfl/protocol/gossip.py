@@ -385,6 +385,8 @@ class Gossip:
         if not transfer.continues_with(data):
             self.report.repeated_bytes += data.num_bytes
             return []
+        if data.is_last and data.payload is None:
+            return self._reject(peer, data.request, f"the end of {data.range} came without its beginning", now)
         transfer.advance(data, now)
         transfer.flows(now, neighbour.answer_deadline_s, self._patience_s)
         self.report.payload_bytes += data.num_bytes

@@ -77,6 +77,7 @@ class Peer:
         self.faults: list[Fault] = []
         self._tasks: SimpleQueue[Any] = SimpleQueue()
         self._round = self._yielded = 0
+        self._has_begun = False
         settings, layout = GossipSettings(rounds=rounds, **gossip), layout_of(model, buffers)
         run = int.from_bytes(hashlib.blake2b("/".join(sorted(roster)).encode(), digest_size=6).digest(), "little")
         transport = ZmqTransport(bind or roster[name], run=run, advertise=roster[name], insecure=insecure)
@@ -100,6 +101,9 @@ class Peer:
         A peer that joins late or falls far behind skips rounds: the model then holds the newest one of the others.
         RunError if the run cannot be joined.
         """
+        if self._has_begun:
+            raise RunError(f"{self.name}: a Peer is good for one run; make another")
+        self._has_begun = True
         self._reactor.start()
         self._reactor.post(lambda: self._node.handle(Start()))
         try:

@@ -178,9 +178,9 @@ class ZmqTransport:
 
     def queue(self, origin: Origin, sender: PeerId, recipient: PeerId, chunks: Iterable[Data | Record]) -> None:
         """Queue the chunks of an answer; they go out as the connection takes them, each zero-copy."""
-        inbound = self._inbound.setdefault(origin, _Inbound())
-        if len(self._inbound) > MAX_REMEMBERED:
+        if origin not in self._inbound and len(self._inbound) >= MAX_REMEMBERED:
             self._forget_idle()
+        inbound = self._inbound.setdefault(origin, _Inbound())
         for chunk in chunks:
             key = recipient, chunk.request
             inbound.requests[key] = inbound.requests.get(key, 0) + len(chunk.payload)
