@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import secrets
 import socket
 import tempfile
 import threading
@@ -120,10 +121,15 @@ def new_address(kind: str) -> str:
 
 
 def free_address() -> str:
-    """A TCP address on which nothing listens, for a peer that is not there (yet)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    """A TCP address on which nothing listens, for a peer that is not there (yet).
+
+    Below the ports that systems give to outgoing connections, so that no other test gets it by chance meanwhile.
+    """
+    while True:
+        port = secrets.choice(range(20_000, 32_000))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return f"tcp://127.0.0.1:{port}"
 
 
 def chunks(request: int, total: int, chunk: int = wire.MAX_PAYLOAD_BYTES, seed: int = 0) -> list[Data]:

@@ -130,6 +130,16 @@ def test_thousands_of_small_chunks_arrive_whole_and_in_order(pair):
     assert payload_of(a.messages) == payload_of(answer)
 
 
+def test_a_sender_that_has_forgotten_its_credit_is_given_some_anew(pair):
+    a, b = pair
+    origin = asked(a, b)
+    for answer in (chunks(1, 12 * 2**20), chunks(2, 12 * 2**20)):
+        a.received.clear()
+        b.transport.queue(origin, "b", "a", answer)
+        until([a, b], lambda answer=answer: len(a.messages) == len(answer))
+        b.transport._forget_idle()
+
+
 def test_a_receiver_that_does_not_read_holds_back_only_itself(pair, ends):
     a, b = pair
     c = ends(new_address("tcp4"))

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -44,8 +44,7 @@ _MAX_INT = 2**62
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """A decoded message with its addresses; `message` is None if its kind is unknown here."""
 
     run: int
@@ -77,10 +76,10 @@ def decode(frames: Sequence[Buffer]) -> Envelope:
         raise RemoteProtocolError(f"the header is not msgpack: {error}") from error
     if type(fields_) is not tuple or len(fields_) != 9:
         raise RemoteProtocolError("the header is not a list of nine fields")
-    version, run, kind, sender, recipient, body, *reserved = fields_
+    version, run, kind, sender, recipient, body, identity, hash_, signature = fields_
     if type(version) is not int or version != WIRE_VERSION:
         raise RemoteProtocolError(f"wire version {_shown(version)}; this is version {WIRE_VERSION}")
-    if any(value is not None for value in reserved):
+    if not (identity is hash_ is signature is None):
         raise RemoteProtocolError("identity, hash and signature are reserved and must be nil")
     if not (_is_count(run) and _is_name(kind) and _is_name(sender) and _is_name(recipient)):
         raise RemoteProtocolError("run, kind, sender or recipient is not what it should be")
@@ -135,7 +134,12 @@ def _is_total(value: object) -> bool:
 
 
 def _is_name(value: object) -> bool:
-    return type(value) is str and 0 < len(value.encode("utf-8", "replace")) <= MAX_NAME_BYTES
+    # no character takes more than four bytes, so short names need not be encoded to be measured
+    return type(value) is str and len(value) > 0 and (4 * len(value) <= MAX_NAME_BYTES or _fits(value))
+
+
+def _fits(name: str) -> bool:
+    return len(name.encode("utf-8", "replace")) <= MAX_NAME_BYTES
 
 
 def _is_flag(value: object) -> bool:

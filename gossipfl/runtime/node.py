@@ -49,10 +49,11 @@ from gossipfl.protocol.messages import (
     Trained,
     Wake,
 )
-from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, Origin, ZmqTransport
+from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, Origin, Shared, ZmqTransport
 from gossipfl.segments.assembly import Assembler
 from gossipfl.segments.buffers import VectorPool
 from gossipfl.segments.codecs import Codec
+from gossipfl.segments.layout import Range
 from gossipfl.segments.mixing import mix
 from gossipfl.segments.store import SegmentStore
 
@@ -127,6 +128,7 @@ class Node:
         self.own = self.initial
         self._mixed: np.ndarray | None = None
         self._assembler = Assembler(self.codec)
+        self._chunks: dict[tuple[int, Range], list[Shared]] = {}
         self._origins: dict[PeerId, dict[int, Origin]] = {name: {} for name in self.machine.membership.neighbours}
         self._traffic = Traffic()
 
@@ -147,6 +149,8 @@ class Node:
         self.store.publish(round_, vector)
         self.handle(Trained(round_, self.machine.config.num_samples))
         self.store.retain(self.machine.desk.versions)
+        for key in [key for key in self._chunks if key[0] not in self.machine.desk.versions]:
+            del self._chunks[key]
 
     def take(self, incoming: Incoming) -> None:
         """A message for this peer: count it, check and decode its payload, and let the machine hear of it."""
@@ -244,25 +248,41 @@ class Node:
             self.transport.send(self.name, peer, Refuse(pull.request, self.machine.desk.oldest, newest), origin)
             return
         try:
-            encoded = [self.store.encode(version, range_) for range_ in pull.ranges]
+            encoded = [self._chunks_of(version, range_) for range_ in pull.ranges]
         except CodecError as error:
             self._report(Fault(self.machine.round, peer, "bad_pull", str(error)))
             self.transport.send(self.name, peer, Refuse(pull.request, self.machine.desk.oldest, newest), origin)
             return
         ahead = self.transport.bytes_queued(origin, peer)
-        total = sum(len(values) for values in encoded)
+        total = sum(self.codec.num_bytes(stop - start) for start, stop in pull.ranges)
         if ahead or total > wire.MAX_PAYLOAD_BYTES:  # the first chunk may be long in coming
             self.transport.send(self.name, peer, Later(pull.request, ahead + total), origin)
         num_samples = self.machine.config.num_samples
-        chunks = []
-        for index, (range_, values) in enumerate(zip(pull.ranges, encoded, strict=True)):
-            first = pull.offset if index == 0 and version == pull.version else 0
-            for offset in range(min(first, len(values) - 1), len(values), wire.MAX_PAYLOAD_BYTES):
-                part = values[offset : offset + wire.MAX_PAYLOAD_BYTES]
-                chunks.append(
-                    Data(pull.request, version, newest, num_samples, range_, offset, len(values), len(part), payload=part)
-                )
-        self.transport.queue(origin, self.name, peer, chunks)
+        resumed = pull.offset if version == pull.version else 0
+        answer = []
+        for range_, chunks in zip(pull.ranges, encoded, strict=True):
+            size = self.codec.num_bytes(range_[1] - range_[0])
+            for index, chunk in enumerate(chunks):
+                offset = index * wire.MAX_PAYLOAD_BYTES
+                if offset + len(chunk) <= min(resumed, size - 1):
+                    continue
+                if offset < resumed < size:
+                    chunk, offset = self.transport.shared(chunk.buffer[resumed - offset :]), resumed
+                answer.append(Data(pull.request, version, newest, num_samples, range_, offset, size, len(chunk), chunk))
+            resumed = 0
+        self.transport.queue(origin, self.name, peer, answer)
+
+    def _chunks_of(self, version: int, range_: Range) -> list[Shared]:
+        """What the encoded range is sent as; made once for a segment, however many pull it."""
+        key = version, range_
+        if key in self._chunks:
+            return self._chunks[key]
+        encoded = self.store.encode(version, range_)
+        starts = range(0, len(encoded), wire.MAX_PAYLOAD_BYTES)
+        chunks = [self.transport.shared(encoded[start : start + wire.MAX_PAYLOAD_BYTES]) for start in starts]
+        if range_ in self.machine.config.segments:
+            self._chunks[key] = chunks
+        return chunks
 
     def _merge(self, segment: int, contributions: tuple[Contribution, ...], own_weight: float) -> None:
         began = time.perf_counter()

@@ -7,6 +7,9 @@ ZeroMQ queues count messages, not bytes, so what is in flight is bounded here: a
 on a connection and then as much as the receiver's Credits allow. The receiver's window follows the rate of the connection (a
 quarter of a second's worth), so that small messages are not stuck behind seconds of payload.
 
+A Credit that comes the other way says what the sender may still send, where the two might disagree: when it begins to serve on
+a connection (perhaps anew, having forgotten it), and when it has waited for long.
+
 A connection that sends something malformed is not listened to again; what it still sends is counted and dropped.
 """
 
@@ -24,6 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import zmq
@@ -60,10 +64,11 @@ _ANSWERS = (Data, Record, Later, Refuse)
 
 Origin = bytes
 """The connection that a message came in on; answers go back to it."""
+Shared = zmq.Frame
+"""A payload that is sent to many."""
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(NamedTuple):
     """A well-formed message for one of the peers here. `num_bytes` counts its header and payload frames."""
 
     sender: PeerId
@@ -178,14 +183,21 @@ class ZmqTransport:
 
     def queue(self, origin: Origin, sender: PeerId, recipient: PeerId, chunks: Iterable[Data | Record]) -> None:
         """Queue the chunks of an answer; they go out as the connection takes them, each zero-copy."""
-        if origin not in self._inbound and len(self._inbound) >= MAX_REMEMBERED:
-            self._forget_idle()
+        if origin not in self._inbound:
+            if len(self._inbound) >= MAX_REMEMBERED:
+                self._forget_idle()
+            self._send_back(origin, sender, recipient, Credit(FIRST_WINDOW_BYTES))
         inbound = self._inbound.setdefault(origin, _Inbound())
         for chunk in chunks:
             key = recipient, chunk.request
             inbound.requests[key] = inbound.requests.get(key, 0) + len(chunk.payload)
             inbound.queue.append((sender, recipient, chunk))
         self._pump(origin, inbound)
+
+    @staticmethod
+    def shared(payload: memoryview) -> Shared:
+        """The payload in a form that can be sent to many: wrapping it each time takes longer than sending it."""
+        return zmq.Frame(payload)
 
     def bytes_queued(self, origin: Origin, recipient: PeerId, request: int | None = None) -> int:
         """Payload bytes not yet handed over on this connection for one request, or for all of a peer's."""
@@ -321,7 +333,7 @@ class ZmqTransport:
     def _pump(self, origin: Origin, inbound: _Inbound) -> None:
         """Hand over queued chunks while the receiver's credit lasts."""
         self._blocked.discard(origin)
-        send = self._router.send
+        send, requests, now = self._router.send, inbound.requests, time.monotonic()
         while inbound.queue and inbound.allowed > 0:
             sender, recipient, chunk = inbound.queue[0]
             header = wire.encode(self.run, sender, recipient, chunk)
@@ -333,12 +345,12 @@ class ZmqTransport:
                 self._send_failed(origin, error)
                 return
             inbound.queue.popleft()
-            inbound.moved_at = time.monotonic()
-            inbound.allowed -= len(chunk.payload)
-            key = recipient, chunk.request
-            left = inbound.requests.pop(key, 0) - len(chunk.payload)
+            key, num_bytes = (recipient, chunk.request), len(chunk.payload)
+            inbound.allowed -= num_bytes
+            left = requests.pop(key, 0) - num_bytes
             if left > 0:
-                inbound.requests[key] = left
+                requests[key] = left
+            inbound.moved_at = now
 
     def _send_failed(self, origin: Origin, error: zmq.ZMQError) -> None:
         if error.errno == zmq.EAGAIN:
@@ -369,13 +381,15 @@ class ZmqTransport:
                 continue
             link.last_used = time.monotonic()
             if not isinstance(incoming.message, _ANSWERS) or self._routes.get(incoming.sender) != link.address:
-                self.dropped += not isinstance(incoming.message, Credit)
+                if isinstance(incoming.message, Credit):
+                    link.allowed = min(link.allowed, incoming.message.num_bytes)
+                else:
+                    self.dropped += 1
                 continue
             if isinstance(incoming.message, _CHUNKED):
                 link.allowed -= len(incoming.message.payload)
                 link.uncredited += len(incoming.message.payload)
-                # a sender that has forgotten its credit starts with a first window again, and must not wait for ever
-                if link.allowed <= link.window // 2 or link.uncredited >= FIRST_WINDOW_BYTES:
+                if link.allowed <= link.window // 2:
                     self._credit(link, incoming.recipient, incoming.sender)
             self._happened.append(incoming)
 
@@ -393,14 +407,15 @@ class ZmqTransport:
     def _read_router(self) -> None:
         for _ in range(BATCH):
             try:
-                first, *frames = self._router.recv_multipart(_DONTWAIT, copy=False)
+                first = self._router.recv(_DONTWAIT, copy=False)
+                frames = _receive(self._router)
             except zmq.Again:
                 return
             origin = first.bytes
             if origin in self._banned:
                 self.dropped += 1
                 continue
-            incoming = self._decode([frame.buffer for frame in frames], origin)
+            incoming = self._decode(frames, origin)
             if isinstance(incoming, str):
                 logger.warning("malformed message from %s: %s; its connection is ignored", _source(first), incoming)
                 self._ban(origin)
@@ -426,7 +441,7 @@ class ZmqTransport:
         for origin, inbound in list(self._inbound.items()):
             if inbound.queue and now - inbound.moved_at > SWEEP_S:
                 sender, recipient, _ = inbound.queue[0]
-                self._send_back(origin, sender, recipient, Credit(0))
+                self._send_back(origin, sender, recipient, Credit(max(inbound.allowed, 0)))
 
     def _forget_idle(self) -> None:
         """Forget the connections that have nothing queued; one that is still in use starts with a first window again."""
@@ -536,8 +551,9 @@ def _bind_failure(address: str, error: zmq.ZMQError) -> str:
 
 def _receive(end: zmq.Socket[bytes]) -> list[wire.Buffer]:
     """The frames of one message; the payload is not copied. Frames beyond those that a message has are passed over."""
-    frames: list[wire.Buffer] = [end.recv(_DONTWAIT)]
-    while end.get(zmq.RCVMORE):
+    frame = end.recv(_DONTWAIT, copy=False)
+    frames: list[wire.Buffer] = [frame.buffer]
+    while frame.more:
         frame = end.recv(copy=False)
         if len(frames) <= 2:
             frames.append(frame.buffer)

@@ -57,7 +57,7 @@ class SegmentStore:
         return self._versions[version][slice(*range_)]
 
     def encode(self, version: int, range_: Range) -> memoryview:
-        """The range as the codec sends it: encoded once, served to many. CodecError for a range that cannot be served."""
+        """The range as the codec sends it, a segment once for all who ask. CodecError for a range that cannot be served."""
         values = self.read(version, range_)
         if self._codec.name == "float32":
             return self._codec.encode(values)  # a view already: nothing to keep
@@ -65,7 +65,10 @@ class SegmentStore:
         if key not in self._encoded:
             if self._sparse and key not in self._selected:
                 raise CodecError(f"range {range_} of version {version} is no segment; {self._codec.name} serves whole segments")
-            self._encoded[key] = self._codec.encode(values, self._selected.get(key))
+            encoded = self._codec.encode(values, self._selected.get(key))
+            if range_ not in self._segments:  # there is no end to the ranges that may be asked for
+                return encoded
+            self._encoded[key] = encoded
         return self._encoded[key]
 
     def _select(self, codec: SparseCodec, version: int, vector: np.ndarray) -> None:

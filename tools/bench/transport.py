@@ -21,6 +21,8 @@ import click
 import numpy as np
 import zmq
 
+from gossipfl.scenario.workers import ENVIRONMENT
+
 CHUNK_BYTES = 256 * 1024
 IN_FLIGHT = 16  # chunks: 4 MiB, the transport's largest window
 MODEL_SIZE, SEGMENTS = 1_663_370, 8
@@ -171,17 +173,26 @@ PATTERNS = {
 
 
 def rate(pattern: str, seconds: float) -> float:
-    os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # as the processes of a run have it
+    os.environ |= ENVIRONMENT  # as the processes of a run have it, from their beginning
     serve, take, copy = PATTERNS[pattern]
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, copy), daemon=True)
+    spawn = multiprocessing.get_context("spawn")
+    (ours, theirs), (result, report) = spawn.Pipe(), spawn.Pipe(duplex=False)
+    server = spawn.Process(target=serve, args=(theirs, copy), daemon=True)
     server.start()
     assert ours.poll(60), f"{pattern}: the server did not start"
-    result = take(ours.recv(), seconds, copy)
+    client = spawn.Process(target=run_client, args=(take, ours.recv(), seconds, copy, report), daemon=True)
+    client.start()
+    assert result.poll(60 + 2 * seconds), f"{pattern}: the client did not end"
+    gib_s = result.recv()
     ours.send("stop")
-    server.join(10)
-    server.kill()
-    return result
+    for process in (client, server):
+        process.join(10)
+        process.kill()
+    return gib_s
+
+
+def run_client(take: Callable[..., float], address: Any, seconds: float, copy: bool, report: Any) -> None:
+    report.send(take(address, seconds, copy))
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
