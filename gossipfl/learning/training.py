@@ -188,9 +188,9 @@ class FlatModel:
         travelling = {entry.name for entry in self.layout.entries}
         self.local_buffers = [values for name, values in model.named_buffers() if name not in travelling]
 
-    def read(self) -> np.ndarray:
-        """What travels, as a fresh f32[P] in main memory."""
-        vector = self.pool.take()
+    def read(self, out: np.ndarray | None = None) -> np.ndarray:
+        """What travels, as f32[P] in main memory: `out`, or fresh."""
+        vector = self.pool.take() if out is None else out
         torch.from_numpy(vector).copy_(self.flat[: self.layout.size])
         return vector
 
@@ -232,10 +232,13 @@ class Engine:
             "torch": torch.__version__,
         }
 
-    def train(self, learner: Learner, vector: np.ndarray, round: int, times: int = 1) -> TrainResult:
+    def train(
+        self, learner: Learner, vector: np.ndarray, round: int, times: int = 1, out: np.ndarray | None = None
+    ) -> TrainResult:
         """Train from `vector` (f32[P], left alone) on the learner's shard, for one round.
 
-        `times` multiplies `local_steps`: one central model takes as many steps as all peers together.
+        `times` multiplies `local_steps`: one central model takes as many steps as all peers together. The trained vector is
+        written into `out` (f32[P], may be `vector`) where that is given.
         """
         began = time.perf_counter()
         torch.manual_seed(derived_seed(self.config.seed, "training", learner.name, round))
@@ -247,7 +250,7 @@ class Engine:
         losses = [self._train_step(x, y, learner.optimizer_state) for x, y in self._batches(learner, round, times)]
         learner.local_buffers = [values.clone() for values in self.flat.local_buffers]
         loss = float(torch.stack(losses).mean())
-        return TrainResult(self.flat.read(), loss, len(losses), time.perf_counter() - began)
+        return TrainResult(self.flat.read(out), loss, len(losses), time.perf_counter() - began)
 
     def evaluate(self, vector: np.ndarray, learner: Learner | None = None) -> float:
         """Accuracy of `vector` (f32[P]) on the test set, with the learner's local buffers (None: those of a new model)."""
@@ -302,6 +305,11 @@ class Engine:
         return loss.detach()
 
     def _batches(self, learner: Learner, round: int, times: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for chosen in self.batch_indices(learner, round, times):
+            yield self._tensors(self.dataset.x_train[chosen], self.dataset.y_train[chosen])
+
+    def batch_indices(self, learner: Learner, round: int, times: int = 1) -> Iterator[np.ndarray]:
+        """The training samples (i64[batch]) of each local step of a round."""
         rng = generator(self.config.seed, "batches", learner.name, round)
         size = min(self.config.batch_size, len(learner.indices))
         per_epoch = -(-len(learner.indices) // size)
@@ -311,8 +319,7 @@ class Engine:
             if step % per_epoch == 0:
                 order = learner.indices[rng.permutation(len(learner.indices))]
             start = step % per_epoch * size
-            chosen = order[start : start + size]
-            yield self._tensors(self.dataset.x_train[chosen], self.dataset.y_train[chosen])
+            yield order[start : start + size]
 
     def _tensors(self, x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = torch.from_numpy(np.array(normalise(x, self.dataset))).to(self.config.device)
