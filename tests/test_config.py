@@ -325,8 +325,6 @@ def test_an_override_that_cannot_be_right_gets_the_same_help_as_a_file(override,
             "gossip.mixing = 'metropolis_hastings' with gossip.selection = 'uniform' would not average evenly: "
             "its weights are for all neighbours; set gossip.selection = 'all'",
         ),
-        ({"network": {"up": "10Mbit"}}, "network = {'up': '10Mbit'} is not supported by `run` yet; remove the table"),
-        ({"churn": {"kill": [1]}}, "churn = {'kill': [1]} is not supported by `run` yet; remove the table"),
         (
             {"transport": {"kind": "tpc"}},
             "transport.kind = 'tpc' is not known; did you mean 'tcp'?; use 'tcp', 'ipc' or 'inproc'",
@@ -419,12 +417,6 @@ def test_a_foreign_name_leads_to_ours_inside_tables_too():
     assert "'topology.graph_degree'; 'graph_degree' is called 'topology.degree' here" in message_of(
         {"topology": {"kind": "regular", "graph_degree": 3}}
     )
-
-
-@pytest.mark.parametrize("theirs", ["bandwidth", "trace"])
-def test_what_is_not_supported_yet_says_so(theirs):
-    table = {"bandwidth": "network", "trace": "churn"}[theirs]
-    assert message_of({theirs: 1}) == f"unknown key '{theirs}'; it would belong to [{table}], which `run` does not support yet"
 
 
 @pytest.mark.parametrize(

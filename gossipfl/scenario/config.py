@@ -23,7 +23,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import tomli_w
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -34,9 +33,13 @@ from pydantic import (
 )
 
 from gossipfl.errors import ConfigError
+from gossipfl.overlay.churn import Churn as PeerChurn
+from gossipfl.overlay.devices import Devices
+from gossipfl.overlay.links import Links, check_links
 from gossipfl.overlay.topology import Topology as PeerTopology
 from gossipfl.overlay.topology import build_topology
 from gossipfl.registry import did_you_mean
+from gossipfl.scenario.emulation import Churn, Compute, Network, misfits, unknown_peers
 from gossipfl.scenario.problems import Problem, ScenarioError, misplaced_key, problems_of, shown
 from gossipfl.scenario.sources import apply_overrides, line_of, read_toml, resolve_paths, scenario_file
 from gossipfl.scenario.values import (
@@ -45,8 +48,8 @@ from gossipfl.scenario.values import (
     ExistingPath,
     FunctionName,
     Patience,
-    Reserved,
     Staleness,
+    Table,
     Text,
     three_seeds,
     toml_value,
@@ -58,17 +61,7 @@ BUILT_IN_CODECS = ("bfloat16", "float16", "float32", "int4", "int8", "randomk", 
 # ---------------------------------------------------------------------------------------------------------- the tables
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,  # a number in quotes, or 1 for true, is a mistake to report; an integer where a float is due is none
-        allow_inf_nan=False,
-        protected_namespaces=(),  # our own `model` and `model_args`
-    )
-
-
-class _OpenTable(_Table):
+class _OpenTable(Table):
     """A table that also takes the arguments of what its `kind` names."""
 
     model_config = ConfigDict(extra="allow")
@@ -91,7 +84,7 @@ class _OpenTable(_Table):
         return self
 
 
-class Seeds(_Table):
+class Seeds(Table):
     """[seed] What is random, each part by its own seed; `seed = 3` sets all three."""
 
     data: int = Field(default=0, ge=0, description="test split and partition")
@@ -108,7 +101,7 @@ class Partition(_OpenTable):
     )
 
 
-class Data(_Table):
+class Data(Table):
     """[data] What the peers learn from."""
 
     kind: Text = Field(default="digits", description="data set: a registered name or package.module:function")
@@ -130,7 +123,7 @@ class Data(_Table):
         return self
 
 
-class Training(_Table):
+class Training(Table):
     """[training] What a peer does between two exchanges."""
 
     local_epochs: int | None = Field(default=None, ge=1, description="passes over the peer's own samples per round (default 1)")
@@ -161,7 +154,7 @@ class Training(_Table):
         return self
 
 
-class Gossip(_Table):
+class Gossip(Table):
     """[gossip] Who sends what to whom after each local training, and how copies become one model."""
 
     protocol: Text = Field(default="gossip", description="the protocol's name")
@@ -205,7 +198,7 @@ class Topology(_OpenTable):
     )
 
 
-class Transport(_Table):
+class Transport(Table):
     """[transport] How peers reach each other."""
 
     kind: Literal["tcp", "ipc", "inproc"] = Field(default="tcp", description="tcp, ipc (one machine) or inproc (one process)")
@@ -213,17 +206,17 @@ class Transport(_Table):
     advertise: Text | None = Field(default=None, description="address that peers tell others, where it differs from host")
 
 
-class Stop(_Table):
+class Stop(Table):
     """[stop] What ends a run early."""
 
     rounds: int | None = Field(
         default=None, ge=1, description="lowers the top-level rounds, or sets them where those are left out"
     )
     target_accuracy: float | None = Field(default=None, ge=0, le=1, description="mean test accuracy that is enough")
-    duration: DurationS = Field(default=None, description="seconds, or text such as '90s', '10min', '1h'")
+    duration: DurationS | None = Field(default=None, description="seconds, or text such as '90s', '10min', '1h'")
 
 
-class Scenario(_Table):
+class Scenario(Table):
     """A run. Construction raises `ScenarioError`, with a line for each problem; `load_scenario` also checks the graph."""
 
     name: str = Field(default="scenario", description="letters, digits, '.', '_' and '-' (default: the file's name)")
@@ -240,12 +233,17 @@ class Scenario(_Table):
     model_args: Arguments = Field(default_factory=dict, description="its arguments")
     evaluate_every: int = Field(default=1, ge=0, description="rounds between evaluations; 0 = after the last round only")
     central: bool = Field(default=False, description="also train one model on all the data, for comparison")
+    clock: Literal["auto", "virtual", "local", "netns"] = Field(
+        default="auto",
+        description="virtual time; real sockets; the same in network namespaces; auto = virtual where something is emulated",
+    )
     data: Data = Field(default=Data())
     training: Training = Field(default=Training())
     gossip: Gossip = Field(default=Gossip())
     topology: Topology = Field(default=Topology())
-    network: Reserved = Field(default_factory=dict, description="emulated links: reserved")
-    churn: Reserved = Field(default_factory=dict, description="peers that come and go: reserved")
+    network: Network = Field(default=Network(), description="emulated links")
+    compute: Compute = Field(default=Compute(), description="emulated devices")
+    churn: Churn = Field(default=Churn(), description="peers that come and go")
     transport: Transport = Field(default=Transport())
     stop: Stop = Field(default=Stop())
 
@@ -254,6 +252,8 @@ class Scenario(_Table):
             super().__init__(**values)
         except ValidationError as error:
             raise ScenarioError(problems_of(error, Scenario)) from None
+        if problems := list(unknown_peers(self._emulated, self.peers)):
+            raise ScenarioError(problems)
 
     @field_validator("name")
     @classmethod
@@ -296,16 +296,42 @@ class Scenario(_Table):
         """["p0", "p1", ...]; a peer's number is its index in the topology."""
         return [f"p{index}" for index in range(self.peers)]
 
+    @property
+    def resolved_clock(self) -> Literal["virtual", "local", "netns"]:
+        """The clock, where "auto" means virtual time if links, devices or churn are emulated, and else this machine's."""
+        if self.clock != "auto":
+            return self.clock
+        return "virtual" if any(table != type(table)() for table in self._emulated.values()) else "local"
+
+    @property
+    def _emulated(self) -> dict[str, Network | Compute | Churn]:
+        return {"network": self.network, "compute": self.compute, "churn": self.churn}
+
     def build_topology(self) -> PeerTopology:
         """The graph of this scenario; may import networkx."""
         return build_topology(self.topology.kind, self.peers, self.protocol_seed, self.topology.args)
+
+    def build_links(self) -> Links:
+        """The emulated network of this scenario."""
+        return self.network.build(self.peers, self.protocol_seed)
+
+    def build_devices(self) -> Devices:
+        """The emulated devices of this scenario."""
+        return self.compute.build(self.peers, self.protocol_seed)
+
+    def build_churn(self) -> PeerChurn:
+        """Who comes and goes in this scenario, and when."""
+        return self.churn.build(self.peers, self.protocol_seed)
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with its default filled in, as TOML values; what is None is left out."""
         values = self.model_dump(exclude_none=True)
         if len(set(values["seed"].values())) == 1:
             values["seed"] = self.data_seed
-        return {key: value for key, value in values.items() if value or key not in ("network", "churn", "stop")}
+        unused = {
+            key for key in ("network", "compute", "churn", "stop") if getattr(self, key) == type(self).model_fields[key].default
+        }
+        return {key: value for key, value in values.items() if key not in unused}
 
     def to_toml(self) -> str:
         """`resolved()` as a file, which loads back to an equal scenario."""
@@ -313,8 +339,8 @@ class Scenario(_Table):
 
     @property
     def sha256(self) -> str:
-        """64 hex digits that differ when any setting but the name differs."""
-        values = {key: value for key, value in self.resolved().items() if key != "name"}
+        """64 hex digits that differ when any setting but the name and the clock differs."""
+        values = {key: value for key, value in self.resolved().items() if key not in ("name", "clock")}
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -342,6 +368,7 @@ def load_scenario(source: str | Path | Mapping[str, Any] | Scenario, overrides: 
     try:
         scenario = Scenario(**values)
         _check_topology(scenario)
+        _check_emulation(scenario)
         return scenario
     except ScenarioError as error:
         if path is None:
@@ -358,7 +385,7 @@ def check_names(scenario: Scenario) -> None:
     from gossipfl.aggregation import AGGREGATORS
     from gossipfl.learning.datasets import DATASETS
     from gossipfl.learning.partition import PARTITIONERS
-    from gossipfl.protocol.gossip import PROTOCOLS
+    from gossipfl.protocol.baselines import PROTOCOLS
 
     DATASETS.get(scenario.data.kind)
     PARTITIONERS.get(scenario.data.partition.kind)
@@ -396,6 +423,18 @@ def _check_topology(scenario: Scenario) -> None:
                     "lower it or densify the topology",
                 )
             )
+    if problems:
+        raise ScenarioError(problems)
+
+
+def _check_emulation(scenario: Scenario) -> None:
+    """The files of the emulated network fit, and it links all neighbours."""
+    problems = list(misfits(scenario._emulated, scenario.peers, scenario.protocol_seed))
+    if not problems and scenario.network.pair_matrix is not None:
+        try:
+            check_links(scenario.build_links(), scenario.build_topology())
+        except ConfigError as error:
+            problems = [Problem("network.pair_matrix", f"network.pair_matrix = {scenario.network.pair_matrix!r}: {error}")]
     if problems:
         raise ScenarioError(problems)
 

@@ -85,13 +85,41 @@ CALLED_HERE = {
     "graph_degree": "topology.degree",
     "graph_type": "topology.kind",
     "graph_file": "topology.path",
+    "up": "network.uplink",
+    "upload": "network.uplink",
+    "up_bandwidth": "network.uplink",
+    "upload_rate": "network.uplink",
+    "bandwidth": "network.uplink",
+    "bw": "network.uplink",
+    "rate": "network.uplink",
+    "tcset": "network.uplink",
+    "down": "network.downlink",
+    "download": "network.downlink",
+    "down_bandwidth": "network.downlink",
+    "download_rate": "network.downlink",
+    "link": "network.pair",
+    "links": "network.pair",
+    "bandwidth_matrix": "network.pair_matrix",
+    "delay": "network.latency",
+    "rtt": "network.latency",
+    "delay_matrix": "network.latency_matrix",
+    "delay_distro": "network.jitter",
+    "delay_distribution": "network.jitter",
+    "packet_loss": "network.loss",
+    "loss_rate": "network.loss",
+    "compute_time": "compute.step_time",
+    "compute_speed": "compute.speed",
+    "stragglers_ratio": "compute.stragglers",
+    "straggler_ratio": "compute.stragglers",
+    "online_prob": "churn.online",
+    "drop_prob": "churn.online",
+    "dropout_rate": "churn.online",
+    "availability": "churn.online",
+    "leave": "churn.kill",
+    "crash": "churn.kill",
+    "late_join": "churn.join",
 }
 """What decentralizepy, FedML, Flower, GossipFL, p2pfl and the papers call our keys: a suggestion, not a second name."""
-
-_NOT_YET = {
-    **dict.fromkeys(("bandwidth", "latency", "jitter", "loss", "up", "down", "link"), "network"),
-    **dict.fromkeys(("trace", "online_prob", "drop_prob", "stragglers", "stragglers_ratio", "kill"), "churn"),
-}
 
 # Keys of the open tables that everyone expects, so that a suggestion can name them.
 _OPEN_KEYS = ("data.partition.alpha", "topology.degree", "topology.path")
@@ -101,6 +129,8 @@ _SENTENCES = {
     "float_type": "must be a number",
     "string_type": "must be text, in quotes",
     "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "missing": "must be given",
     "dict_type": "must be a table",
     "model_type": "must be a table",
     "finite_number": "must be a finite number",
@@ -165,8 +195,6 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
     plain = _plain(leaf)
     if plain in CALLED_HERE:
         return f"; {leaf!r} is called {CALLED_HERE[plain]!r} here"
-    if plain in _NOT_YET:
-        return f"; it would belong to [{_NOT_YET[plain]}], which `run` does not support yet"
     by_leaf = [(candidate.rpartition(".")[2], candidate) for candidate in (*known, *_OPEN_KEYS)]
     elsewhere = [candidate for name, candidate in by_leaf if name == plain]
     if elsewhere:

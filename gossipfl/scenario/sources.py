@@ -69,8 +69,7 @@ def apply_overrides(values: Values, overrides: Sequence[str]) -> set[str]:
             target = target.setdefault(table, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"unknown key {key!r}: {table} = {target!r} is no table; override {table!r} itself")
-        for rival in _RIVALS.get(key, ()):
-            target.pop(rival, None)
+        target.pop(_RIVALS.get(key, ""), None)
         value = _toml_value(text.strip())
         if key in _KINDS and target.get("kind", value) != value:  # the arguments of another kind are none of this one's
             for argument in [name for name in target if f"{key.rpartition('.')[0]}.{name}" not in keys]:
@@ -83,19 +82,33 @@ def apply_overrides(values: Values, overrides: Sequence[str]) -> set[str]:
 _KINDS = ("data.partition.kind", "topology.kind")
 """The kinds whose arguments stand beside them."""
 
-_RIVALS = {"training.local_steps": ("local_epochs",), "training.local_epochs": ("local_steps",)}
+_EXCLUSIVE = (
+    ("training", "local_steps", "local_epochs"),
+    ("network", "pair", "pair_matrix"),
+    ("network", "latency", "latency_matrix"),
+    ("compute.stragglers", "fraction", "peers"),
+)
+_RIVALS = {f"{table}.{one}": other for table, *two in _EXCLUSIVE for one, other in (two, reversed(two))}
 """Keys that exclude each other: the override of one takes the place of the file's other."""
 
 
 def resolve_paths(values: Values, folders: Sequence[Path]) -> None:
     """Make the paths in `values` absolute (in place): relative to the first of `folders` that holds such a thing."""
-    for table, key in (("data", "path"), ("topology", "path")):
+    for table, key in _PATHS:
         settings = values.get(table)
         if isinstance(settings, dict) and isinstance(settings.get(key), str | Path):
             path = Path(settings[key]).expanduser()
             found = next((folder / path for folder in folders if (folder / path).exists()), None)
             if found is not None:
                 settings[key] = str(found.resolve())
+
+
+_PATHS = (
+    ("data", "path"),
+    ("topology", "path"),
+    *(("network", key) for key in ("pair_matrix", "latency_matrix", "trace")),
+    ("churn", "trace"),
+)
 
 
 def line_of(text: str, key: str) -> int | None:

@@ -1,0 +1,116 @@
+"""Churn: peers that come and go.
+
+    churn = build_churn(ChurnConfig(planned=(Change(20.0, 3, False), Change(40.0, 3, True))), num_peers=8, seed=0)
+    for change in churn.changes(duration_s=60.0): ...     # p3 leaves at 20 s and is back at 40 s
+
+A peer is there when its plan (killed, back again, joining late) and its availability (drawn anew every period, or read from
+a trace) both let it. Either says only when things change: before its first change a peer is the opposite of what that
+change makes it, so one whose first change is to come was not there from the start. Times are of the run's clock.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gossipfl.errors import ConfigError
+from gossipfl.overlay.csv_files import read_trace
+from gossipfl.randomness import generator
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """From `time_s` on, peer `index` is there (online) or not."""
+
+    time_s: float
+    index: int
+    online: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChurnConfig:
+    """What churn is built from."""
+
+    planned: Sequence[Change] = ()  # kills, returns and late joins, in any order
+    online: float = 1.0  # chance of a peer to be available in a period after the first, in which all are
+    period_s: float = math.inf  # how long each draw lasts, seconds
+    trace: str | None = None  # CSV of time_s,peer,online (0 or 1), instead of `online`
+
+
+class Churn:
+    """Who is there when."""
+
+    def __init__(
+        self,
+        num_peers: int,
+        planned: Sequence[Change] = (),
+        traced: Sequence[Change] = (),
+        online: float = 1.0,
+        period_s: float = math.inf,
+        seed: int = 0,
+    ) -> None:
+        """`planned` and `traced` are sorted by time; `online` is above 0."""
+        self.num_peers, self.planned, self.traced = num_peers, planned, traced
+        self.online, self.period_s, self._seed = online, period_s, seed
+        self._at_start = np.stack([_before_all(planned, num_peers), _before_all(traced, num_peers)])  # bool[2, N]
+
+    @property
+    def is_empty(self) -> bool:
+        """Everybody is there all the time."""
+        return not self.planned and not self.traced and not self._is_drawn
+
+    def initially_online(self, index: int) -> bool:
+        """Whether a peer is there when the run begins."""
+        return bool(self._at_start[:, index].all())
+
+    def changes(self, duration_s: float) -> Iterator[Change]:
+        """Every change until `duration_s`, in order. Of a drawn availability they come without end if that is infinite."""
+        allowed = self._at_start.copy()
+        plan = ((change.time_s, 0, change) for change in self.planned)
+        availability = ((change.time_s, 1, change) for change in itertools.chain(self.traced, self._redraws()))
+        for time_s, source, change in heapq.merge(plan, availability, key=lambda entry: entry[:2]):
+            if time_s > duration_s:
+                return
+            was_online = allowed[:, change.index].all()
+            allowed[source, change.index] = change.online
+            if allowed[:, change.index].all() != was_online:
+                yield change
+
+    @property
+    def _is_drawn(self) -> bool:
+        return self.online < 1 and self.period_s < math.inf
+
+    def _redraws(self) -> Iterator[Change]:
+        """The availability of every peer in each period, by a generator of its own, so that no query shifts a later one."""
+        for period in itertools.count(1) if self._is_drawn else ():
+            available = generator(self._seed, "online", round=period).random(self.num_peers) < self.online
+            yield from (Change(period * self.period_s, index, online) for index, online in enumerate(available.tolist()))
+
+
+def build_churn(config: ChurnConfig, num_peers: int, seed: int) -> Churn:
+    """The churn of a configuration. ConfigError: a trace that cannot be read, with the line and the remedy."""
+    planned = sorted(config.planned, key=lambda change: change.time_s)
+    traced = _read_changes(config.trace, num_peers) if config.trace else []
+    return Churn(num_peers, planned, traced, config.online, config.period_s, seed)
+
+
+def _read_changes(path: str, num_peers: int) -> list[Change]:
+    changes = []
+    for line, time_s, index, (online,) in read_trace(path, ("online",), num_peers):
+        if online not in (0, 1):
+            raise ConfigError(f"{path} line {line}: online = {online:g} must be 0 or 1")
+        changes.append(Change(time_s, index, bool(online)))
+    return changes
+
+
+def _before_all(changes: Sequence[Change], num_peers: int) -> np.ndarray:
+    """bool[N]: who is there at the start. A change at 0 s counts as done."""
+    online = np.ones(num_peers, dtype=bool)
+    for change in reversed(changes):  # the first of a peer's changes decides
+        online[change.index] = change.online if change.time_s == 0 else not change.online
+    return online

@@ -1,0 +1,72 @@
+"""The emulated devices: how long each peer trains, in virtual time.
+
+    devices = build_devices(DevicesConfig(speed=Lognormal(1.0, 0.5), straggler_fraction=0.1, slowdown=5), num_peers=100, seed=0)
+    devices.train_s(3, round=7, num_steps=20)
+
+Stragglers are peers that are slower than the others by a factor, throughout; `variation` is what differs from round to round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gossipfl.overlay.links import Constant, Distribution, Lognormal
+from gossipfl.randomness import generator
+
+STEP = Constant(0.01)
+"""A batch of 32 small images on one core takes about as long."""
+SAME_SPEED = Constant(1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesConfig:
+    """What devices are built from."""
+
+    step_time: Distribution = STEP  # seconds of a local step at speed 1, drawn once per peer
+    speed: Distribution = SAME_SPEED  # 2 = twice as fast, drawn once per peer
+    straggler_fraction: float = 0.0  # share of the peers, drawn, rounded up
+    stragglers: Sequence[int] = ()  # or these peers
+    slowdown: float = 1.0  # a straggler takes this times as long
+    variation: float = 0.0  # sigma of a lognormal factor of each round's training time, with median 1
+    peer_step_s: Mapping[int, float] = field(default_factory=dict)  # of single peers, in place of what would be drawn
+    peer_speed: Mapping[int, float] = field(default_factory=dict)
+
+
+class Devices:
+    """The devices of all peers; what they do not know of is what is trained."""
+
+    def __init__(self, step_s: np.ndarray, variation: float = 0.0, seed: int = 0, stragglers: Sequence[int] = ()) -> None:
+        """`step_s`: f64[N], seconds of a local step."""
+        self.step_s, self.variation, self.stragglers = step_s, variation, tuple(stragglers)
+        self._seed = seed
+
+    def train_s(self, index: int, round: int, num_steps: int) -> float:
+        """Seconds that peer `index` takes for the local steps of a round; the same whenever it is asked."""
+        seconds = float(self.step_s[index]) * num_steps
+        if self.variation:
+            rng = generator(self._seed, "variation", f"p{index}", round)
+            seconds *= float(Lognormal(1.0, self.variation).draw(rng, ()))
+        return seconds
+
+
+def build_devices(config: DevicesConfig, num_peers: int, seed: int) -> Devices:
+    """The devices of a configuration; each quantity is drawn by itself, so the seed decides."""
+    step_s = config.step_time.draw(generator(seed, "step_time"), num_peers)
+    speed = config.speed.draw(generator(seed, "speed"), num_peers)
+    for values, own in ((step_s, config.peer_step_s), (speed, config.peer_speed)):
+        for index, value in own.items():
+            values[index] = value
+    step_s /= speed
+    stragglers = sorted(config.stragglers) or _drawn_stragglers(config.straggler_fraction, num_peers, seed)
+    step_s[stragglers] *= config.slowdown
+    return Devices(step_s, config.variation, seed, stragglers)
+
+
+def _drawn_stragglers(fraction: float, num_peers: int, seed: int) -> list[int]:
+    """That share of the peers, rounded up; those of a smaller share are among those of a greater one."""
+    count = math.ceil(round(fraction * num_peers, 9))  # 0.1 * 30 is a little above 3
+    return sorted(generator(seed, "stragglers").permutation(num_peers)[:count].tolist())
