@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from gossipfl.protocol.gossip import Gossip, GossipConfig
     from gossipfl.runtime.peer import Peer
     from gossipfl.scenario.config import Scenario, load_scenario
-    from gossipfl.scenario.runner import RunResult, run
+    from gossipfl.scenario.results import RunResult
+    from gossipfl.scenario.runner import run
 
 _HOMES = {
     "ConfigError": "gossipfl.errors",
@@ -30,7 +31,7 @@ _HOMES = {
     "GossipflError": "gossipfl.errors",
     "Peer": "gossipfl.runtime.peer",
     "RunError": "gossipfl.errors",
-    "RunResult": "gossipfl.scenario.runner",
+    "RunResult": "gossipfl.scenario.results",
     "Scenario": "gossipfl.scenario.config",
     "load_scenario": "gossipfl.scenario.config",
     "run": "gossipfl.scenario.runner",

@@ -28,6 +28,7 @@ FLOORS = {
     "protocol": 2,
     "learning": 3,
     "runtime": 4,
+    "simulation": 4,
     "cli": 5,
     "scenario": 5,
 }

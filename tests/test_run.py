@@ -406,7 +406,7 @@ def test_a_run_whose_majority_is_killed_has_failed_with_a_readable_summary(launc
 @pytest.mark.processes
 def test_a_worker_that_is_stopped_for_the_rest_of_the_run_is_named_and_the_others_finish(launch, gate):
     """A stopped process keeps its connections: nothing but its silence tells of it. A minute of that is cut to 4 s here."""
-    patch = "import gossipfl.scenario.runner as runner; runner.SILENCE_S = 4.0"
+    patch = "import gossipfl.scenario.launcher as launcher; launcher.SILENCE_S = 4.0"
     run = launch("quickstart", *settings(*GATED, "gossip.patience=2"), patch=patch)
     run.await_round(3)
     run.worker(1).suspend()

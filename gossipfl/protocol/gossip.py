@@ -303,7 +303,16 @@ class Gossip:
         assert self.phase is Phase.TRAINING and round_ == self.round and num_samples == self.config.num_samples
         train_s = now - self._began
         actions = self._open_round(round_, now, train_s)
-        actions += self.desk.publish(round_, now, self.membership.oldest_needed)
+        actions += self._offer(round_, now)
+        chosen = self._choose(round_)
+        return actions + self._ask(chosen, now)
+
+    def _offer(self, round_: int, now: float) -> list[Action]:
+        """What has been trained may be pulled from now on."""
+        return self.desk.publish(round_, now, self.membership.oldest_needed)
+
+    def _choose(self, round_: int) -> list[list[PeerId]]:
+        """The neighbours that each segment is pulled from, drawn afresh for each."""
         candidates = self.membership.candidates(at_least=self.config.replicas)
         rng = generator(self.config.seed, "neighbours", self.name, round_)
         select, links = SELECTORS.get(self.config.selection), self.membership.neighbours
@@ -311,7 +320,7 @@ class Gossip:
         if self.config.selection != "all":
             expected = min(self.config.replicas, len(self.membership.neighbours))
             self.report.missing += sum(expected - len(peers) for peers in chosen)
-        return actions + self._ask(chosen, now)
+        return chosen
 
     def _open_round(self, round_: int, now: float, train_s: float) -> list[Action]:
         """Close what is left of an earlier gathering and start a new one."""
@@ -451,11 +460,14 @@ class Gossip:
         if not all(segment.is_merged for segment in self._segments):
             return []
         self.report.wait_s = now - self._began
-        done: list[Action] = [Report(self.report)]
+        done = self._round_done(now)
         self.report = RoundReport(0)  # what still comes in counts towards the next round
         if round_ >= self.last_round:
             return done + self._linger(now)
         return done + self._train(round_ + 1, now)
+
+    def _round_done(self, now: float) -> list[Action]:
+        return [Report(self.report)]
 
     # --- waiting, and what goes wrong ---------------------------------------------------------------------------------
 

@@ -243,6 +243,13 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
+class Publish:
+    """Store the mixed vector as `version`, in place of what was trained under it."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Nothing more is wanted of this request: drop what has been assembled of it."""
 
@@ -264,7 +271,7 @@ class Finish:
     error: str | None = None
 
 
-Action = Train | Send | Serve | Merge | Forget | Report | Finish
+Action = Train | Send | Serve | Merge | Publish | Forget | Report | Finish
 
 
 # --- records ----------------------------------------------------------------------------------------------------------

@@ -31,8 +31,9 @@ from gossipfl.learning.datasets import open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
 from gossipfl.overlay.selection import SELECTORS
-from gossipfl.protocol.gossip import MAX_SAMPLES, MIXINGS, PROTOCOLS, GossipConfig
-from gossipfl.protocol.messages import Fault, PeerId, Start, StopAfter
+from gossipfl.protocol.baselines import PROTOCOLS
+from gossipfl.protocol.gossip import MAX_SAMPLES, MIXINGS, GossipConfig
+from gossipfl.protocol.messages import Fault, PeerId, RoundReport, Start, StopAfter
 from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone, TrainTask
 from gossipfl.runtime.transport import ZmqTransport
 from gossipfl.segments.codecs import codec
@@ -297,33 +298,18 @@ class PeerHost:
         hosted.done = None
         is_first = not hosted.events
         accuracy = self._accuracy(hosted, mixed) if self._is_evaluated(report.round) else None
-        trained = not report.adopted
-        event: Event = {
-            "event": "round",
-            "peer": hosted.node.name,
-            "round": report.round,
-            "time_s": round(time.monotonic() - self._started, 4),
-            "train_loss": hosted.loss if trained else None,
-            "accuracy_before": hosted.accuracy_before if trained else None,
-            "accuracy_after": accuracy,
-            "train_s": round(hosted.train_s, 6) if trained else 0.0,
-            "wait_s": round(report.wait_s, 6),
-            "merge_s": round(traffic.merge_s, 6),
-            "payload_bytes": report.payload_bytes,
-            "wire_bytes": traffic.wire_bytes,
-            "control_bytes": traffic.control_bytes,
-            "repeated_bytes": report.repeated_bytes,
-            "local_bytes": 0,
-            "segments_mixed": report.segments_mixed,
-            "late": report.late,
-            "refused": report.refused,
-            "rejected": report.rejected,
-            "timeouts": report.timeouts,
-            "missing": report.missing,
-            "staleness_mean": report.staleness_sum / max(report.segments_mixed, 1),
-            "staleness_max": report.staleness_max,
-            "adopted": report.adopted,
-        }
+        event = round_event(
+            hosted.node.name,
+            report,
+            time_s=time.monotonic() - self._started,
+            train_loss=hosted.loss,
+            train_s=hosted.train_s,
+            merge_s=traffic.merge_s,
+            wire_bytes=traffic.wire_bytes,
+            control_bytes=traffic.control_bytes,
+            accuracy_before=hosted.accuracy_before,
+            accuracy_after=accuracy,
+        )
         hosted.events.append(event)
         if is_first:
             self._keep_first(hosted.node.name, mixed)
@@ -379,3 +365,46 @@ class PeerHost:
             case "model" if hosted.model_file is not None:
                 return hosted.model_file.read_bytes()
         return None
+
+
+def round_event(
+    peer: PeerId,
+    report: RoundReport,
+    *,
+    time_s: float,
+    train_loss: float,
+    train_s: float,
+    merge_s: float,
+    wire_bytes: int,
+    control_bytes: int,
+    accuracy_before: float | None,
+    accuracy_after: float | None,
+) -> Event:
+    """The record's line for one peer and round; a peer that adopted a model in this round has not trained in it."""
+    trained = not report.adopted
+    return {
+        "event": "round",
+        "peer": peer,
+        "round": report.round,
+        "time_s": round(time_s, 4),
+        "train_loss": train_loss if trained else None,
+        "accuracy_before": accuracy_before if trained else None,
+        "accuracy_after": accuracy_after,
+        "train_s": round(train_s, 6) if trained else 0.0,
+        "wait_s": round(report.wait_s, 6),
+        "merge_s": round(merge_s, 6),
+        "payload_bytes": report.payload_bytes,
+        "wire_bytes": wire_bytes,
+        "control_bytes": control_bytes,
+        "repeated_bytes": report.repeated_bytes,
+        "local_bytes": 0,
+        "segments_mixed": report.segments_mixed,
+        "late": report.late,
+        "refused": report.refused,
+        "rejected": report.rejected,
+        "timeouts": report.timeouts,
+        "missing": report.missing,
+        "staleness_mean": report.staleness_sum / max(report.segments_mixed, 1),
+        "staleness_max": report.staleness_max,
+        "adopted": report.adopted,
+    }

@@ -36,6 +36,7 @@ from gossipfl.protocol.messages import (
     PeerDown,
     PeerId,
     PeerUp,
+    Publish,
     Pull,
     Received,
     Record,
@@ -216,6 +217,10 @@ class Node:
                 return Merged(round_, segment)
             case Serve(peer, pull, version):
                 self._serve(peer, pull, version)
+            case Publish(version):
+                mixed = self._take_mixed()
+                self.store.publish(version, mixed)
+                self._mixed = mixed
             case Forget(peer, request):
                 self._assembler.forget((peer, request))
             case Train(round_):

@@ -24,11 +24,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import numpy as np
-
 from gossipfl.errors import GossipflError
+from gossipfl.learning.central import train_centrally
 from gossipfl.learning.checkpoint import load_model
-from gossipfl.learning.training import Learner
 from gossipfl.runtime.host import Event, Job, PeerHost
 
 logger = logging.getLogger(__name__)
@@ -119,13 +117,9 @@ class Worker:
     def _train_centrally(self, host: PeerHost, rounds: int, num_peers: int) -> None:
         """The same number of passes over all the data at once, by one model."""
         began = time.perf_counter()
-        learner = Learner("central", np.arange(len(host.dataset.y_train)))
-        vector = host.initial
-        for round_ in range(1, rounds + 1):
-            if self._is_over.is_set():
-                return
-            vector = host.engine.train(learner, vector, round_, times=num_peers).vector
-        accuracy = host.engine.evaluate(vector)
+        accuracy = train_centrally(host.engine, host.initial, rounds, num_peers, lambda: not self._is_over.is_set())
+        if accuracy is None:
+            return
         self._emit({"event": "central", "accuracy": accuracy, "seconds": round(time.perf_counter() - began, 3)})
 
     def _say_alive(self) -> None:

@@ -27,8 +27,10 @@ from gossipfl.protocol.messages import Collect, PeerId, Record
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
+from gossipfl.scenario.launcher import peer_settings
+from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import RunRecord, check_free, final_models, new_folder, remove_files, summarize
-from gossipfl.scenario.runner import RunResult, deal, peer_settings, prepare
+from gossipfl.scenario.results import RunResult
 
 Say = Callable[[str], None]
 ITEMS = ("scenario", "events", "first", "model")
@@ -198,19 +200,13 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
         load_model(folder / "models" / f"{name}.safetensors")
         write_atomically(folder / "first" / f"{name}.npy", items["first"])
     well = sorted(gathered, key=scenario.peer_names.index)
-    vectors, figures = final_models(folder, well)
+    figures = final_models(folder, well)
     remove_files(folder / "first")
     wall_s = max((event["time_s"] for event in record.events if event["event"] == "round"), default=0.0)
     summary = summarize(
         record.events,
-        scenario=scenario.name,
-        scenario_sha256=scenario.sha256,
-        seed=scenario.resolved()["seed"],
-        peers=scenario.peer_names,
-        min_peers=scenario.min_peers,
-        segments=scenario.gossip.segments,
-        replicas=scenario.gossip.replicas,
-        parameters=next(iter(vectors.values())).size,
+        scenario,
+        parameters=load_model(folder / "models" / "average.safetensors")[1].size,
         figures=figures,
         average_accuracy=_accuracy_of_average(scenario, folder, say),
         central_accuracy=None,

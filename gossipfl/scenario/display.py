@@ -12,7 +12,7 @@ from rich.table import Table
 
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.records import Event
-from gossipfl.scenario.runner import Observer, RunResult
+from gossipfl.scenario.results import Observer, RunResult
 
 MAX_ROWS = 32
 LINE_S = 2.0
@@ -111,6 +111,7 @@ def print_summary(console: Console, result: RunResult) -> None:
         ("payload per peer and round", _size(summary["bytes"]["payload_per_peer_round"])),
         ("payload, all", _size(summary["bytes"]["payload"])),
         ("on the wire, all", _size(summary["bytes"]["wire"])),
+        ("virtual seconds", None if summary["virtual_seconds"] is None else f"{summary['virtual_seconds']:,.2f}"),
         ("seconds to start / to run", f"{seconds['startup']:.1f} / {seconds['wall']:.1f}"),
         (
             "missing, late, refused, rejected",

@@ -26,6 +26,7 @@ import numpy as np
 from gossipfl._version import __version__
 from gossipfl.errors import ConfigError
 from gossipfl.learning.checkpoint import load_model, save_model, write_atomically
+from gossipfl.scenario.config import Scenario
 
 Event = dict[str, Any]
 
@@ -85,29 +86,32 @@ def _remove_run(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def final_models(folder: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The peers' final vectors (f32[P]) by name; writes their mean to models/average.safetensors.
+def final_models(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The figures made from the peers' final vectors; writes their mean to models/average.safetensors.
 
-    Also the figures made from them: consensus distances of the first and the last merge and the digest of all vectors.
+    These are the consensus distances of the first and the last merge and the digest of all vectors.
     """
     vectors: dict[str, np.ndarray] = {}
     layout = None
     for name in names:
         layout, vectors[name] = load_model(folder / "models" / f"{name}.safetensors")
-    figures: dict[str, Any] = {"first": None, "last": None, "models_sha256": None}
-    if layout is not None:
-        digest = hashlib.sha256()
-        for name in names:
-            digest.update(vectors[name].tobytes())
-        average = mean_vector(vectors.values())
-        save_model(folder / "models" / "average.safetensors", layout, average, peer="average")
-        first = [np.load(path) for path in sorted((folder / "first").glob("*.npy"))]
-        figures = {
-            "first": consensus_distance(first) if first else None,
-            "last": consensus_distance(list(vectors.values())),
-            "models_sha256": digest.hexdigest(),
-        }
-    return vectors, figures
+    if layout is None:
+        return {"first": None, "last": None, "models_sha256": None}
+    save_model(folder / "models" / "average.safetensors", layout, mean_vector(vectors.values()), peer="average")
+    first = [np.load(path) for path in sorted((folder / "first").glob("*.npy"))]
+    return {
+        "first": consensus_distance(first) if first else None,
+        "last": consensus_distance(list(vectors.values())),
+        "models_sha256": models_sha256(vectors.values()),
+    }
+
+
+def models_sha256(vectors: Iterable[np.ndarray]) -> str:
+    """The digest of the peers' final vectors (f32[P]), given in the order of the peers."""
+    digest = hashlib.sha256()
+    for vector in vectors:
+        digest.update(vector.tobytes())
+    return digest.hexdigest()
 
 
 def mean_vector(vectors: Iterable[np.ndarray]) -> np.ndarray:
@@ -127,14 +131,8 @@ def consensus_distance(vectors: Sequence[np.ndarray]) -> float:
 
 def summarize(
     events: Sequence[Event],
+    scenario: Scenario,
     *,
-    scenario: str,
-    scenario_sha256: str,
-    seed: Any,
-    peers: Sequence[str],
-    min_peers: int,
-    segments: int,
-    replicas: int,
     parameters: int,
     figures: dict[str, Any],
     average_accuracy: float | None,
@@ -143,13 +141,15 @@ def summarize(
     wall_s: float,
     peak_memory_mib: float | None,
     engine: dict[str, Any],
+    clock: str = "local",
+    virtual_s: float | None = None,
     exit_code: int | None = None,
 ) -> dict[str, Any]:
     """The contents of summary.json.
 
     Accuracies are on the common test set, after the last merge of each peer that has finished (of all, where none has);
     bytes are summed over all that was received; train, wait and merge seconds are summed over peers and rounds; `exit_code` is
-    made from `min_peers` where it is not given.
+    made from the scenario's `min_peers` where it is not given.
     """
     rounds = [event for event in events if event["event"] == "round"]
     finished = {event["peer"] for event in events if event["event"] == "finished" and event["error"] is None}
@@ -161,17 +161,17 @@ def summarize(
         return sum(event[key] for event in rounds)
 
     if exit_code is None:
-        exit_code = 0 if len(finished) >= min_peers else 1
+        exit_code = 0 if len(finished) >= scenario.min_peers else 1
     num_rounds = max((event["round"] for event in rounds), default=0)
     return {
-        "scenario": scenario,
-        "scenario_sha256": scenario_sha256,
-        "seed": seed,
-        "clock": "local",
-        "peers": len(peers),
+        "scenario": scenario.name,
+        "scenario_sha256": scenario.sha256,
+        "seed": scenario.resolved()["seed"],
+        "clock": clock,
+        "peers": scenario.peers,
         "rounds": num_rounds,
-        "segments": segments,
-        "replicas": replicas,
+        "segments": scenario.gossip.segments,
+        "replicas": scenario.gossip.replicas,
         "parameters": parameters,
         "accuracy": {
             "mean": _rounded(statistics.fmean(after) if after else None),
@@ -199,13 +199,13 @@ def summarize(
             "wait": round(total("wait_s"), 3),
             "merge": round(total("merge_s"), 3),
         },
-        "virtual_seconds": None,
+        "virtual_seconds": None if virtual_s is None else round(virtual_s, 6),
         "faults": {
             "missing_segments": total("missing"),
             "late": total("late"),
             "refused": total("refused"),
             "rejected": total("rejected"),
-            "dead_peers": [name for name in peers if name not in finished],
+            "dead_peers": [name for name in scenario.peer_names if name not in finished],
         },
         "memory_mib": {"peak_total": None if peak_memory_mib is None else round(peak_memory_mib, 1)},
         "models_sha256": figures["models_sha256"],

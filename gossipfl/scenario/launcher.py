@@ -1,0 +1,404 @@
+"""Running a scenario over sockets: real processes on this machine, one record.
+
+The launcher prepares the data, starts the workers, watches over them and writes the record. It decides nothing about the
+protocol: peers find each other through the roster and gossip among themselves; a worker that dies takes its peers with it
+and the others go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import psutil
+import tomli_w
+
+from gossipfl import errors
+from gossipfl.errors import ConfigError, GossipflError, RunError
+from gossipfl.learning.datasets import Dataset, open_dataset, save_dataset
+from gossipfl.learning.partition import class_table
+from gossipfl.runtime.transport import check_loopback
+from gossipfl.scenario.config import Scenario, check_names
+from gossipfl.scenario.preparation import deal, prepare
+from gossipfl.scenario.records import Event, RunRecord, final_models, new_folder, remove_files, summarize
+from gossipfl.scenario.results import Observer, RunResult
+from gossipfl.scenario.workers import Inbox, ThreadWorker, WorkerHandle, launch
+
+logger = logging.getLogger(__name__)
+
+READY_S = 120.0
+SILENCE_S = 60.0
+"""A worker says every two seconds that it lives; one silent for this long is taken for dead and killed."""
+STOP_S = 2.0
+"""What Ctrl-C leaves the workers to end in order; within 3 s everything has stopped."""
+MEMORY_SAMPLE_S = 0.5
+WORKER_MIB = 260
+EXIT_INTERRUPTED = 130
+
+
+@dataclass
+class Launcher:
+    """One run over real sockets. `run` makes the record in `out` and returns what the run came to."""
+
+    scenario: Scenario
+    observer: Observer
+    began: float  # epoch seconds
+    insecure: bool
+    inbox: Inbox = field(default_factory=SimpleQueue)
+    workers: Sequence[WorkerHandle] = ()
+    process: subprocess.Popen[bytes] | None = None
+    sockets: tempfile.TemporaryDirectory[str] = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="gossipfl-"))
+    ended: set[int] = field(default_factory=set)
+    finished: dict[str, str | None] = field(default_factory=dict)
+    peak_mib: float = 0.0
+    sampled_at: float = 0.0
+    startup_s: float = 0.0
+    started_at: float = 0.0
+    is_interrupted: bool = False
+    stop_round: float = math.inf
+
+    def run(self, out: Path | None, force: bool, objects: dict[str, Any]) -> RunResult:
+        check_names(self.scenario)
+        if self.scenario.transport.kind == "tcp":
+            check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
+        self._check_file_descriptors()
+        folder = new_folder(out, self.scenario.name, force)
+        record = RunRecord(folder)
+        record.write("scenario.toml", self.scenario.to_toml())
+        handlers = self._catch_signals()
+        try:
+            return self._run(record, objects)
+        except (ConfigError, KeyboardInterrupt):
+            self._stop_workers()
+            remove_files(folder)  # nothing has run
+            raise
+        finally:
+            self._stop_workers()
+            self.sockets.cleanup()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            record.close()
+
+    def _run(self, record: RunRecord, objects: dict[str, Any]) -> RunResult:
+        scenario, folder = self.scenario, record.folder
+        groups = self._groups(in_process=any(value is not None for value in objects.values()))
+        if any(value is not None for value in objects.values()) or scenario.transport.kind == "inproc":
+            self.workers = [ThreadWorker(groups[0], self.inbox, **objects)]
+        else:  # they import torch while the data is prepared
+            self.workers, self.process = launch(groups, self.inbox, folder / "log")
+        data, shards = self._prepare_data(folder, objects["dataset"])
+        for index, worker in enumerate(self.workers):
+            worker.send(self._job(index, worker.peers, folder, data, shards))
+        ready = self._await_ready()
+        first = ready[0]
+        self._check_memory(first["parameters"])
+        if first["has_statistics"]:
+            self.observer.note(f"the model has BatchNorm: its statistics are {_BUFFERS[scenario.training.buffers]}")
+        roster = {peer: event["address"] for worker, event in zip(self.workers, ready, strict=True) for peer in worker.peers}
+        record.write("roster.toml", tomli_w.dumps(_roster(self._run_number(folder), roster)))
+        engine = first["engine"]
+        record.write("scenario.toml", tomli_w.dumps(scenario.resolved() | {"engine": engine}))
+        for worker in self.workers:
+            worker.send({"do": "start", "roster": roster, "fast_math": engine["fast_math"]})
+        self.startup_s, self.started_at = time.time() - self.began, time.monotonic()
+        self.observer.started(folder, first["parameters"])
+        self._follow(record)
+        wall_s = time.monotonic() - self.started_at
+        result = self._conclude(record, first, wall_s)
+        self.observer.ended(result)
+        return result
+
+    # --- before -------------------------------------------------------------------------------------------------------
+
+    def _groups(self, in_process: bool) -> list[list[str]]:
+        """The peers of each process: one process per core, unless the scenario says how many peers share one."""
+        names = self.scenario.peer_names
+        size = self.scenario.peers_per_process or math.ceil(len(names) / len(os.sched_getaffinity(0)))
+        if in_process or self.scenario.transport.kind == "inproc":
+            size = len(names)
+        return [names[first : first + size] for first in range(0, len(names), size)]
+
+    def _prepare_data(self, folder: Path, dataset: Dataset | None) -> tuple[Path, list[Path]]:
+        """Convert the data once, deal it to the peers, and keep each peer's indices in a file."""
+        scenario = self.scenario
+        if dataset is not None:
+            prepared = folder / "data"
+            save_dataset(dataset, prepared)
+        else:
+            prepared = prepare(scenario)
+        opened = open_dataset(prepared)
+        shards = deal(scenario, opened)
+        table = class_table(opened.y_train, shards, opened.num_classes) if opened.num_classes <= 20 else None
+        self.observer.data_ready(scenario, table)
+        paths = []
+        for name, shard in zip(scenario.peer_names, shards, strict=True):
+            path = folder / "shards" / f"{name}.npy"
+            path.parent.mkdir(exist_ok=True)
+            np.save(path, shard)
+            paths.append(path)
+        return prepared, paths
+
+    def _job(self, index: int, peers: list[str], folder: Path, data: Path, shards: list[Path]) -> Event:
+        scenario = self.scenario
+        topology, names = scenario.build_topology(), scenario.peer_names
+        jobs = []
+        for peer in peers:
+            number = names.index(peer)
+            degrees = {names[other]: topology.degree(other) for other in topology.neighbours(number)}
+            jobs.append({"name": peer, "indices": str(shards[number].resolve()), "degrees": degrees})
+        return peer_settings(scenario) | {
+            "peers": jobs,
+            "run": self._run_number(folder),
+            "bind": self._bind_address(index),
+            "advertise": f"tcp://{scenario.transport.advertise}:0" if scenario.transport.advertise else None,
+            "data": str(data),
+            "out": str(folder.resolve()),
+            "insecure": self.insecure,
+        }
+
+    def _bind_address(self, index: int) -> str:
+        """Where the process number `index` listens: any free port, or a socket file that nobody else has."""
+        match self.scenario.transport.kind:
+            case "tcp":
+                return tcp_address(self.scenario.transport.host, 0)
+            case "ipc":
+                return f"ipc://{self.sockets.name}/{index}"
+        return f"inproc://gossipfl-{os.getpid()}-{time.monotonic_ns()}"
+
+    def _run_number(self, folder: Path) -> int:
+        text = f"{self.scenario.sha256}/{folder.resolve()}/{self.began}/{os.getpid()}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
+
+    def _await_ready(self) -> list[Event]:
+        """Until every worker has loaded its model and bound its port."""
+        deadline = time.monotonic() + READY_S
+        ready: dict[int, Event] = {}
+        while len(ready) < len(self.workers):
+            worker, event = self._next(deadline - time.monotonic())
+            if event["event"] == "ready":
+                ready[id(worker)] = event
+            elif self.is_interrupted:
+                raise KeyboardInterrupt
+            elif event["event"] == "timeout" and time.monotonic() >= deadline:
+                raise RunError(f"{len(self.workers) - len(ready)} processes were not ready after {READY_S:g} s; see log/")
+        return [ready[id(worker)] for worker in self.workers]
+
+    def _check_file_descriptors(self) -> None:
+        """Sockets, monitors and pipes of one process, at the most; raises the soft limit where it may."""
+        needed = 256 + 16 * min(self.scenario.peers, 64)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < needed <= hard or hard == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+        elif needed > hard:
+            raise RunError(f"{self.scenario.peers} peers need {needed} file descriptors, {hard} are allowed; see ulimit -n")
+
+    def _check_memory(self, parameters: int) -> None:
+        """Stored versions, the mixed vector and the copies in flight of all peers, and what torch takes per process."""
+        gossip = self.scenario.gossip
+        copies = gossip.versions_kept + 1 + min(gossip.replicas, max(self.scenario.peers - 1, 1))
+        needed_mib = self.scenario.peers * copies * parameters * 4 / 2**20
+        available_mib = psutil.virtual_memory().available / 2**20
+        if needed_mib > available_mib:
+            raise RunError(
+                f"{self.scenario.peers} peers with {parameters:,} parameters need about {needed_mib:,.0f} MiB and "
+                f"{available_mib:,.0f} MiB are free; lower peers or gossip.versions_kept"
+            )
+
+    # --- during -------------------------------------------------------------------------------------------------------
+
+    def _follow(self, record: RunRecord) -> None:
+        """Record what the workers tell, until every peer has finished or died, or the run is interrupted."""
+        stop, names = self.scenario.stop, self.scenario.peer_names
+        while not self.is_interrupted and any(name not in self.finished for name in names):
+            worker, event = self._next(0.5)
+            match event["event"]:
+                case _ if worker is None:
+                    pass
+                case "round" | "fault" | "finished":
+                    if event["event"] == "finished":
+                        self.finished[event["peer"]] = event["error"]
+                    record.add(event)
+                    self.observer.event(event, len(names) - len(self.finished) + self._num_well())
+                case "failed":
+                    record.add(event | {"peers": worker.peers})
+                    self.observer.note(f"the process of {', '.join(worker.peers)} failed: {event['message']}")
+                case "ended":
+                    self._bury(worker, record)
+            self._watch_silence()
+            if stop.duration is not None and time.monotonic() - self.started_at > stop.duration:
+                self._stop_soon(record)
+            if stop.target_accuracy is not None and event["event"] == "round" and self._has_reached(record, event["round"]):
+                self._stop_soon(record)
+
+    def _num_well(self) -> int:
+        return sum(error is None for error in self.finished.values())
+
+    def _next(self, timeout_s: float) -> tuple[WorkerHandle | None, Event]:
+        """What a worker says next; `timeout` if none does in time. Raises a failed worker's error before the start."""
+        self._sample_memory()
+        try:
+            worker, event = self.inbox.get(timeout=max(0.0, min(timeout_s, 0.5)))
+        except Empty:
+            return None, {"event": "timeout"}
+        worker.heard_at = time.monotonic()
+        if event["event"] == "ended":
+            self.ended.add(id(worker))
+        if not self.started_at:
+            if event["event"] == "failed":
+                raise _error_of(event)
+            if event["event"] == "ended":
+                raise RunError("a process ended before it was ready; see log/")
+        return worker, event
+
+    def _bury(self, worker: WorkerHandle, record: RunRecord) -> None:
+        """A worker has ended before its peers had finished: they are dead."""
+        for peer in worker.peers:
+            if peer not in self.finished:
+                self.finished[peer] = "its process ended"
+                event = {"event": "finished", "peer": peer, "round": None, "error": "its process ended"}
+                record.add(event)
+                self.observer.event(event, len(self.scenario.peer_names) - len(self.finished) + self._num_well())
+
+    def _watch_silence(self) -> None:
+        now = time.monotonic()
+        for worker in self.workers:
+            if id(worker) not in self.ended and now - worker.heard_at > SILENCE_S:
+                self.observer.note(f"the process of {', '.join(worker.peers)} was silent for {SILENCE_S:g} s and is killed")
+                worker.stop(now)
+
+    def _has_reached(self, record: RunRecord, round_: int) -> bool:
+        """Whether the mean accuracy of all peers that are alive, after this round's merge, is on target."""
+        accuracies = {
+            event["peer"]: event["accuracy_after"]
+            for event in record.events
+            if event["event"] == "round" and event["round"] == round_ and event["accuracy_after"] is not None
+        }
+        alive = [name for name in self.scenario.peer_names if name not in self.finished]
+        target = self.scenario.stop.target_accuracy
+        return bool(alive) and set(alive) <= set(accuracies) and float(np.mean(list(accuracies.values()))) >= (target or 0)
+
+    def _stop_soon(self, record: RunRecord) -> None:
+        """End after a round that no peer can have passed: peers are at most two rounds ahead of what they have told."""
+        if math.isinf(self.stop_round):
+            self.stop_round = 2 + max((event["round"] for event in record.events if event["event"] == "round"), default=0)
+            for worker in self.workers:
+                worker.send({"do": "stop_after", "round": self.stop_round})
+
+    def _sample_memory(self) -> None:
+        now = time.monotonic()
+        if now - self.sampled_at >= MEMORY_SAMPLE_S:
+            self.sampled_at = now
+            self.peak_mib = max(self.peak_mib, sum(worker.memory_mib() for worker in self.workers))
+
+    # --- after --------------------------------------------------------------------------------------------------------
+
+    def _conclude(self, record: RunRecord, ready: Event, wall_s: float) -> RunResult:
+        scenario = self.scenario
+        well = [name for name in scenario.peer_names if name in self.finished and self.finished[name] is None]
+        figures = final_models(record.folder, well)
+        average = central = None
+        if well and not self.is_interrupted:
+            average = self._ask({"do": "evaluate", "path": str(record.folder / "models" / "average.safetensors")}, "evaluated")
+            if scenario.central:
+                self.observer.note("training one model on all the data, for comparison")
+                num_rounds = max((event["round"] for event in record.events if event["event"] == "round"), default=0)
+                central = self._ask({"do": "central", "rounds": num_rounds, "peers": scenario.peers}, "central")
+        for leftover in ("first", "shards"):
+            remove_files(record.folder / leftover)
+        summary = summarize(
+            record.events,
+            scenario,
+            parameters=ready["parameters"],
+            figures=figures,
+            average_accuracy=average,
+            central_accuracy=central,
+            startup_s=self.startup_s,
+            wall_s=wall_s,
+            peak_memory_mib=self.peak_mib or None,
+            engine=ready["engine"],
+            exit_code=EXIT_INTERRUPTED if self.is_interrupted else None,
+        )
+        record.write("summary.json", json.dumps(summary, indent=1) + "\n")
+        return RunResult(summary, record.folder)
+
+    def _ask(self, command: Event, answer: str) -> float | None:
+        """Have a worker that still lives compute an accuracy; None if none does."""
+        for worker in self.workers:
+            if id(worker) in self.ended:
+                continue
+            worker.send(command)
+            while id(worker) not in self.ended and not self.is_interrupted:
+                who, event = self._next(0.5)
+                if who is worker and event["event"] == answer:
+                    return float(event["accuracy"])
+                self._watch_silence()
+        return None
+
+    def _stop_workers(self) -> None:
+        deadline = time.monotonic() + STOP_S
+        for worker in self.workers:
+            worker.send({"do": "exit"})
+        for worker in self.workers:
+            worker.stop(deadline)
+        if self.process is not None:
+            self.process.wait(5.0)
+
+    def _catch_signals(self) -> dict[int, Any]:
+        """Ctrl-C and SIGTERM end the run in order; only the main thread may ask for them."""
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            self.is_interrupted = True
+
+        handlers: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                handlers[number] = signal.signal(number, interrupt)
+            except ValueError:
+                break  # not the main thread
+        return handlers
+
+
+_BUFFERS = {"average": "averaged like the weights", "local": "each peer's own"}
+
+
+def peer_settings(scenario: Scenario) -> Event:
+    """What of a scenario every process that hosts peers is told."""
+    gossip = scenario.gossip.model_dump()
+    gossip["patience"] = None if gossip["patience"] == "auto" else gossip["patience"]
+    return {
+        "model": scenario.model,
+        "model_args": scenario.model_args,
+        "model_seed": scenario.model_seed,
+        "training": scenario.training.model_dump() | {"seed": scenario.protocol_seed},
+        "gossip": gossip | {"rounds": scenario.rounds, "seed": scenario.protocol_seed},
+        "evaluate_every": scenario.evaluate_every,
+    }
+
+
+def tcp_address(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _roster(run_number: int, addresses: Mapping[str, str]) -> dict[str, Any]:
+    return {"run": run_number, "peers": {name: {"address": address} for name, address in addresses.items()}}
+
+
+def _error_of(event: Event) -> GossipflError:
+    """The worker's error, as the class that it was there."""
+    class_ = getattr(errors, event["kind"], RunError)
+    return class_(event["message"]) if issubclass(class_, GossipflError) else RunError(event["message"])

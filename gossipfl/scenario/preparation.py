@@ -1,0 +1,41 @@
+"""The data of a run: converted once, and dealt to the peers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from gossipfl.learning.datasets import Dataset, prepare_dataset
+from gossipfl.learning.partition import partition
+from gossipfl.randomness import generator
+from gossipfl.scenario.config import Scenario
+
+
+def prepare(scenario: Scenario) -> Path:
+    """The folder of the scenario's data set, converted to memory-mapped files once and kept for later runs."""
+    data = scenario.data
+    path = Path(data.path) if data.path else None
+    return prepare_dataset(data.kind, path, data.test_fraction, scenario.data_seed, data.args, _cache())
+
+
+def deal(scenario: Scenario, dataset: Dataset) -> list[np.ndarray]:
+    """The indices (i64[n]) of the training samples of each peer; those kept for calibration are nobody's."""
+    kept = calibration_indices(scenario, dataset)
+    dealt = np.setdiff1d(np.arange(len(dataset.y_train)), kept)
+    keys = None if dataset.keys is None else dataset.keys[dealt]
+    kind, args = scenario.data.partition.kind, scenario.data.partition.args
+    shards = partition(dataset.y_train[dealt], scenario.peers, kind, scenario.data_seed, keys, args)
+    return [dealt[shard] for shard in shards]
+
+
+def calibration_indices(scenario: Scenario, dataset: Dataset) -> np.ndarray:
+    """The training samples (sorted i64[n]) that no peer trains on, `data.calibration_fraction` of all."""
+    total = len(dataset.y_train)
+    rng = generator(scenario.data_seed, "calibration")
+    return np.sort(rng.choice(total, round(scenario.data.calibration_fraction * total), replace=False))
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("GOSSIPFL_CACHE") or Path.home() / ".cache" / "gossipfl")

@@ -1,0 +1,346 @@
+"""Running a scenario under virtual time: the machines of a real run, an emulated network, one record."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import tomli_w
+
+from gossipfl.aggregation import AGGREGATORS
+from gossipfl.errors import ConfigError
+from gossipfl.learning.central import train_centrally
+from gossipfl.learning.checkpoint import save_model
+from gossipfl.learning.cohort import CohortEngine, choose_cohort
+from gossipfl.learning.datasets import Dataset, open_dataset
+from gossipfl.learning.models import build_model
+from gossipfl.learning.partition import class_table
+from gossipfl.learning.training import Engine, Learner, TrainingConfig
+from gossipfl.overlay.links import Links, check_links
+from gossipfl.protocol.baselines import PROTOCOLS
+from gossipfl.protocol.messages import Fault, RoundReport
+from gossipfl.runtime.host import GossipSettings, round_event
+from gossipfl.scenario.config import Scenario, check_names
+from gossipfl.scenario.launcher import peer_settings
+from gossipfl.scenario.preparation import deal, prepare
+from gossipfl.scenario.records import Event, RunRecord, models_sha256, new_folder, remove_files, summarize
+from gossipfl.scenario.results import Observer, RunResult
+from gossipfl.segments.codecs import codec
+from gossipfl.segments.store import SegmentStore
+from gossipfl.simulation.simulator import SimulatedPeer, Simulator, Traffic, Watcher
+
+MAX_MODELS_BYTES = 2**30
+"""Of the peers' final models together, to be kept one by one; beyond it only the average is."""
+EXIT_INTERRUPTED = 130
+
+
+def simulate(
+    scenario: Scenario, out: Path | None, force: bool, objects: Mapping[str, Any], observer: Observer, began: float
+) -> RunResult:
+    """Run `scenario` under virtual time. `objects`: the user's own model, dataset and step; `began` in epoch seconds."""
+    check_names(scenario)
+    topology, links = scenario.build_topology(), scenario.build_links()
+    check_links(links, topology)
+    dataset = objects["dataset"] or open_dataset(prepare(scenario))
+    folder = new_folder(out, scenario.name, force)
+    record = RunRecord(folder)
+    try:
+        record.write("scenario.toml", scenario.to_toml())
+        return _Simulation(scenario, record, observer, dataset, objects, began, links).run()
+    except ConfigError:
+        remove_files(folder)  # nothing has run
+        raise
+    finally:
+        record.close()
+
+
+@dataclass
+class _Round:
+    """What is summed over the peers that have finished a round, for the consensus distance and the average model."""
+
+    total: np.ndarray
+    squares: float = 0.0
+    accuracies: list[float] = field(default_factory=list)
+    num_peers: int = 0
+
+
+class _Simulation(Watcher):
+    """Builds the simulator of a scenario and writes down what it tells."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        record: RunRecord,
+        observer: Observer,
+        dataset: Dataset,
+        objects: Mapping[str, Any],
+        began: float,
+        links: Links,
+    ) -> None:
+        self.scenario, self.record, self.observer, self.dataset, self.began = scenario, record, observer, dataset, began
+        settings = peer_settings(scenario)
+        training = TrainingConfig(**settings["training"])
+        self.gossip = GossipSettings(**settings["gossip"])
+        model = objects["model"] or build_model(
+            scenario.model, dataset.input_shape, dataset.num_classes, scenario.model_args, scenario.model_seed
+        )
+        self.engine = Engine(model, training, dataset, objects["step"])
+        if training.fast_math:
+            self.engine.try_fast_math()
+        shards = deal(scenario, dataset)
+        self.cohort: CohortEngine = choose_cohort(self.engine)
+        table = class_table(dataset.y_train, shards, dataset.num_classes) if dataset.num_classes <= 20 else None
+        observer.data_ready(scenario, table)
+        names = scenario.peer_names
+        self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()
+        _check_memory(scenario, self.initial.size)
+        self.devices = scenario.build_devices()
+        self.learners = {name: Learner(name, shard) for name, shard in zip(names, shards, strict=True)}
+        self.topology = scenario.build_topology()
+        self.config = self.gossip.for_peer(self.layout, 1)
+        self.numbers = count(1)
+        self.simulator = Simulator(
+            names,
+            self._machine,
+            self._store,
+            self.learners,
+            self.cohort,
+            codec(self.gossip.codec),
+            AGGREGATORS.get(self.gossip.aggregation),
+            links,
+            self._train_s,
+            seed=scenario.protocol_seed,
+            watcher=self,
+        )
+        self._done: list[tuple[SimulatedPeer, Event, np.ndarray]] = []  # not yet evaluated and told
+        self._before: dict[str, float] = {}  # accuracy of each peer's newest trained vector
+        self._rounds: dict[int, _Round] = {}
+        self._last_round = self.gossip.rounds
+        self._finished: dict[str, str | None] = {}
+        self._first_distance: float | None = None
+        self._average_accuracy: float | None = None
+        self._is_stopping = False
+
+    # --- what the simulator is made of --------------------------------------------------------------------------------
+
+    def _machine(self, name: str) -> Any:
+        names, index = self.scenario.peer_names, self.learners[name]
+        number = names.index(name)
+        degrees = {names[other]: self.topology.degree(other) for other in self.topology.neighbours(number)}
+        config = replace(self.config, num_samples=len(index.indices))
+        return PROTOCOLS.get(self.gossip.protocol)(name, degrees, config, self.numbers)
+
+    def _store(self, name: str) -> SegmentStore:
+        return SegmentStore(self.initial, self.config.segments, codec(self.gossip.codec), self.gossip.seed, name)
+
+    def _num_steps(self, index: int) -> int:
+        training = self.scenario.training
+        if training.local_steps is not None:
+            return training.local_steps
+        num_samples = len(self.learners[self.scenario.peer_names[index]].indices)
+        return -(-num_samples // min(training.batch_size, num_samples)) * (training.local_epochs or 1)
+
+    def _train_s(self, index: int, round_: int) -> float:
+        return self.devices.train_s(index, round_, self._num_steps(index))
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> RunResult:
+        scenario, simulator = self.scenario, self.simulator
+        engine = self.cohort.description()
+        self.record.write("scenario.toml", tomli_w.dumps(scenario.resolved() | {"engine": engine}))
+        self._plan_presence()
+        self.observer.started(self.record.folder, self.initial.size)
+        startup_s, started = time.time() - self.began, time.monotonic()
+        is_interrupted = False
+        try:
+            if scenario.stop.duration is not None:
+                simulator.run(until=scenario.stop.duration)
+                self._stop_soon()
+            simulator.run()
+            self._tell()
+        except KeyboardInterrupt:
+            is_interrupted = True
+        result = self._conclude(startup_s, time.monotonic() - started, engine, is_interrupted)
+        self.observer.ended(result)
+        return result
+
+    def _plan_presence(self) -> None:
+        churn = self.scenario.build_churn()
+        for index, name in enumerate(self.scenario.peer_names):
+            if churn.initially_online(index):
+                self.simulator.start(name)
+        self.simulator.follow(iter(churn.changes(math.inf)))
+
+    def _stop_soon(self) -> None:
+        if not self._is_stopping:
+            self._is_stopping = True
+            newest = max(peer.machine.round for peer in self.simulator.peers.values())
+            self._last_round = min(self._last_round, newest)
+            self.simulator.stop_after(newest)
+
+    # --- what the simulator tells -------------------------------------------------------------------------------------
+
+    def trained(self, peers: Sequence[SimulatedPeer]) -> None:
+        due = [peer for peer in peers if self._is_evaluated(peer.machine.round)]
+        accuracies = self.cohort.evaluate([peer.own for peer in due], [peer.learner for peer in due]) if due else []
+        self._before |= {peer.name: accuracy for peer, accuracy in zip(due, accuracies, strict=True)}
+
+    def will_train(self) -> None:
+        self._tell()
+
+    def round_done(self, peer: SimulatedPeer, report: RoundReport, traffic: Traffic) -> None:
+        vector = self.simulator.vector(peer)
+        event = round_event(
+            peer.name,
+            report,
+            time_s=self.simulator.clock.now,
+            train_loss=peer.loss,
+            train_s=0.0 if report.adopted else report.train_s,
+            merge_s=0.0,
+            wire_bytes=traffic.wire_bytes,
+            control_bytes=traffic.control_bytes,
+            accuracy_before=self._before.pop(peer.name, None) if self._is_evaluated(report.round) else None,
+            accuracy_after=None,
+        )
+        self._done.append((peer, event, vector))
+
+    def fault(self, peer: SimulatedPeer, fault: Fault) -> None:
+        self._add({"event": "fault", "at": peer.name, "time_s": round(self.simulator.clock.now, 4), **asdict(fault)})
+
+    def finished(self, peer: SimulatedPeer) -> None:
+        self._tell()
+        self._finished[peer.name] = peer.error
+        self._add(
+            {
+                "event": "finished",
+                "peer": peer.name,
+                "round": peer.machine.round,
+                "time_s": round(self.simulator.clock.now, 4),
+                "error": peer.error,
+                "received_from": peer.received_from,
+            }
+        )
+
+    def _is_evaluated(self, round_: int) -> bool:
+        every = self.scenario.evaluate_every
+        return round_ >= self._last_round or (every > 0 and round_ % every == 0)
+
+    def _tell(self) -> None:
+        """Evaluate the rounds that are done together, and write them down."""
+        done, self._done = self._done, []
+        due = [(peer, event, vector) for peer, event, vector in done if self._is_evaluated(event["round"])]
+        if due:
+            accuracies = self.cohort.evaluate([vector for _, _, vector in due], [peer.learner for peer, _, _ in due])
+            for (_, event, _), accuracy in zip(due, accuracies, strict=True):
+                event["accuracy_after"] = accuracy
+        for _, event, vector in done:
+            self._add(event)
+            if event["accuracy_after"] is not None:
+                self._add_to_round(event, vector)
+
+    def _add(self, event: Event) -> None:
+        self.record.add(event)
+        self.observer.event(event, self._num_alive())
+
+    def _num_alive(self) -> int:
+        return sum(not peer.is_away and peer.error is None for peer in self.simulator.peers.values())
+
+    def _add_to_round(self, event: Event, vector: np.ndarray) -> None:
+        """Once all peers that are there have finished the round: how far apart they are, and how good their average is."""
+        sums = self._rounds.setdefault(event["round"], _Round(np.zeros(vector.size)))
+        sums.total += vector
+        sums.squares += float(np.dot(vector, vector))
+        sums.accuracies.append(event["accuracy_after"])
+        sums.num_peers += 1
+        if sums.num_peers < self._num_alive():
+            return
+        del self._rounds[event["round"]]
+        mean = sums.total / sums.num_peers
+        distance = max(0.0, sums.squares / sums.num_peers - float(mean @ mean))
+        self._average_accuracy = self.engine.evaluate(mean.astype(np.float32))
+        self._first_distance = distance if self._first_distance is None else self._first_distance
+        state = {
+            "event": "state",
+            "round": event["round"],
+            "time_s": event["time_s"],
+            "consensus_distance": distance,
+            "average_accuracy": self._average_accuracy,
+        }
+        self.record.add(state)
+        target = self.scenario.stop.target_accuracy
+        if target is not None and float(np.mean(sums.accuracies)) >= target:
+            self._stop_soon()
+
+    # --- after --------------------------------------------------------------------------------------------------------
+
+    def _conclude(self, startup_s: float, wall_s: float, engine: dict[str, Any], is_interrupted: bool) -> RunResult:
+        scenario, folder = self.scenario, self.record.folder
+        peers = [peer for peer in self.simulator.peers.values() if peer.is_finished and peer.error is None]
+        figures: dict[str, Any] = {"first": self._first_distance, "last": None, "models_sha256": None}
+        average_accuracy = central = None
+        if peers and not is_interrupted:
+            vectors = [self.simulator.vector(peer) for peer in peers]
+            total, squares = np.zeros(self.initial.size), 0.0
+            for vector in vectors:
+                total += vector
+                squares += float(np.dot(vector, vector))
+            mean = total / len(vectors)
+            average = mean.astype(np.float32)
+            figures |= {
+                "last": max(0.0, squares / len(vectors) - float(mean @ mean)),
+                "models_sha256": models_sha256(vectors),
+            }
+            save_model(folder / "models" / "average.safetensors", self.layout, average, peer="average")
+            if sum(vector.nbytes for vector in vectors) <= MAX_MODELS_BYTES:
+                for peer, vector in zip(peers, vectors, strict=True):
+                    save_model(folder / "models" / f"{peer.name}.safetensors", self.layout, vector, peer=peer.name)
+            average_accuracy = self.engine.evaluate(average)
+            if scenario.central:
+                self.observer.note("training one model on all the data, for comparison")
+                num_rounds = max((event["round"] for event in self.record.events if event["event"] == "round"), default=0)
+                central = train_centrally(self.engine, self.initial, num_rounds, scenario.peers)
+        summary = summarize(
+            self.record.events,
+            scenario,
+            parameters=self.initial.size,
+            figures=figures,
+            average_accuracy=average_accuracy,
+            central_accuracy=central,
+            startup_s=startup_s,
+            wall_s=wall_s,
+            peak_memory_mib=_peak_mib(),
+            engine=engine,
+            clock="virtual",
+            virtual_s=self.simulator.clock.now,
+            exit_code=EXIT_INTERRUPTED if is_interrupted else None,
+        )
+        self.record.write("summary.json", json.dumps(summary, indent=1) + "\n")
+        return RunResult(summary, folder)
+
+
+def _check_memory(scenario: Scenario, parameters: int) -> None:
+    """ConfigError, with the number of peers that would fit, where the stored versions and mixed vectors do not."""
+    per_peer = (scenario.gossip.versions_kept + 1) * parameters * 4
+    available = psutil.virtual_memory().available
+    needed = scenario.peers * per_peer
+    if needed > available:
+        raise ConfigError(
+            f"peers = {scenario.peers} with {parameters:,} parameters need about {needed / 2**30:,.1f} GiB and "
+            f"{available / 2**30:,.1f} GiB are free; {available // per_peer} peers would fit, or lower gossip.versions_kept"
+        )
+
+
+def _peak_mib() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

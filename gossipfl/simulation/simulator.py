@@ -1,0 +1,431 @@
+"""A run under virtual time: the same machines as on sockets, every message simulated, learning real but lazy.
+
+    simulator = Simulator(machines, stores, learners, cohort, links, devices)
+    simulator.run()                       # until every peer has finished
+
+How long training takes comes from the scenario's devices, so its values may be computed later than they are due: when a
+trained vector is first needed, all peers that are training then are trained together, as one cohort. Merges are carried out
+when they are due. Payload passes by reference; headers are really encoded, and a codec that loses something is applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from gossipfl.aggregation import Aggregator
+from gossipfl.learning.cohort import CohortEngine, CohortTask
+from gossipfl.learning.training import Learner
+from gossipfl.overlay.churn import Change
+from gossipfl.overlay.links import Links
+from gossipfl.protocol import wire
+from gossipfl.protocol.messages import (
+    Contribution,
+    Data,
+    Event,
+    Fault,
+    Finish,
+    Forget,
+    Later,
+    Merge,
+    Merged,
+    Message,
+    PeerDown,
+    PeerId,
+    PeerUp,
+    Publish,
+    Pull,
+    Received,
+    Report,
+    RoundReport,
+    Send,
+    Serve,
+    Start,
+    StopAfter,
+    Train,
+    Trained,
+    Wake,
+)
+from gossipfl.randomness import generator
+from gossipfl.segments.buffers import VectorPool
+from gossipfl.segments.codecs import Codec, Decoded
+from gossipfl.segments.layout import Range
+from gossipfl.segments.mixing import mix
+from gossipfl.segments.store import SegmentStore
+from gossipfl.simulation.clock import VirtualClock
+from gossipfl.simulation.network import Network
+
+RUN = 1
+"""The number of a simulated run in its headers: there are no other runs to be told apart from."""
+
+
+class ProtocolMachine(Protocol):
+    """What the simulator needs of a machine beyond `Machine`."""
+
+    name: PeerId
+    config: Any
+    desk: Any
+    membership: Any
+    round: int
+
+    @property
+    def next_deadline(self) -> float | None: ...
+
+    def handle(self, event: Event, now: float) -> list[Any]: ...
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that a peer took in since its last report, headers included, and those of messages other than Data."""
+
+    wire_bytes: int = 0
+    control_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class SimulatedPeer:
+    """One peer: its machine, what it stores, and the vectors between training and merging (all f32[P])."""
+
+    index: int
+    machine: ProtocolMachine
+    store: SegmentStore
+    learner: Learner
+    own: np.ndarray
+    """The newest trained vector; while `task` is set, the one that training starts from."""
+    mixed: np.ndarray | None = None
+    task: int | None = None
+    """The round that is being trained and not yet computed."""
+    owns_start: bool = False
+    """Whether nobody else may see the vector that training starts from, so that it is trained in place."""
+    loss: float = float("nan")
+    wake_at: float | None = None
+    is_started: bool = False
+    is_away: bool = False
+    is_finished: bool = False
+    error: str | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+    received_from: dict[PeerId, int] = field(default_factory=dict)
+    decoded: dict[tuple[int, Range], Decoded] = field(default_factory=dict)
+
+    @property
+    def name(self) -> PeerId:
+        return self.machine.name
+
+
+class Watcher:
+    """Hears of what happens in a simulation. Does nothing; a run's record has one that writes it down."""
+
+    def trained(self, peers: Sequence[SimulatedPeer]) -> None:
+        """These peers' trained vectors (`own`) have just been computed."""
+
+    def will_train(self) -> None:
+        """Mixed vectors are about to be trained from, some in place: the last moment to look at them."""
+
+    def round_done(self, peer: SimulatedPeer, report: RoundReport, traffic: Traffic) -> None:
+        """The peer's merges of this round are done: `mixed` (or `own`, where nothing was merged) is what came of them."""
+
+    def fault(self, peer: SimulatedPeer, fault: Fault) -> None: ...
+
+    def finished(self, peer: SimulatedPeer) -> None: ...
+
+
+class Simulator:
+    """Runs the machines of a run. `train_s(index, round)` is how long a peer trains, in virtual seconds.
+
+    `make_machine(name)` and `make_store(name)` make a peer's anew when it comes back after it was killed.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[PeerId],
+        make_machine: Callable[[PeerId], ProtocolMachine],
+        make_store: Callable[[PeerId], SegmentStore],
+        learners: Mapping[PeerId, Learner],
+        cohort: CohortEngine,
+        codec: Codec,
+        aggregate: Aggregator,
+        links: Links,
+        train_s: Callable[[int, int], float],
+        *,
+        seed: int = 0,
+        watcher: Watcher | None = None,
+    ) -> None:
+        self.clock = VirtualClock()
+        self.network = Network(links, self.clock, generator(seed, "network"))
+        self.num_messages = 0
+        self._make_machine, self._make_store = make_machine, make_store
+        self._cohort, self._codec, self._aggregate, self._links, self._train_s = cohort, codec, aggregate, links, train_s
+        self._watcher = watcher or Watcher()
+        self._initial = cohort.initial_vector()
+        self._initial.flags.writeable = False
+        self._pool = VectorPool(self._initial.size)
+        self._training: dict[SimulatedPeer, None] = {}  # computed together when the first is needed
+        self.peers: dict[PeerId, SimulatedPeer] = {
+            name: SimulatedPeer(index, make_machine(name), make_store(name), learners[name], self._initial)
+            for index, name in enumerate(names)
+        }
+        self._by_index = list(self.peers.values())
+        self._num_active = len(self.peers)
+
+    # --- driving ------------------------------------------------------------------------------------------------------
+
+    def start(self, name: PeerId, at: float = 0.0) -> None:
+        """Have a peer join the run at this time; it is not there before."""
+        self.clock.at(at, self._start, self.peers[name])
+
+    def kill(self, name: PeerId, at: float) -> None:
+        """Have a peer vanish with all that it knows; its neighbours see their connections break."""
+        self.clock.at(at, self._kill, self.peers[name])
+
+    def follow(self, changes: Iterator[Change]) -> None:
+        """Have peers come and go as these changes say; there may be no end to them."""
+        change = next(changes, None)
+        if change is not None:
+            self.clock.at(change.time_s, self._change, change, changes)
+
+    def stop_after(self, round_: int) -> None:
+        """End after this round; a peer that is past it, after the round that it is in."""
+        for peer in self.peers.values():
+            self._handle(peer, StopAfter(round_))
+
+    def run(self, until: float = float("inf")) -> None:
+        """Until every peer has finished or is gone for good, or until then (virtual seconds)."""
+        clock, network = self.clock, self.network
+        with _rare_collections():
+            while self._num_active:
+                next_time = clock.next_time
+                if next_time is None or next_time > clock.now:
+                    network.settle()
+                    next_time = clock.next_time
+                if next_time is None or next_time > until:
+                    return
+                clock.advance()
+
+    def vector(self, peer: SimulatedPeer) -> np.ndarray:
+        """What the peer's merges have come to, or its trained vector where there are none (f32[P])."""
+        if peer.mixed is not None:
+            return peer.mixed
+        self._compute(peer)
+        return peer.own
+
+    # --- peers come and go --------------------------------------------------------------------------------------------
+
+    def _change(self, change: Change, changes: Iterator[Change]) -> None:
+        peer = self._by_index[change.index]
+        (self._start if change.online else self._kill)(peer)
+        self.follow(changes)
+
+    def _start(self, peer: SimulatedPeer) -> None:
+        if (peer.is_started and not peer.is_away) or peer.is_finished:
+            return
+        if peer.is_away:
+            peer.machine, peer.store = self._make_machine(peer.name), self._make_store(peer.name)
+            peer.own, peer.mixed, peer.wake_at, peer.is_away = self._initial, None, None, False
+            peer.decoded.clear()
+            self._num_active += 1
+        peer.is_started = True
+        for other in self._neighbours(peer):
+            self.network.send(peer.index, other.index, self._handle, other, PeerUp(peer.name))
+        self._handle(peer, Start())
+
+    def _kill(self, peer: SimulatedPeer) -> None:
+        if peer.is_away or peer.is_finished or not peer.is_started:
+            return
+        peer.is_away = True
+        self._training.pop(peer, None)
+        peer.task = None
+        self._num_active -= 1
+        self._disconnect(peer)
+
+    def _disconnect(self, peer: SimulatedPeer) -> None:
+        self.network.cut(peer.index)
+        for other in self._neighbours(peer):
+            latency = self._links.latency(peer.index, other.index)
+            self.clock.at(self.clock.now + latency, self._handle, other, PeerDown(peer.name))
+
+    def _neighbours(self, peer: SimulatedPeer) -> Iterable[SimulatedPeer]:
+        """Those that have begun and not finished: the others have no connection to be told of."""
+        for name in peer.machine.membership.neighbours:
+            other = self.peers[name]
+            if other.is_started and not other.is_away and not other.is_finished:
+                yield other
+
+    # --- the shell of a machine ---------------------------------------------------------------------------------------
+
+    def _handle(self, peer: SimulatedPeer, event: Event) -> None:
+        if peer.is_away or peer.is_finished or not peer.is_started:
+            return
+        now = self.clock.now
+        events = [event]
+        for happened in events:
+            for action in peer.machine.handle(happened, now):
+                following = self._perform(peer, action)
+                if following is not None:
+                    events.append(following)
+        deadline = peer.machine.next_deadline
+        if deadline is not None and (peer.wake_at is None or deadline < peer.wake_at):
+            peer.wake_at = deadline
+            self.clock.at(deadline, self._wake, peer, deadline)
+
+    def _wake(self, peer: SimulatedPeer, planned: float) -> None:
+        """A deadline may have moved since it was planned; what is planned is never later than it."""
+        if peer.wake_at != planned:
+            return
+        peer.wake_at = None
+        deadline = peer.machine.next_deadline
+        if deadline is None:
+            return
+        if deadline <= self.clock.now:
+            self._handle(peer, Wake())
+        else:
+            peer.wake_at = deadline
+            self.clock.at(deadline, self._wake, peer, deadline)
+
+    def _perform(self, peer: SimulatedPeer, action: Any) -> Event | None:
+        match action:
+            case Send(to, message):
+                self._send(peer, to, message)
+            case Serve(to, pull, version):
+                self._serve(peer, to, pull, version)
+            case Merge(round_, segment, contributions, own_weight):
+                self._merge(peer, segment, contributions, own_weight)
+                return Merged(round_, segment)
+            case Train(round_):
+                self._train(peer, round_)
+            case Publish(version):
+                peer.store.publish(version, self.vector(peer))
+                peer.owns_start = False
+            case Report(record):
+                if isinstance(record, Fault):
+                    self._watcher.fault(peer, record)
+                else:
+                    traffic, peer.traffic = peer.traffic, Traffic()
+                    self._watcher.round_done(peer, record, traffic)
+            case Finish(error):
+                self._finish(peer, error)
+            case Forget():
+                pass  # nothing is assembled here
+        return None
+
+    def _finish(self, peer: SimulatedPeer, error: str | None) -> None:
+        peer.error = error
+        self.vector(peer)
+        peer.is_finished = True
+        self._num_active -= 1
+        self._watcher.finished(peer)
+        self._disconnect(peer)
+
+    # --- messages -----------------------------------------------------------------------------------------------------
+
+    def _send(self, peer: SimulatedPeer, to: PeerId, message: Message) -> None:
+        header = wire.encode(RUN, peer.name, to, message)
+        receiver = self.peers[to]
+        self.network.send(peer.index, receiver.index, self._deliver, peer, receiver, message, len(header))
+
+    def _deliver(self, sender: SimulatedPeer, receiver: SimulatedPeer, message: Message, num_bytes: int) -> None:
+        if receiver.is_away or receiver.is_finished or not receiver.is_started:
+            return
+        self.num_messages += 1
+        receiver.traffic.wire_bytes += num_bytes
+        if isinstance(message, Data):
+            received_from = receiver.received_from
+            received_from[sender.name] = received_from.get(sender.name, 0) + message.num_bytes
+        else:
+            receiver.traffic.control_bytes += num_bytes
+        self._handle(receiver, Received(sender.name, message))
+
+    def _serve(self, peer: SimulatedPeer, to: PeerId, pull: Pull, version: int) -> None:
+        """The chunks of an answer, as `Node._serve` sends them."""
+        receiver = self.peers[to]
+        flow = self.network.flow(peer.index, receiver.index)
+        ahead = flow.bytes_queued if flow is not None and flow.is_active else 0
+        total = sum(self._codec.num_bytes(stop - start) for start, stop in pull.ranges)
+        if ahead or total > wire.MAX_PAYLOAD_BYTES:
+            self._send(peer, to, Later(pull.request, ahead + total))
+        desk, num_samples = peer.machine.desk, peer.machine.config.num_samples
+        resumed = pull.offset if version == pull.version else 0
+        for range_ in pull.ranges:
+            values = self._read(peer, version, range_)
+            size = self._codec.num_bytes(range_[1] - range_[0])
+            first = min(resumed, size - 1)
+            for start in range(first - first % wire.MAX_PAYLOAD_BYTES, size, wire.MAX_PAYLOAD_BYTES):
+                offset = max(start, first)
+                num_bytes = min(start + wire.MAX_PAYLOAD_BYTES, size) - offset
+                payload = values if offset + num_bytes == size else None
+                data = Data(pull.request, version, desk.newest, num_samples, range_, offset, size, num_bytes, payload)
+                header_bytes = len(wire.encode(RUN, peer.name, to, data))
+                self.network.stream(
+                    peer.index, receiver.index, num_bytes, self._deliver, peer, receiver, data, header_bytes + num_bytes
+                )
+            resumed = 0
+
+    def _read(self, peer: SimulatedPeer, version: int, range_: Range) -> Decoded:
+        """What the receiver of this range decodes."""
+        if peer.task == version:
+            self._compute(peer)
+        if self._codec.name == "float32":
+            return Decoded(peer.store.read(version, range_), None)
+        key = version, range_
+        if key not in peer.decoded:
+            peer.decoded[key] = self._codec.decode(peer.store.encode(version, range_), range_[1] - range_[0])
+        return peer.decoded[key]
+
+    # --- learning -----------------------------------------------------------------------------------------------------
+
+    def _train(self, peer: SimulatedPeer, round_: int) -> None:
+        if peer.mixed is not None:
+            self._compute(peer)
+            peer.own, peer.mixed = peer.mixed, None
+        peer.task = round_
+        self._training[peer] = None
+        self.clock.at(self.clock.now + self._train_s(peer.index, round_), self._trained, peer, peer.machine, round_)
+
+    def _trained(self, peer: SimulatedPeer, machine: ProtocolMachine, round_: int) -> None:
+        if peer.is_away or peer.machine is not machine:
+            return
+        self._handle(peer, Trained(round_, machine.config.num_samples))
+        peer.store.retain(machine.desk.versions)
+        for key in [key for key in peer.decoded if key[0] not in machine.desk.versions]:
+            del peer.decoded[key]
+
+    def _compute(self, peer: SimulatedPeer) -> None:
+        """Compute what this peer has trained, and with it all others that are training."""
+        if peer.task is None:
+            return
+        self._watcher.will_train()
+        peers = list(self._training)
+        tasks = [CohortTask(peer.learner, peer.task or 0, peer.own) for peer in peers]
+        vectors = [peer.own if peer.owns_start else self._pool.take() for peer in peers]
+        losses = self._cohort.train(tasks, vectors)
+        self._training.clear()
+        for trained, vector, loss in zip(peers, vectors, losses, strict=True):
+            round_, trained.task = trained.task or 0, None
+            trained.own, trained.loss, trained.owns_start = vector, loss, False
+            trained.store.publish(round_, vector)
+        self._watcher.trained(peers)
+
+    def _merge(self, peer: SimulatedPeer, segment: int, contributions: tuple[Contribution, ...], own_weight: float) -> None:
+        self._compute(peer)
+        if peer.mixed is None:
+            peer.mixed, peer.owns_start = self._pool.take(), True
+        start, stop = peer.machine.config.segments[segment]
+        copies = [(contribution.payload, contribution.weight) for contribution in contributions]
+        mix(self._aggregate, peer.own[start:stop], own_weight, copies, out=peer.mixed[start:stop])
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Messages make no cycles; looking for some among all that lives takes a third of the time."""
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(100 * thresholds[0], *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
