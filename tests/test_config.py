@@ -373,6 +373,216 @@ def test_a_lone_peer_needs_no_neighbours_and_with_selection_all_replicas_do_not_
     assert star.gossip.replicas == 2
 
 
+# ------------------------------------------------------------------------------------- emulated links, devices and churn
+
+
+@pytest.mark.parametrize(
+    ("text", "bits_per_s"),
+    [
+        ("10Mbit", 10e6),
+        ("1Gbit", 1e9),
+        ("500kbit", 500e3),
+        ("800bit", 800),
+        ("2.5 Mbit/s", 2.5e6),
+        ("10Mbps", 10e6),
+        ("10mbit", 10e6),
+        ("2MB", 16e6),
+        ("2MBps", 16e6),
+        ("4kB/s", 32e3),
+        ("2MiB", 2 * 8 * 2**20),
+        ("3KiB/s", 3 * 8 * 2**10),
+        ("1e3kbit", 1e6),
+        ("unlimited", math.inf),
+    ],
+)
+def test_a_rate_is_text_with_a_unit_of_bits_or_bytes_per_second(text, bits_per_s):
+    assert load_scenario({"network": {"uplink": text}}).build_links().uplink.tolist() == [bits_per_s / 8] * 8
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("50ms", 0.05), ("2s", 2.0), ("100us", 1e-4), ("100 µs", 1e-4), ("1min", 60.0), (0, 0.0), (0.05, 0.05)],
+)
+def test_a_latency_is_text_with_a_unit_or_seconds(value, seconds):
+    assert load_scenario({"network": {"latency": value}}).build_links().latency(0, 1) == pytest.approx(seconds, rel=1e-12)
+
+
+@pytest.mark.parametrize(("value", "share"), [("2%", 0.02), ("0.5 %", 0.005), (0.02, 0.02), (0, 0.0)])
+def test_loss_is_a_share_or_a_percentage(value, share):
+    assert load_scenario({"network": {"loss": value}}).build_links().loss == share
+
+
+def test_without_its_tables_nothing_is_emulated():
+    scenario = load_scenario({})
+    assert scenario.build_links().is_ideal and scenario.build_churn().is_empty
+    assert scenario.build_devices().step_s.tolist() == [0.01] * 8
+
+
+def test_the_tables_are_what_links_devices_and_churn_are_built_from(tmp_path):
+    text = """\
+[network]
+uplink = {kind = "uniform", low = "1Mbit", high = "99Mbit"}
+downlink = "8Mbit"
+latency = {kind = "lognormal", median = "20ms", sigma = 0.5}
+jitter = "5ms"
+[network.peers.p3]
+uplink = "unlimited"
+latency = "1s"
+[compute]
+step_time = "20ms"
+speed = {kind = "uniform", low = 1, high = 1}
+stragglers = {peers = ["p1"], slowdown = 5}
+[compute.peers.p2]
+step_time = "1s"
+[churn]
+kill = [{peer = "p3", at = "20s"}]
+rejoin = [{peer = "p3", at = "40s"}]
+join = [{peer = "p7", at = 10}]
+"""
+    scenario = load_scenario(written(tmp_path, text))
+    links, devices, churn = scenario.build_links(), scenario.build_devices(), scenario.build_churn()
+    assert links.downlink.tolist() == [1e6] * 8 and links.uplink[3] == math.inf and links.jitter_s == 0.005
+    assert all(125_000 <= rate < 99 * 125_000 for index, rate in enumerate(links.uplink) if index != 3)
+    assert links.latency(0, 1) != links.latency(1, 0) and links.latency(0, 3) == 1.0
+    assert devices.step_s[:4].tolist() == [0.02, 0.1, 1.0, 0.02]
+    assert [churn.initially_online(index) for index in (3, 7)] == [True, False]
+    assert [(c.time_s, c.index, c.online) for c in churn.changes(60)] == [(10, 7, True), (20, 3, False), (40, 3, True)]
+
+
+def test_the_protocol_seed_decides_what_is_emulated():
+    def uplink(**seed: int) -> list[float]:
+        drawn = {"kind": "uniform", "low": "1Mbit", "high": "99Mbit"}
+        return Scenario(seed=seed, network={"uplink": drawn}).build_links().uplink.tolist()
+
+    assert uplink(protocol=1) == uplink(protocol=1, data=5) != uplink(protocol=2)
+
+
+def test_files_of_the_emulated_network_are_looked_for_beside_the_scenario(tmp_path):
+    written(tmp_path, "0,8\n16,0\n", "rates.csv")
+    written(tmp_path, "time_s,peer,online\n5,p1,0\n", "presence.csv")
+    text = "peers = 2\ngossip.replicas = 1\nnetwork.pair_matrix = 'rates.csv'\nchurn.trace = 'presence.csv'\n"
+    scenario = load_scenario(written(tmp_path, text))
+    assert scenario.build_links().pair(1, 0) == 2e6
+    assert [change.time_s for change in scenario.build_churn().changes(60)] == [5.0]
+
+
+def test_an_override_of_a_matrix_takes_the_place_of_the_rate_of_pairs_and_back(tmp_path):
+    path = written(tmp_path, "0,8\n16,0\n", "rates.csv")
+    source = {"peers": 2, "gossip": {"replicas": 1}, "network": {"pair": "1Mbit"}}
+    scenario = load_scenario(source, [f"network.pair_matrix={path}"])
+    assert scenario.build_links().pair(0, 1) == 1e6
+    assert load_scenario(scenario, ["network.pair=4Mbit"]).build_links().pair(0, 1) == 5e5
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"uplink": 100}, 'network.uplink = 100 has no unit; say "100Mbit" (per second), or "100MB" if bytes are meant'),
+        ({"uplink": "100"}, "network.uplink = '100' has no unit; say \"100Mbit\""),
+        ({"uplink": "0Mbit"}, "network.uplink = '0Mbit' must be above 0; leave the key out where there is no limit"),
+        ({"uplink": "-1Mbit"}, "network.uplink = '-1Mbit' must be a rate with its unit, such as '100Mbit'"),
+        ({"pair": "10Mbits"}, "network.pair = '10Mbits' must be a rate with its unit"),
+        ({"downlink": True}, "network.downlink = True must be a rate with its unit"),
+        ({"latency": "50 m"}, "network.latency = '50 m' must be a time of at least 0, with its unit, such as '50ms'"),
+        ({"latency": -1}, "network.latency = -1 must be a time of at least 0"),
+        ({"jitter": math.nan}, "network.jitter = nan must be a time of at least 0"),
+        ({"loss": "100%"}, "network.loss = '100%' must be a share of at least 0 and below 1 (100 %), such as 0.02 or '2%'"),
+        ({"loss": 2}, "network.loss = 2 must be a share"),
+        ({"loss": -0.1}, "network.loss = -0.1 must be a share"),
+        (
+            {"uplink": {"kind": "normal"}},
+            "network.uplink = {'kind': 'normal'} must be one value for all, or {kind = \"uniform\"",
+        ),
+        ({"uplink": {"kind": "uniform", "low": "1Mbit", "up": 3}}, "must be one value for all, or {kind"),
+        ({"uplink": {"kind": "uniform", "low": 1, "high": "2Mbit"}}, 'has low = 1, which has no unit; say "1Mbit"'),
+        ({"uplink": {"kind": "uniform", "low": "2Mbit", "high": "1Mbit"}}, "has a low that exceeds its high"),
+        (
+            {"latency": {"kind": "lognormal", "median": "0s", "sigma": -1}},
+            "has sigma = -1, which must be a number from 0 to 10",
+        ),
+        ({"pair": "1Mbit", "pair_matrix": __file__}, "network.pair and network.pair_matrix exclude each other; remove one"),
+        ({"trace": "no.csv"}, "network.trace = 'no.csv' does not exist; give a CSV file, relative to the scenario file"),
+        ({"trace_repeat": True}, "network.trace_repeat = True has no network.trace to repeat"),
+        ({"peers": {"p8": {}}}, "network.peers.p8: there is no peer 'p8'; peers are p0 to p7"),
+        ({"peers": {"p1": {"uplink": 3}}}, "network.peers.p1.uplink = 3 has no unit"),
+        ({"peers": {"p1": {"uplnk": 3}}}, "unknown key 'network.peers.p1.uplnk'; did you mean 'network.peers.p1.uplink'?"),
+        ({"peers": {"p1": {"down": 3}}}, "'down' is called 'network.peers.p1.downlink' here"),
+    ],
+)
+def test_a_network_that_cannot_be_right_is_refused_with_a_remedy(network, message):
+    assert message in message_of({"network": network})
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        ({"step_time": 0}, "compute.step_time = 0 must be a time above 0, with its unit, such as '10ms'"),
+        ({"speed": 0}, "compute.speed = 0 must be a factor above 0: 2 = twice as fast"),
+        ({"speed": {"kind": "uniform", "low": 0, "high": 2}}, "has low = 0, which must be a factor above 0"),
+        ({"variation": -1}, "compute.variation = -1 must be a number from 0 to 10"),
+        ({"stragglers": {"fraction": 0.1}}, "compute.stragglers.slowdown is missing; give it"),
+        ({"stragglers": {"slowdown": 2}}, "compute.stragglers needs either fraction or peers"),
+        ({"stragglers": {"slowdown": 0.5, "fraction": 0.1}}, "compute.stragglers.slowdown = 0.5 must be at least 1"),
+        ({"stragglers": {"slowdown": 2, "peers": ["p3", "x"]}}, "compute.stragglers: there is no peer 'x'; peers are p0 to p7"),
+        ({"peers": {"p9": {"speed": 2}}}, "compute.peers.p9: there is no peer 'p9'"),
+    ],
+)
+def test_devices_that_cannot_be_right_are_refused_with_a_remedy(compute, message):
+    assert message in message_of({"compute": compute})
+
+
+P3_AT_20 = [{"peer": "p3", "at": "20s"}]
+
+
+@pytest.mark.parametrize(
+    ("churn", "message"),
+    [
+        ({"online": 0, "period": 1}, "churn.online = 0 must be above 0"),
+        ({"online": 0.9}, "churn.online = 0.9 needs churn.period, the time between draws, such as '30s'"),
+        ({"period": 9}, "churn.period = 9.0 needs churn.online, the chance to be there"),
+        ({"online": 0.9, "period": 9, "trace": __file__}, "churn.online and churn.trace exclude each other"),
+        ({"kill": "p3"}, "churn.kill = 'p3' must be a list"),
+        ({"kill": [{"peer": "p8", "at": 1}]}, "churn.kill: there is no peer 'p8'; peers are p0 to p7"),
+        ({"kill": [{"peer": "p3", "at": 0}]}, "churn.kill.0.at = 0 must be a number of seconds above 0"),
+        ({"kill": [{"peer": "p3", "when": 1}]}, "churn.kill.0.at is missing; give it"),
+        ({"kill": P3_AT_20 * 2}, "churn.kill: p3 cannot kill at 20 s after its kill at 20 s; kill it once"),
+        ({"rejoin": P3_AT_20}, "churn.rejoin: p3 cannot rejoin at 20 s having been there from the start; kill it before"),
+        ({"join": P3_AT_20, "kill": [{"peer": "p3", "at": 9}]}, "p3 cannot join at 20 s after its kill at 9 s; use rejoin"),
+    ],
+)
+def test_churn_that_cannot_be_right_is_refused_with_a_remedy(churn, message):
+    assert message in message_of({"churn": churn})
+
+
+def test_a_file_that_does_not_fit_the_peers_is_refused_before_anything_starts(tmp_path):
+    written(tmp_path, "0,1\n1,0\n", "rates.csv")
+    written(tmp_path, "time_s,peer,online\n1,p9,0\n", "presence.csv")
+    text = "[network]\npair_matrix = 'rates.csv'\n[churn]\ntrace = 'presence.csv'\n"
+    message = message_of(written(tmp_path, text))
+    assert "a matrix of 2 x 2, where 8 peers need 8 x 8" in message
+    assert "line 2: there is no peer 'p9'; peers are p0 to p7" in message
+
+
+def test_a_matrix_that_cuts_neighbours_off_is_refused_with_their_names(tmp_path):
+    matrix = written(tmp_path, "0,0\n1,0\n", "rates.csv")
+    message = message_of({"peers": 2, "gossip": {"replicas": 1}, "network": {"pair_matrix": str(matrix)}})
+    assert message.startswith(f"network.pair_matrix = '{matrix}': 0 Mbit/s from p0 to p1, who are neighbours")
+
+
+def test_an_unknown_peer_is_told_with_its_line(tmp_path):
+    path = written(tmp_path, "peers = 4\n[network.peers.p3]\nuplink = '1Mbit'\n[network.peers.p4]\nuplink = '1Mbit'\n")
+    assert message_of(path) == f"{path}:4: network.peers.p4: there is no peer 'p4'; peers are p0 to p3"
+
+
+def test_the_clock_is_virtual_where_anything_is_emulated_unless_chosen():
+    assert load_scenario({}).resolved_clock == "local"
+    emulated = {"network": {"latency": "50ms"}, "compute": {"step_time": "1s"}, "churn": {"kill": P3_AT_20}}
+    for table, values in emulated.items():
+        assert load_scenario({table: values}).resolved_clock == "virtual"
+        assert load_scenario({table: values, "clock": "local"}).resolved_clock == "local"
+    assert "clock = 'real' is not known; use 'auto'" in message_of({"clock": "real"})
+
+
 # ---------------------------------------------------------------------------------------------------------- suggestions
 
 
@@ -403,6 +613,16 @@ def test_a_lone_peer_needs_no_neighbours_and_with_selection_all_replicas_do_not_
         ("aggregator", "gossip.aggregation"),
         ("strategy", "gossip.aggregation"),
         ("random_seed", "seed"),
+        ("up", "network.uplink"),
+        ("bandwidth", "network.uplink"),
+        ("rate", "network.uplink"),
+        ("tcset", "network.uplink"),
+        ("down", "network.downlink"),
+        ("link", "network.pair"),
+        ("delay", "network.latency"),
+        ("packet-loss", "network.loss"),
+        ("stragglers_ratio", "compute.stragglers"),
+        ("online_prob", "churn.online"),
     ],
 )
 def test_the_names_of_other_frameworks_lead_to_ours(theirs, ours):
@@ -426,6 +646,8 @@ def test_a_foreign_name_leads_to_ours_inside_tables_too():
         ({"batch-size": 3}, "unknown key 'batch-size'; did you mean 'training.batch_size'?"),
         ({"segments": 3}, "unknown key 'segments'; did you mean 'gossip.segments'?"),
         ({"gossip": {"rounds": 3}}, "unknown key 'gossip.rounds'; did you mean 'rounds' or 'stop.rounds'?"),
+        ({"trace": "x.csv"}, "unknown key 'trace'; did you mean 'network.trace' or 'churn.trace'?"),
+        ({"latency": "1s"}, "unknown key 'latency'; did you mean 'network.latency'?"),
         ({"learning_rat": 3}, "unknown key 'learning_rat'; did you mean 'training.learning_rate'?"),
         ({"seed": {"zzz": 3}}, "unknown key 'seed.zzz'; known in [seed]: data, model, protocol"),
     ],
@@ -516,19 +738,23 @@ def test_a_resolved_scenario_has_every_default_and_leaves_out_what_is_none():
     resolved = load_scenario({"gossip": {"max_staleness": "inf"}}).resolved()
     assert resolved["gossip"]["max_staleness"] == math.inf and resolved["min_peers"] == 4
     assert resolved["training"]["local_epochs"] == 1 and "local_steps" not in resolved["training"]
-    assert "quorum" not in resolved["gossip"] and "network" not in resolved and "stop" not in resolved
+    assert "quorum" not in resolved["gossip"]
+    assert not {"network", "compute", "churn", "stop"} & set(resolved)
 
 
-def test_the_digest_covers_every_setting_but_the_name():
+def test_the_digest_covers_every_setting_but_the_name_and_the_clock():
     scenario = load_scenario("quickstart")
     assert len(scenario.sha256) == 64
-    assert load_scenario(scenario, ["name=other"]).sha256 == scenario.sha256
+    assert load_scenario(scenario, ["name=other", "clock=virtual"]).sha256 == scenario.sha256
     for change in (
         "seed.model=1",
         "topology.kind=ring",
         "data.partition.alpha=0.4",
         "gossip.max_staleness=inf",
         "central=false",
+        "network.latency=50ms",
+        "compute.step_time=20ms",
+        'churn.kill=[{peer = "p3", at = "20s"}]',
     ):
         assert load_scenario(scenario, [change]).sha256 != scenario.sha256
 
@@ -536,6 +762,8 @@ def test_the_digest_covers_every_setting_but_the_name():
 def test_the_digest_does_not_depend_on_how_a_setting_was_written():
     written_out = {"seed": {"data": 1, "model": 1, "protocol": 1}, "training": {"learning_rate": 1}, "min_peers": 4}
     assert load_scenario(written_out).sha256 == load_scenario({"seed": 1, "training": {"learning_rate": 1.0}}).sha256
+    one, other = {"uplink": "1Gbit", "latency": "50ms", "loss": "2%"}, {"uplink": "1000Mbit", "latency": 0.05, "loss": 0.02}
+    assert load_scenario({"network": one}).sha256 == load_scenario({"network": other}).sha256
 
 
 def test_a_scenario_passes_to_another_process():
@@ -549,6 +777,10 @@ toml_values = st.recursive(
     max_leaves=6,
 )
 argument_names = st.text('abcxyz_-. "é', min_size=1, max_size=6).map(lambda name: f"my_{name}")
+
+
+rates = st.builds("{}{}".format, st.floats(1e-3, 1e6), st.sampled_from(["bit", "kbit", "Mbit/s", "MB", "MiB", "Gbps"]))
+delays = st.builds("{}{}".format, st.floats(1e-3, 1e3), st.sampled_from(["us", "ms", "s", ""]))
 
 
 @st.composite
@@ -581,6 +813,28 @@ def scenarios(draw: st.DrawFn) -> dict[str, Any]:
                 "args": st.dictionaries(argument_names, toml_values, max_size=2),
             },
         ),
+        "network": st.fixed_dictionaries(
+            {},
+            optional={
+                "uplink": rates | st.builds(lambda median: {"kind": "lognormal", "median": median, "sigma": 0.5}, rates),
+                "pair": rates | st.just("unlimited"),
+                "latency": delays | st.just({"kind": "uniform", "low": 0, "high": "0.3s"}),
+                "loss": st.floats(0, 0.99) | st.just("2%"),
+                "peers": st.just({"p1": {"uplink": "3Mbit"}, "p2": {}}),
+            },
+        ),
+        "compute": st.fixed_dictionaries(
+            {},
+            optional={
+                "step_time": delays,
+                "speed": st.floats(0.1, 10),
+                "stragglers": st.just({"fraction": "10%", "slowdown": 5}) | st.just({"peers": ["p1"], "slowdown": 1.5}),
+            },
+        ),
+        "churn": st.fixed_dictionaries(
+            {}, optional={"kill": st.just(P3_AT_20), "join": st.just([{"peer": "p2", "at": "1min"}])}
+        ),
+        "clock": st.sampled_from(["auto", "virtual", "local", "netns"]),
         "stop": st.fixed_dictionaries(
             {}, optional={"rounds": st.integers(1, 99), "duration": st.integers(1, 99) | st.just("1.5h")}
         ),

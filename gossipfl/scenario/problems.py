@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -130,7 +130,6 @@ _SENTENCES = {
     "string_type": "must be text, in quotes",
     "bool_type": "must be true or false",
     "list_type": "must be a list",
-    "missing": "must be given",
     "dict_type": "must be a table",
     "model_type": "must be a table",
     "finite_number": "must be a finite number",
@@ -149,8 +148,25 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
     found = []
     for detail in error.errors(include_url=False):
         key = ".".join(map(str, detail["loc"]))
-        found.append(Problem(key, _sentence(key, detail, known)))
+        table = "".join(f"{step}." for step in detail["loc"][:-1])
+        beside = [table + name for name in _fields_at(model, detail["loc"][:-1])]
+        found.append(Problem(key, _sentence(key, detail, known + [name for name in beside if name not in known])))
     return found
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys of the table at `location`."""
+    table = model
+    for step in location:
+        if step in table.model_fields:  # else it is a place in a list of such tables, or the name of one
+            annotation = table.model_fields[str(step)].annotation
+            held = [
+                kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)
+            ]
+            if not held:
+                return []
+            table = held[0]
+    return list(table.model_fields)
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -179,6 +195,8 @@ def _sentence(key: str, detail: Mapping[str, Any], known: Sequence[str]) -> str:
     kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
     if kind == "extra_forbidden":
         return f"unknown key {key!r}{_suggestion(key, known)}"
+    if kind == "missing":
+        return f"{key} is missing; give it"
     if kind == "value_error":
         message = str(context["error"])
         about_several = message.startswith((f"{key}.", "unknown key"))  # such a message names its keys and values
@@ -194,13 +212,15 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
     table, _, leaf = key.rpartition(".")
     plain = _plain(leaf)
     if plain in CALLED_HERE:
-        return f"; {leaf!r} is called {CALLED_HERE[plain]!r} here"
+        ours = CALLED_HERE[plain]
+        beside = f"{table}.{ours.rpartition('.')[2]}".lstrip(".")
+        return f"; {leaf!r} is called {beside if beside in known else ours!r} here"
     by_leaf = [(candidate.rpartition(".")[2], candidate) for candidate in (*known, *_OPEN_KEYS)]
     elsewhere = [candidate for name, candidate in by_leaf if name == plain]
     if elsewhere:
         return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
     siblings = {name: candidate for name, candidate in by_leaf if candidate.rpartition(".")[0] == table}
-    for pool in (siblings, dict(by_leaf)):  # a slip in this table is likelier than a slip and the wrong table
+    for pool in (siblings, dict(reversed(by_leaf))):  # a slip in this table is likelier than a slip and the wrong table
         if close := difflib.get_close_matches(plain, pool, n=1):
             return f"; did you mean {pool[close[0]]!r}?"
     return f"; known {f'in [{table}]' if table else 'here'}: {', '.join(siblings)}"
