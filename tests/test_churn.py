@@ -79,6 +79,12 @@ def test_a_killed_peer_stays_away_however_available_it_would_be():
     assert [c for c in changes if c.time_s > 41] == [c for c in alone.changes(60.0) if c.time_s > 41]
 
 
+def test_when_everybody_is_killed_for_good_the_draws_end_too():
+    planned = tuple(Change(2.5, index, False) for index in range(3))
+    changes = list(build_churn(ChurnConfig(planned, online=0.9, period_s=1.0), num_peers=3, seed=0).changes(math.inf))
+    assert {change.index for change in changes} == {0, 1, 2} and changes[-1].time_s == 2.5
+
+
 # -------------------------------------------------------------------------------------------------------------- traces
 
 

@@ -167,7 +167,7 @@ def test_a_file_that_is_not_there_is_refused_by_its_path(tmp_path):
 def test_neighbours_without_a_link_between_them_are_refused_by_name(tmp_path):
     links = build_links(LinksConfig(pair_matrix=written(tmp_path, "0,1,0\n1,0,1\n1,0,0\n")), 3, seed=0)
     with pytest.raises(
-        ConfigError, match=r"^0 Mbit/s from p0 to p2, p2 to p1, who are neighbours in the topology; give a rate"
+        ConfigError, match=r"gives 0 Mbit/s from p0 to p2, p2 to p1, who are neighbours in the topology; give a rate"
     ):
         check_links(links, build_topology("full", 3, 0, {}))
 

@@ -69,7 +69,9 @@ class Churn:
         return bool(self._at_start[:, index].all())
 
     def changes(self, duration_s: float) -> Iterator[Change]:
-        """Every change until `duration_s`, in order. Of a drawn availability they come without end if that is infinite."""
+        """Every change until `duration_s`, in order. A drawn availability changes without end."""
+        if not _after_all(self.planned, self.num_peers).any():  # no draw can bring anybody back
+            duration_s = min(duration_s, self.planned[-1].time_s)
         allowed = self._at_start.copy()
         plan = ((change.time_s, 0, change) for change in self.planned)
         availability = ((change.time_s, 1, change) for change in itertools.chain(self.traced, self._redraws()))
@@ -113,4 +115,12 @@ def _before_all(changes: Sequence[Change], num_peers: int) -> np.ndarray:
     online = np.ones(num_peers, dtype=bool)
     for change in reversed(changes):  # the first of a peer's changes decides
         online[change.index] = change.online if change.time_s == 0 else not change.online
+    return online
+
+
+def _after_all(changes: Sequence[Change], num_peers: int) -> np.ndarray:
+    """bool[N]: who is there in the end."""
+    online = np.ones(num_peers, dtype=bool)
+    for change in changes:
+        online[change.index] = change.online
     return online

@@ -18,7 +18,7 @@ from gossipfl.overlay.links import Constant, Distribution, Lognormal
 from gossipfl.randomness import generator
 
 STEP = Constant(0.01)
-"""A batch of 32 small images on one core takes about as long."""
+"""Seconds, where nothing else is said."""
 SAME_SPEED = Constant(1.0)
 
 

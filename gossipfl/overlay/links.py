@@ -226,7 +226,7 @@ def check_links(links: Links, topology: Topology) -> None:
         named = ", ".join(f"p{sender} to p{receiver}" for sender, receiver in cut[:5])
         more = f" and {len(cut) - 5} more" if len(cut) > 5 else ""
         raise ConfigError(
-            f"0 Mbit/s from {named}{more}, who are neighbours in the topology; give a rate above 0, "
+            f"network.pair_matrix gives 0 Mbit/s from {named}{more}, who are neighbours in the topology; give a rate above 0, "
             "or a topology without these links"
         )
 

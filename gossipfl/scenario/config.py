@@ -39,7 +39,7 @@ from gossipfl.overlay.links import Links, check_links
 from gossipfl.overlay.topology import Topology as PeerTopology
 from gossipfl.overlay.topology import build_topology
 from gossipfl.registry import did_you_mean
-from gossipfl.scenario.emulation import Churn, Compute, Network, misfits, unknown_peers
+from gossipfl.scenario.emulation import Churn, Compute, Network, unknown_peers
 from gossipfl.scenario.problems import Problem, ScenarioError, misplaced_key, problems_of, shown
 from gossipfl.scenario.sources import apply_overrides, line_of, read_toml, resolve_paths, scenario_file
 from gossipfl.scenario.values import (
@@ -367,8 +367,7 @@ def load_scenario(source: str | Path | Mapping[str, Any] | Scenario, overrides: 
     resolve_paths(values, [path.parent, Path.cwd()] if path else [Path.cwd()])
     try:
         scenario = Scenario(**values)
-        _check_topology(scenario)
-        _check_emulation(scenario)
+        _check_emulation(scenario, _check_topology(scenario))
         return scenario
     except ScenarioError as error:
         if path is None:
@@ -400,8 +399,8 @@ def check_names(scenario: Scenario) -> None:
             raise ConfigError(f"unknown {kind} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 
-def _check_topology(scenario: Scenario) -> None:
-    """The graph can be built and gives every peer the neighbours that it is asked to use."""
+def _check_topology(scenario: Scenario) -> PeerTopology:
+    """The graph, which can be built and gives every peer the neighbours that it is asked to use."""
     try:
         topology = scenario.build_topology()
     except ConfigError as error:
@@ -409,7 +408,7 @@ def _check_topology(scenario: Scenario) -> None:
     degrees = {index: topology.degree(index) for index in range(topology.num_peers)}
     linked = {index: degree for index, degree in degrees.items() if degree > 0}  # a lone peer trains alone
     if not linked:
-        return
+        return topology
     poorest = min(linked, key=linked.__getitem__)
     gossip, problems = scenario.gossip, []
     wanted = {"gossip.replicas": gossip.replicas if gossip.selection != "all" else 0, "gossip.quorum": gossip.quorum or 0}
@@ -425,16 +424,20 @@ def _check_topology(scenario: Scenario) -> None:
             )
     if problems:
         raise ScenarioError(problems)
+    return topology
 
 
-def _check_emulation(scenario: Scenario) -> None:
-    """The files of the emulated network fit, and it links all neighbours."""
-    problems = list(misfits(scenario._emulated, scenario.peers, scenario.protocol_seed))
-    if not problems and scenario.network.pair_matrix is not None:
+def _check_emulation(scenario: Scenario, topology: PeerTopology) -> None:
+    """The files of the emulated network and of churn fit, and all neighbours have a link."""
+    problems = []
+    for table, check in (
+        ("network", lambda: check_links(scenario.build_links(), topology)),
+        ("churn", scenario.build_churn),
+    ):
         try:
-            check_links(scenario.build_links(), scenario.build_topology())
+            check()
         except ConfigError as error:
-            problems = [Problem("network.pair_matrix", f"network.pair_matrix = {scenario.network.pair_matrix!r}: {error}")]
+            problems.append(Problem(table, str(error)))
     if problems:
         raise ScenarioError(problems)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from gossipfl.errors import ConfigError
 from gossipfl.overlay.churn import Change, ChurnConfig, build_churn
 from gossipfl.overlay.churn import Churn as PeerChurn
 from gossipfl.overlay.devices import SAME_SPEED, STEP, Devices, DevicesConfig, build_devices
@@ -161,8 +160,8 @@ class Churn(Table):
         for at, key, peer in self.planned:
             last_at, last_key = last.get(peer, (0.0, None))
             if last_key not in _ALLOWED_AFTER[key] or at == last_at:
-                past = f"after its {last_key} at {last_at:g} s" if last_key else "having been there from the start"
-                raise ValueError(f"churn.{key}: {peer} cannot {key} at {at:g} s {past}; {_REMEDIES[key]}")
+                past = f"its {last_key} at {last_at:g} s" if last_key else "being there from the start"
+                raise ValueError(f"churn.{key} of {peer} at {at:g} s comes after {past}; {_REMEDIES[key]}")
             last[peer] = at, key
         return self
 
@@ -193,15 +192,6 @@ def unknown_peers(tables: Mapping[str, Table], num_peers: int) -> Iterator[Probl
         if name not in known:
             there_are = f"peers are p0 to p{num_peers - 1}" if num_peers > 1 else "the only peer is p0"
             yield Problem(key, f"{key}: there is no peer {name!r}; {there_are}")
-
-
-def misfits(tables: Mapping[str, Any], num_peers: int, seed: int) -> Iterator[Problem]:
-    """A problem for each of the tables whose files do not fit."""
-    for key, table in tables.items():
-        try:
-            table.build(num_peers, seed)
-        except ConfigError as error:
-            yield Problem(key, str(error))
 
 
 def _named_peers(tables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

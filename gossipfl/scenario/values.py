@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,15 +64,23 @@ def _patience(value: Any) -> float | Literal["auto"]:
     return float(value)
 
 
-_NUMBER = r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)"
-_UNITS_S = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
+_NUMBER = r"(\d+(?:\.\d*)?(?:e[+-]?\d{1,3})?)"
+_UNITS_S = {
+    "": Decimal(1),
+    "us": Decimal("1e-6"),
+    "ms": Decimal("1e-3"),
+    "s": Decimal(1),
+    "min": Decimal(60),
+    "h": Decimal(3600),
+}
+"""Decimal, so that "100us" is the number 0.0001 to the last bit."""
 
 
 def _seconds(value: Any) -> float | None:
     """Seconds of a number or of text such as "50ms", "90s", "10min", "1h"; None if it is no time."""
     if isinstance(value, str):
         match = re.fullmatch(rf"{_NUMBER} *(us|ms|s|min|h|)", value.strip().replace("µs", "us"))
-        return float(match[1]) * _UNITS_S[match[2]] if match else None
+        return float(Decimal(match[1]) * _UNITS_S[match[2]]) if match else None
     return float(value) if _is_number(value) else None
 
 
@@ -94,6 +103,12 @@ def _step_time(value: Any) -> float:
     if seconds is None or not 0 < seconds < math.inf:
         raise ValueError("must be a time above 0, with its unit, such as '10ms'")
     return seconds
+
+
+def _seconds_text(seconds: float) -> str:
+    """Text that reads as exactly this number."""
+    text = f"{seconds * 1e3:.12g}ms"
+    return text if seconds < 1 and _seconds(text) == seconds else f"{seconds!r}s"
 
 
 _DECIMAL = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -145,17 +160,11 @@ def _factor(value: Any) -> float:
     return float(value)
 
 
-def _number(value: float) -> float:
-    return value
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_DISTRIBUTIONS = (
-    '{kind = "uniform", low = ..., high = ...} or {kind = "lognormal", median = ..., sigma = ...}'  # the remedy in messages
-)
+_DISTRIBUTIONS = '{kind = "uniform", low = ..., high = ...} or {kind = "lognormal", median = ..., sigma = ...}'
 
 
 def _distribution(parse: Callable[[Any], float]) -> Callable[[Any], Distribution]:
@@ -237,8 +246,8 @@ ExistingPath = Annotated[str, BeforeValidator(_existing)]
 Staleness = Annotated[float, PlainValidator(_staleness)]
 Patience = Annotated[float | Literal["auto"], PlainValidator(_patience)]
 DurationS = Annotated[float, PlainValidator(_duration)]
-DelayS = Annotated[float, PlainValidator(_delay)]
-StepTimeS = Annotated[float, PlainValidator(_step_time)]
+DelayS = Annotated[float, PlainValidator(_delay), PlainSerializer(_seconds_text)]
+StepTimeS = Annotated[float, PlainValidator(_step_time), PlainSerializer(_seconds_text)]
 Rate = Annotated[float, PlainValidator(_rate), PlainSerializer(_rate_text)]
 """Bytes per second; inf = no limit."""
 Factor = Annotated[float, PlainValidator(_factor)]
@@ -246,6 +255,6 @@ Spread = Annotated[float, PlainValidator(_spread)]
 Share = Annotated[float, PlainValidator(_share)]
 ExistingFile = Annotated[str, BeforeValidator(_existing_file)]
 Rates = Annotated[Distribution, PlainValidator(_distribution(_rate)), PlainSerializer(_written(_rate_text))]
-Delays = Annotated[Distribution, PlainValidator(_distribution(_delay)), PlainSerializer(_written(_number))]
-StepTimes = Annotated[Distribution, PlainValidator(_distribution(_step_time)), PlainSerializer(_written(_number))]
-Factors = Annotated[Distribution, PlainValidator(_distribution(_factor)), PlainSerializer(_written(_number))]
+Delays = Annotated[Distribution, PlainValidator(_distribution(_delay)), PlainSerializer(_written(_seconds_text))]
+StepTimes = Annotated[Distribution, PlainValidator(_distribution(_step_time)), PlainSerializer(_written(_seconds_text))]
+Factors = Annotated[Distribution, PlainValidator(_distribution(_factor)), PlainSerializer(_written(float))]
