@@ -180,6 +180,26 @@ def collect(roster: Path, out: Path | None, force: bool, timeout_s: float, as_js
     sys.exit(result.exit_code)
 
 
+@main.command(epilog=_EPILOG)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The page to write (default: report.html in the first run's folder)."
+)
+@_errors_are_messages
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Make one HTML page of the records RUNS, to be opened without a network; of several, with curves overlaid.
+
+    The numbers of the plots are written beside it, as CSV files in a folder of the same name.
+
+    \b
+    gossipfl report runs/quickstart
+    gossipfl report runs/quickstart runs/quickstart-2 --out compared.html
+    """
+    from gossipfl.scenario.report import write_report
+
+    click.echo(write_report(runs, out))
+
+
 def _process_began() -> float:
     """When this process was started, in epoch seconds: the start-up that a user waits for includes Python's own."""
     import psutil

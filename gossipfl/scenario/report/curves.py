@@ -1,0 +1,245 @@
+"""The curves over the rounds of one run or several: accuracy, consensus distance, staleness."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gossipfl.scenario.report.plots import COLOURS, MIB, Plot, Trace, axis, faint, short
+from gossipfl.scenario.report.reading import Columns, Run, number
+
+DASHES = ("solid", "dash", "dashdot")
+"""Of further runs, when the colours are used up; dotted is the average model."""
+
+
+def plot_curves(runs: Sequence[Run]) -> list[Plot]:
+    """All runs in the same axes."""
+    return [*_accuracy(runs), _consensus(runs), _staleness(runs)]
+
+
+# ------------------------------------------------------------------------------------------------------------- accuracy
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """f64[rounds] each, a value per round that was evaluated."""
+
+    round: np.ndarray
+    time_s: np.ndarray
+    received_mib_per_peer: np.ndarray
+    mean: np.ndarray
+    least: np.ndarray
+    greatest: np.ndarray
+    average_model: np.ndarray
+
+
+def _curve(run: Run) -> _Curve:
+    """Accuracy after the merge, over the peers of each round, with the mean time and bytes at which they had got there."""
+    rounds, inverse = np.unique(run.rounds["round"], return_inverse=True)
+    accuracy = run.rounds["accuracy_after"]
+    count = _per_round(np.isfinite(accuracy), inverse, len(rounds))
+    evaluated = count > 0
+    mean = _per_round(np.nan_to_num(accuracy), inverse, len(rounds))[evaluated] / count[evaluated]
+    least, greatest = np.full(len(rounds), np.inf), np.full(len(rounds), -np.inf)
+    np.fmin.at(least, inverse, accuracy)
+    np.fmax.at(greatest, inverse, accuracy)
+    received = np.cumsum(_per_round(np.nan_to_num(run.rounds["payload_bytes"]), inverse, len(rounds)))
+    at = rounds[evaluated]
+    states = dict(zip(run.states["round"], run.states["average_accuracy"], strict=True))
+    if not states and len(at):
+        states = {at[-1]: number(run.figure("accuracy", "average_model"))}
+    return _Curve(
+        round=at,
+        time_s=_round_means(run.rounds["time_s"], inverse, len(rounds))[evaluated],
+        received_mib_per_peer=received[evaluated] / max(len(np.unique(run.rounds["peer"])), 1) / MIB,
+        mean=mean,
+        least=least[evaluated],
+        greatest=greatest[evaluated],
+        average_model=np.array([states.get(round_, np.nan) for round_ in at]),
+    )
+
+
+def _accuracy(runs: Sequence[Run]) -> list[Plot]:
+    curves = [_curve(run) for run in runs]
+    if not any(len(curve.round) for curve in curves):
+        why = "No peer was evaluated in this record: evaluate_every = 0, or the run was cut short."
+        return [Plot("accuracy", "Accuracy", missing=why)]
+    about = "Test accuracy after each merge: mean of the peers, with the band from the worst to the best of them."
+    if any(np.isfinite(curve.average_model).any() for curve in curves):
+        about += " Dotted, or a diamond where only the last is known: the average of all peers' models."
+    time = " or ".join(sorted({run.time_unit for run in runs}))
+    return [
+        _accuracy_over("rounds", "round", "round", about, runs, curves),
+        _accuracy_over(
+            "time", "time_s", time, "The same over the time at which the peers had merged, on average.", runs, curves
+        ),
+        _accuracy_over(
+            *("bytes", "received_mib_per_peer", "received by each peer, MiB"),
+            *("The same over the encoded payload that peers had received, on average.", runs, curves),
+        ),
+    ]
+
+
+def _accuracy_over(name: str, x_name: str, label: str, about: str, runs: Sequence[Run], curves: Sequence[_Curve]) -> Plot:
+    numbered = enumerate(zip(runs, curves, strict=True))
+    return Plot(
+        f"accuracy-over-{name}",
+        f"Accuracy over {name}",
+        about,
+        [trace for index, (run, curve) in numbered for trace in _accuracy_traces(run, curve, x_name, index, len(runs) == 1)],
+        {"xaxis": axis(label, rangemode="tozero"), "yaxis": axis("test accuracy", tickformat=".2f")},
+        _accuracy_columns(runs, curves, x_name),
+    )
+
+
+def _accuracy_traces(run: Run, curve: _Curve, x_name: str, index: int, single: bool) -> list[Trace]:
+    colour, name = COLOURS[index % len(COLOURS)], html.escape(run.name)
+    shared: Trace = {"x": short(getattr(curve, x_name)), "mode": "lines"} | _group(index, single)
+    band = shared | {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+    mean = {
+        "y": short(curve.mean),
+        "name": "mean of the peers" if single else name,
+        "line": _line(index),
+        "customdata": [list(ends) for ends in zip(short(curve.least), short(curve.greatest), strict=True)],
+        "hovertemplate": "%{y:.4f} (%{customdata[0]:.4f} to %{customdata[1]:.4f})",
+    }
+    average = {
+        "y": short(curve.average_model),
+        "name": "average model" if single else f"{name}, average model",
+        "mode": "markers" if np.isfinite(curve.average_model).sum() == 1 else "lines",
+        "line": {"color": colour, "dash": "dot", "width": 2},
+        "marker": {"symbol": "diamond", "size": 9, "color": colour},
+        "showlegend": single,
+        "hovertemplate": "%{y:.4f}",
+    }
+    return [
+        band | {"y": short(curve.least)},
+        band | {"y": short(curve.greatest), "fill": "tonexty", "fillcolor": faint(colour, 0.28)},
+        shared | mean,
+        *([shared | average] if np.isfinite(curve.average_model).any() else []),
+    ]
+
+
+def _accuracy_columns(runs: Sequence[Run], curves: Sequence[_Curve], x_name: str) -> dict[str, list[Any]]:
+    """The horizontal axis, then what stands over it."""
+    names = dict.fromkeys([x_name, "round", "mean", "least", "greatest", "average_model"])
+    return _stacked((run.name, {name: getattr(curve, name) for name in names}) for run, curve in zip(runs, curves, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ consensus and staleness
+
+
+def _consensus(runs: Sequence[Run]) -> Plot:
+    key, title = "consensus-distance", "Consensus distance"
+    known = [(index, run) for index, run in enumerate(runs) if np.isfinite(run.states["consensus_distance"]).any()]
+    if not known:
+        ends = [[number(run.figure("consensus_distance", end)) for end in ("first", "last")] for run in runs]
+        texts = [f"{first:.4g} and {last:.4g}" for first, last in ends if np.isfinite([first, last]).all()]
+        only = f", only those after the first and the last merge: {'; '.join(texts)}." if texts else "."
+        return Plot(key, title, missing=f"The record has no distances by round{only}")
+    columns = ("round", "time_s", "consensus_distance")
+    return Plot(
+        key,
+        title,
+        "Mean squared distance of the peers' models from their average: how far the peers are from agreeing.",
+        [_line_trace(index, run, run.states, "consensus_distance", len(runs) == 1) for index, run in known],
+        {
+            "xaxis": axis("round", rangemode="tozero"),
+            "yaxis": axis("mean squared distance", type="log", exponentformat="power", minorloglabels="none"),
+        },
+        _stacked((run.name, {name: run.states[name] for name in columns}) for _, run in known),
+    )
+
+
+def _staleness(runs: Sequence[Run]) -> Plot:
+    key, title = "staleness", "Staleness"
+    curves = [_staleness_by_round(run) for run in runs]
+    if not any(curve["staleness_max"].any() for curve in curves):
+        return Plot(key, title, missing="No mixed segment was stale: each copy was of the round's own version.")
+    return Plot(
+        key,
+        title,
+        "Rounds that the mixed copies were behind: mean over all segments of a round, and the greatest (triangles).",
+        [
+            trace
+            for index, (run, curve) in enumerate(zip(runs, curves, strict=True))
+            for trace in _staleness_traces(run, curve, index, len(runs) == 1)
+        ],
+        {"xaxis": axis("round", rangemode="tozero"), "yaxis": axis("rounds behind", rangemode="tozero")},
+        _stacked((run.name, curve) for run, curve in zip(runs, curves, strict=True)),
+    )
+
+
+def _staleness_traces(run: Run, curve: Columns, index: int, single: bool) -> list[Trace]:
+    mean = _line_trace(index, run, curve, "staleness_mean", single)
+    stale = curve["staleness_max"] > 0
+    greatest = {
+        "x": short(curve["round"][stale]),
+        "y": short(curve["staleness_max"][stale]),
+        "name": "greatest",
+        "mode": "markers",
+        "marker": {"symbol": "triangle-up-open", "color": COLOURS[index % len(COLOURS)], "size": 6},
+        "showlegend": single,
+    }
+    if single:
+        mean |= {"name": "mean", "showlegend": True}
+    return [mean, greatest | _group(index, single)]
+
+
+def _staleness_by_round(run: Run) -> Columns:
+    rounds, inverse = np.unique(run.rounds["round"], return_inverse=True)
+    mixed = np.nan_to_num(run.rounds["segments_mixed"])
+    behind = _per_round(np.nan_to_num(run.rounds["staleness_mean"]) * mixed, inverse, len(rounds))
+    greatest = np.zeros(len(rounds))
+    np.fmax.at(greatest, inverse, run.rounds["staleness_max"])
+    segments = _per_round(mixed, inverse, len(rounds))
+    return {
+        "round": rounds,
+        "staleness_mean": behind / np.maximum(segments, 1),
+        "staleness_max": greatest,
+        "segments": segments,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def _per_round(values: np.ndarray, inverse: np.ndarray, num_rounds: int) -> np.ndarray:
+    return np.bincount(inverse, weights=values, minlength=num_rounds)
+
+
+def _round_means(values: np.ndarray, inverse: np.ndarray, num_rounds: int) -> np.ndarray:
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return _per_round(np.nan_to_num(values), inverse, num_rounds) / _per_round(known, inverse, num_rounds)
+
+
+def _line_trace(index: int, run: Run, columns: Columns, name: str, single: bool) -> Trace:
+    trace = {"x": short(columns["round"]), "y": short(columns[name]), "mode": "lines", "line": _line(index)}
+    return (
+        trace | {"name": html.escape(run.name), "showlegend": not single, "hovertemplate": "%{y:.4g}"} | _group(index, single)
+    )
+
+
+def _line(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "dash": DASHES[index // len(COLOURS) % len(DASHES)], "width": 2}
+
+
+def _group(index: int, single: bool) -> Trace:
+    """What the legend shows and hides together; a legend with groups stands upright, so a single run has none."""
+    return {} if single else {"legendgroup": str(index)}
+
+
+def _stacked(tables: Iterable[tuple[str, dict[str, np.ndarray]]]) -> dict[str, list[Any]]:
+    """The runs' columns below each other, after one that names the run."""
+    stacked: dict[str, list[Any]] = {}
+    for name, columns in tables:
+        for key, column in columns.items():
+            stacked.setdefault("run", [])
+            stacked.setdefault(key, []).extend(column.tolist())
+        stacked["run"].extend([name] * (len(stacked[key]) - len(stacked["run"])))
+    return stacked

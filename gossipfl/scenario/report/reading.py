@@ -1,0 +1,238 @@
+"""Reads the folder of a run back in, as columns of numbers: a simulated run may have a million events.
+
+What is not there is NaN or empty, never an error: a record that was cut short is reported as far as it goes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gossipfl.errors import ConfigError
+
+Event = dict[str, Any]
+Columns = dict[str, np.ndarray]
+"""Equally long f64 columns by name; NaN where an event does not say."""
+
+COUNTERS = ("missing", "late", "refused", "rejected", "timeouts")
+ROUND_FIELDS = (
+    *("round", "time_s", "train_loss", "accuracy_before", "accuracy_after", "train_s", "wait_s", "merge_s"),
+    *("payload_bytes", "wire_bytes", "segments_mixed", "staleness_mean", "staleness_max", *COUNTERS),
+)
+STATE_FIELDS = ("round", "time_s", "consensus_distance", "average_accuracy")
+
+
+@dataclass(slots=True)
+class Faults:
+    """All faults of one kind that concern one peer."""
+
+    kind: str
+    peer: str
+    count: int = 0
+    seen_by: set[str] = field(default_factory=set)
+    rounds: set[int] = field(default_factory=set)
+    detail: str = ""
+    """Of the first of them."""
+
+
+@dataclass(slots=True)
+class Run:
+    """The record of one run."""
+
+    name: str
+    """The folder's name; its path where runs that are compared share the name."""
+    folder: Path
+    summary: dict[str, Any]
+    """summary.json; empty where the run was cut short."""
+    scenario: dict[str, Any]
+    scenario_text: str
+    peers: list[str]
+    rounds: Columns
+    """A row per peer and round; `peer` is the index in `peers`."""
+    states: Columns
+    """A row per round of the whole run, where the record has them."""
+    faults: list[Faults]
+    finished: dict[str, str | None]
+    """The peers that ended, with the error of those that did not finish."""
+    received_from: dict[tuple[str, str], float]
+    """Payload bytes by (receiver, sender), where the record says."""
+    notes: list[str]
+    """What a reader should know of the record itself."""
+
+    @property
+    def time_unit(self) -> str:
+        return "virtual seconds" if self.summary.get("clock") == "virtual" else "seconds"
+
+    def figure(self, *keys: str) -> Any:
+        """A value of the summary, `figure("accuracy", "mean")`; None where there is none."""
+        value: Any = self.summary
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    def last_accuracy(self) -> np.ndarray:
+        """f64[peers]: the last known accuracy of each peer after a merge, NaN where there is none."""
+        last = np.full(len(self.peers), np.nan)
+        known = ~np.isnan(self.rounds["accuracy_after"])
+        last[self.rounds["peer"][known].astype(int)] = self.rounds["accuracy_after"][known]  # the last one stays
+        return last
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders. ConfigError for a folder that holds none."""
+    names = [folder.resolve().name for folder in folders]
+    return [
+        read_run(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """The run in `folder`, called `name` in the report. ConfigError if there is none."""
+    if not (folder / "events.jsonl").is_file():
+        what = "holds no run (it has no events.jsonl)" if folder.is_dir() else "is not a folder"
+        raise ConfigError(f"{folder} {what}; give the folder that `gossipfl run` wrote, such as runs/quickstart")
+    notes: list[str] = []
+    text = _text(folder / "scenario.toml")
+    summary = _summary(folder / "summary.json", notes)
+    scenario = _scenario(text, notes)
+    reader = _Reader()
+    for event in _events(folder / "events.jsonl", notes):
+        reader.add(event)
+    peers, rounds = _sorted_peers(list(reader.peers), reader.rounds)
+    if not len(rounds["round"]):
+        notes.append("No peer has reported a round.")
+    return Run(
+        name=name,
+        folder=folder,
+        summary=summary,
+        scenario=scenario,
+        scenario_text=text,
+        peers=peers,
+        rounds=rounds,
+        states={key: np.array(column) for key, column in reader.states.items()},
+        faults=sorted(reader.faults.values(), key=lambda faults: -faults.count),
+        finished=reader.finished,
+        received_from=dict(reader.received_from),
+        notes=notes,
+    )
+
+
+class _Reader:
+    """Takes events in, one by one."""
+
+    def __init__(self) -> None:
+        self.peers: dict[str, int] = {}
+        self.rounds = {key: array("d") for key in ("peer", *ROUND_FIELDS)}
+        self.states = {key: array("d") for key in STATE_FIELDS}
+        self.faults: dict[tuple[str, str], Faults] = {}
+        self.finished: dict[str, str | None] = {}
+        self.received_from: defaultdict[tuple[str, str], float] = defaultdict(float)
+
+    def add(self, event: Event) -> None:
+        match event.get("event"):
+            case "round":
+                self.rounds["peer"].append(self._index(str(event.get("peer"))))
+                for key in ROUND_FIELDS:
+                    self.rounds[key].append(number(event.get(key)))
+            case "state":
+                for key in STATE_FIELDS:
+                    self.states[key].append(number(event.get(key)))
+            case "fault":
+                self._add_fault(event)
+            case "finished":
+                peer, error, senders = str(event.get("peer")), event.get("error"), event.get("received_from")
+                self._index(peer)
+                self.finished[peer] = None if error is None else str(error)
+                for sender, num_bytes in senders.items() if isinstance(senders, Mapping) else ():
+                    self.received_from[peer, str(sender)] += max(number(num_bytes), 0.0)
+
+    def _add_fault(self, event: Event) -> None:
+        kind, peer = str(event.get("kind")), str(event.get("peer"))
+        faults = self.faults.setdefault((kind, peer), Faults(kind, peer, detail=str(event.get("detail") or "")))
+        faults.count += 1
+        faults.seen_by.add(str(event.get("at")))
+        round_ = number(event.get("round"))
+        if not math.isnan(round_):
+            faults.rounds.add(int(round_))
+
+    def _index(self, peer: str) -> int:
+        return self.peers.setdefault(peer, len(self.peers))
+
+
+def number(value: Any) -> float:
+    """A finite number as it is; NaN for all else."""
+    try:
+        as_float = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
+    return as_float if math.isfinite(as_float) else math.nan
+
+
+def natural_order(name: str) -> tuple[Any, ...]:
+    """A sort key that puts p2 before p10."""
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.findall(r"[0-9]{1,18}|[^0-9]+", name))
+
+
+def _sorted_peers(found: list[str], columns: Mapping[str, array[float]]) -> tuple[list[str], Columns]:
+    """The peers in natural order, and the columns with `peer` made to fit."""
+    peers = sorted(found, key=natural_order)
+    place = {peer: index for index, peer in enumerate(peers)}
+    rounds = {key: np.array(column) for key, column in columns.items()}
+    known = ~np.isnan(rounds["round"])
+    rounds = {key: column[known] for key, column in rounds.items()}
+    rounds["peer"] = np.array([place[peer] for peer in found], dtype=float)[rounds["peer"].astype(int)]
+    return peers, rounds
+
+
+def _events(path: Path, notes: list[str]) -> Iterator[Event]:
+    broken = 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):  # the last line of a run that was killed
+                event = None
+            if isinstance(event, dict):
+                yield event
+            else:
+                broken += bool(line.strip())
+    if broken:
+        notes.append(
+            f"events.jsonl: {broken} line{'s' * (broken > 1)} could not be read and {'are' * (broken > 1) or 'is'} left out."
+        )
+
+
+def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        notes.append("The record is cut short: it has no summary.json. What follows is made from the events that there are.")
+    except (ValueError, RecursionError):
+        notes.append("summary.json cannot be read. What follows is made from the events.")
+    else:
+        if isinstance(summary, dict):
+            return summary
+        notes.append("summary.json is no summary. What follows is made from the events.")
+    return {}
+
+
+def _scenario(text: str, notes: list[str]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError):
+        notes.append("scenario.toml cannot be read.")
+        return {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

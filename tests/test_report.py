@@ -1,0 +1,364 @@
+"""The report: what is read from a record, what is drawn of it, and what the page may not do."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from gossipfl.cli import main
+from gossipfl.errors import ConfigError
+from gossipfl.scenario.report import write_report
+from gossipfl.scenario.report.links import plot_topology, plot_traffic
+from gossipfl.scenario.report.reading import read_run
+from gossipfl.scenario.report.tables import compared, differences, faults, figures, size
+from gossipfl.scenario.report.timeline import plot_timeline
+
+HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
+
+
+def a_round(peer: str, number: int, **fields: object) -> dict:
+    return {
+        "event": "round",
+        "peer": peer,
+        "round": number,
+        "time_s": 2.0 * number,
+        "accuracy_after": 0.5,
+        "train_s": 1.0,
+        "wait_s": 0.75,
+        "merge_s": 0.25,
+        "payload_bytes": 2**20,
+        "wire_bytes": 2**20 + 100,
+        "segments_mixed": 4,
+        "staleness_mean": 0.0,
+        "staleness_max": 0,
+        **fields,
+    }
+
+
+def write_record(folder: Path, events: list[dict], summary: dict | None = None, scenario: str | None = None) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    if summary is not None:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    text = 'name = "small"\nseed = 0\npeers = 3\nrounds = 2\n[topology]\nkind = "ring"\n' if scenario is None else scenario
+    (folder / "scenario.toml").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three peers, two rounds; accuracies 0.2, 0.4, 0.6 and then 0.5, 0.7, 0.9."""
+    events = [
+        a_round(f"p{peer}", number, accuracy_after=0.2 * (peer + 1) if number == 1 else 0.5 + 0.2 * peer)
+        for number in (1, 2)
+        for peer in (2, 0, 1)
+    ]
+    events += [{"event": "finished", "peer": f"p{peer}", "round": 2, "error": None} for peer in range(3)]
+    summary = {"scenario": "small", "seed": 0, "clock": "local", "accuracy": {"mean": 0.7, "average_model": 0.95}}
+    return write_record(tmp_path / "small", events, summary)
+
+
+class Tags(HTMLParser):
+    """All tags with their attributes, and the text of the page outside of scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._inside = tag
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside not in ("script", "style"):
+            self.text += data
+
+
+def page_of(path: Path) -> Tags:
+    return Tags(path.read_text(encoding="utf-8"))
+
+
+def specs_of(path: Path) -> dict:
+    return json.loads(re.search(r'id="plots">(.*?)</script>', path.read_text(encoding="utf-8"))[1])
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_no_network(folder):
+    tags = page_of(write_report([folder])).tags
+    assert not [attributes for _, attributes in tags if {"src", "href"} & attributes.keys()]
+    policy = next(attributes["content"] for tag, attributes in tags if attributes.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+
+
+def test_plotly_is_inlined_once_however_many_runs_there_are(folder):
+    page = write_report([folder, folder], folder / "twice.html").read_text(encoding="utf-8")
+    assert page.count("plotly.js v") == 1
+
+
+def test_the_report_lies_in_the_first_run_with_its_tables_beside_it(folder):
+    assert write_report([folder]) == folder / "report.html"
+    assert sorted(path.stem for path in (folder / "report.csv").iterdir()) == [
+        "accuracy-over-bytes",
+        "accuracy-over-rounds",
+        "accuracy-over-time",
+        "faults",
+        "timeline",
+        "topology",
+    ]
+
+
+def test_every_drawing_of_the_page_has_its_data(folder):
+    path = write_report([folder, folder], folder / "twice.html")
+    drawn = {attributes["data-plot"] for _, attributes in page_of(path).tags if "data-plot" in attributes}
+    assert drawn == specs_of(path).keys() and "run1-timeline" in drawn
+
+
+def test_text_of_a_record_stays_text(tmp_path):
+    events = [
+        a_round(HOSTILE, 1),
+        {"event": "fault", "at": HOSTILE, "peer": HOSTILE, "round": 1, "kind": HOSTILE, "detail": HOSTILE},
+        {"event": "finished", "peer": HOSTILE, "round": 1, "error": HOSTILE, "received_from": {HOSTILE: 5}},
+    ]
+    summary = {"scenario": HOSTILE, "machine": HOSTILE, "accuracy": HOSTILE, "seed": {HOSTILE: HOSTILE}}
+    path = write_report([write_record(tmp_path / "hostile", events, summary, f"# {HOSTILE}\n")])
+    page = page_of(path)
+    assert not [tag for tag, attributes in page.tags if tag == "img" or "onerror" in attributes]
+    assert [tag for tag, _ in page.tags].count("script") == 3  # plotly, the data, and what draws it
+    assert page.text.count(HOSTILE) >= 6
+    specs = json.dumps(specs_of(path))  # plotly reads tags in labels, and so gets none
+    assert "<img" not in specs and "<script" not in specs and "&lt;img" in specs
+
+
+def test_a_number_that_is_none_leaves_a_gap(tmp_path):
+    events = [a_round("p0", 1, accuracy_after=float("nan"), time_s="soon"), a_round("p0", 2, payload_bytes=10**400)]
+    path = write_report([write_record(tmp_path / "odd", events, {})])
+    assert specs_of(path)["accuracy-over-rounds"]["data"][2]["x"] == [2]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"event": "round"}', '{"event": ["round"]}', "1e999", "[" * 100_000])
+def test_whatever_the_events_are_there_is_a_report(tmp_path, text):
+    folder = write_record(tmp_path / "odd", [])
+    (folder / "events.jsonl").write_text(text)
+    assert "No peer has reported a round." in page_of(write_report([folder])).text
+
+
+def test_a_record_that_was_cut_short_is_reported_with_a_note(folder):
+    (folder / "summary.json").unlink()
+    with (folder / "events.jsonl").open("a") as file:
+        file.write('{"event": "round", "pe')
+    text = page_of(write_report([folder])).text
+    assert "The record is cut short: it has no summary.json." in text
+    assert "1 line could not be read and is left out." in text
+    assert "70.00 %" in text  # the mean of 0.5, 0.7, 0.9
+
+
+def test_a_folder_that_holds_no_run_is_named_with_the_remedy(tmp_path):
+    with pytest.raises(ConfigError, match=rf"{tmp_path} holds no run .*events.jsonl.*runs/quickstart"):
+        write_report([tmp_path])
+    with pytest.raises(ConfigError, match="nowhere is not a folder"):
+        write_report([Path("nowhere")])
+
+
+def test_a_page_is_only_written_where_a_page_may_be(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"--out .*scenario.toml is no page; give a name that ends in .html"):
+        write_report([folder], folder / "scenario.toml")
+    (tmp_path / "taken.html").mkdir()
+    with pytest.raises(ConfigError, match=r"taken.html cannot be written: Is a directory"):
+        write_report([folder], tmp_path / "taken.html")
+
+
+def test_without_plotly_the_extra_to_install_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ConfigError, match=r"pip install 'gossipfl\[report\]'"):
+        write_report([folder])
+
+
+def test_the_command_tells_where_the_page_is(folder, tmp_path):
+    result = CliRunner().invoke(main, ["report", str(folder), "--out", str(tmp_path / "new" / "page.html")])
+    assert result.stdout == f"{tmp_path / 'new' / 'page.html'}\n" and result.exit_code == 0
+    assert CliRunner().invoke(main, ["report", str(tmp_path)]).exit_code == 2
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+def test_the_curves_are_mean_worst_and_best_of_each_round(folder):
+    rows = rows_of(write_report([folder]).with_suffix(".csv") / "accuracy-over-bytes.csv")
+    assert [row["received_mib_per_peer"] for row in rows] == ["1", "2"]
+    assert [float(row["mean"]) for row in rows] == pytest.approx([0.4, 0.7])
+    assert [float(row["least"]) for row in rows] == pytest.approx([0.2, 0.5])
+    assert [float(row["greatest"]) for row in rows] == pytest.approx([0.6, 0.9])
+    assert [row["average_model"] for row in rows] == ["", "0.95"]  # the summary knows the last
+
+
+def test_states_give_the_average_model_and_the_consensus_distance_by_round(folder):
+    with (folder / "events.jsonl").open("a") as file:
+        for number, distance in (1, 3.0), (2, 0.5):
+            state = {"event": "state", "round": number, "time_s": 2.0 * number, "consensus_distance": distance}
+            file.write(json.dumps(state | {"average_accuracy": 0.4 + 0.2 * number}) + "\n")
+    path = write_report([folder])
+    specs = specs_of(path)
+    assert specs["consensus-distance"]["data"][0]["y"] == [3.0, 0.5]
+    assert specs["accuracy-over-time"]["data"][3]["y"] == [0.6, 0.8]
+
+
+def test_what_is_not_in_the_record_is_left_out_in_a_line_that_says_why(folder):
+    path = write_report([folder])
+    text = page_of(path).text
+    assert "Consensus distance is left out. The record has no distances by round." in text
+    assert "Staleness is left out. No mixed segment was stale" in text
+    assert "Traffic per link is left out. The record does not say who received how much from whom." in text
+
+
+def test_staleness_is_the_mean_over_segments(tmp_path):
+    events = [
+        a_round("p0", 1, segments_mixed=3, staleness_mean=1.0, staleness_max=2),
+        a_round("p1", 1, segments_mixed=1),
+    ]
+    rows = rows_of(write_report([write_record(tmp_path / "stale", events, {})]).with_suffix(".csv") / "staleness.csv")
+    assert rows == [{"run": "stale", "round": "1", "staleness_mean": "0.75", "staleness_max": "2", "segments": "4"}]
+
+
+def test_times_of_a_simulated_run_are_virtual(folder):
+    (folder / "summary.json").write_text('{"clock": "virtual"}')
+    assert specs_of(write_report([folder]))["accuracy-over-time"]["layout"]["xaxis"]["title"]["text"] == "virtual seconds"
+
+
+def test_a_round_is_laid_out_backwards_from_its_end(tmp_path):
+    folder = write_record(tmp_path / "one", [a_round("p0", 1, time_s=5.0, train_s=1.0, wait_s=2.0, merge_s=0.5)])
+    training, waiting, merging = plot_timeline(read_run(folder, "one")).traces
+    assert (training["base"], training["x"]) == ([2.0], [1.0])
+    assert (waiting["base"], waiting["x"]) == ([3.0], [1.5])  # waiting counts the merging within it
+    assert (merging["base"], merging["x"]) == ([4.5], [0.5])
+
+
+def test_the_straggler_of_many_peers_is_drawn_and_named(tmp_path):
+    events = [a_round(f"p{peer}", 1, train_s=9.0 if peer == 77 else 1.0) for peer in range(100)]
+    plot = plot_timeline(read_run(write_record(tmp_path / "many", events), "many"))
+    assert "p77" in plot.layout["yaxis"]["ticktext"] and len(plot.layout["yaxis"]["ticktext"]) == 60
+    assert "p77 trains longest: 9 s a round; median of the peers: 1 s." in plot.about
+    assert "Thinned: 60 of 100 peers" in plot.about
+
+
+def test_a_bar_of_a_long_run_sums_several_rounds(tmp_path):
+    events = [a_round("p0", number) for number in range(1, 251)]
+    plot = plot_timeline(read_run(write_record(tmp_path / "long", events), "long"))
+    assert "Thinned: each bar sums 3 rounds." in plot.about
+    assert len(plot.traces[0]["x"]) == 84 and plot.traces[0]["x"][0] == 3.0
+
+
+def test_traffic_is_by_receiver_and_sender(folder):
+    with (folder / "events.jsonl").open("a") as file:
+        sent = {"p0": 2**20, "p2": 2**21, "stranger": 7}
+        file.write(json.dumps({"event": "finished", "peer": "p1", "error": None, "received_from": sent}) + "\n")
+    plot = plot_traffic(read_run(folder, "small"))
+    assert plot.traces[0]["z"] == [[None, None, None], [1.0, None, 2.0], [None, None, None]]
+
+
+def test_the_traffic_of_many_peers_is_summed_in_groups(tmp_path):
+    events = [{"event": "finished", "peer": f"p{peer}", "error": None, "received_from": {"p0": 2**20}} for peer in range(250)]
+    plot = plot_traffic(read_run(write_record(tmp_path / "many", events), "many"))
+    assert "each cell sums 3 by 3 peers" in plot.about
+    assert len(plot.traces[0]["z"]) == 84 and plot.traces[0]["z"][0][0] == 3.0
+
+
+def test_peers_are_drawn_with_their_last_accuracy_and_those_that_failed_with_a_cross(folder):
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "finished", "peer": "p1", "error": "its process ended"}) + "\n")
+    lines, peers = plot_topology(read_run(folder, "small")).traces
+    assert peers["marker"]["color"] == [0.5, 0.7, 0.9]
+    assert peers["marker"]["symbol"] == ["circle", "x", "circle"]
+    assert lines["x"].count(None) == 3  # a ring of three
+
+
+def test_a_graph_of_many_peers_is_thinned_and_says_so(tmp_path):
+    scenario = 'peers = 400\nseed = 0\n[topology]\nkind = "full"\n'
+    plot = plot_topology(read_run(write_record(tmp_path / "many", [a_round("p0", 1)], {}, scenario), "many"))
+    assert len(plot.traces[1]["x"]) == 300
+    assert "300 of 400 peers, those nearest to p0" in plot.about and "of 44,850 links" in plot.about
+
+
+def test_a_function_that_a_record_names_is_not_run(tmp_path):
+    scenario = 'peers = 3\n[topology]\nkind = "no_such_module_of_mine:graph"\n'
+    folder = write_record(tmp_path / "own", [a_round("p0", 1)], {}, scenario)
+    assert "which a report does not run" in plot_topology(read_run(folder, "own")).missing
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_by_ratios_to_the_first_and_by_what_differs(tmp_path):
+    runs = [
+        read_run(
+            write_record(
+                tmp_path / name,
+                [a_round("p0", 1, payload_bytes=num_bytes)],
+                {"accuracy": {"mean": accuracy}},
+                f'name = "{name}"\n[gossip]\nsegments = {segments}\nreplicas = 2\n',
+            ),
+            name,
+        )
+        for name, num_bytes, accuracy, segments in (("a", 1024, 0.5, 1), ("b", 2048, 0.75, 8))
+    ]
+    rows = {name: [(cell.text, cell.ratio) for cell in cells] for name, cells in compared(runs)}
+    assert rows["accuracy, mean of the peers"] == [("50.00 %", ""), ("75.00 %", "× 1.5")]
+    assert rows["payload, all"] == [("1.0 KiB", ""), ("2.0 KiB", "× 2")]
+    assert differences(runs) == [("gossip.segments", ["1", "8"])]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(folder, tmp_path):
+    other = write_record(tmp_path / "elsewhere" / "small", [a_round("p0", 1)])
+    path = write_report([folder, other])
+    assert specs_of(path)["accuracy-over-rounds"]["data"][2]["name"] == str(folder)
+
+
+def test_faults_are_counted_by_kind_and_peer(folder):
+    with (folder / "events.jsonl").open("a") as file:
+        for number in (1, 2):
+            fault = {"event": "fault", "at": f"p{number}", "peer": "p0", "round": number, "kind": "down"}
+            file.write(json.dumps(fault | {"detail": f"the connection broke in {number}"}) + "\n")
+        file.write(json.dumps({"event": "finished", "peer": "p0", "error": "its process ended"}) + "\n")
+    assert faults(read_run(folder, "small")) == [
+        ("down", "p0", "p1, p2", "1 to 2", "2", "the connection broke in 1"),
+        ("did not finish", "p0", "", "", "1", "its process ended"),
+    ]
+
+
+def test_figures_of_the_summary_come_before_those_of_the_events(folder):
+    (folder / "summary.json").write_text('{"accuracy": {"mean": 0.125}, "bytes": {"payload": null}}')
+    known = dict(figures(read_run(folder, "small")))
+    assert known["accuracy, mean of the peers"] == "12.50 %"
+    assert known["accuracy, worst peer"] == "50.00 %"
+    assert known["payload, all"] == "6.0 MiB"
+    assert "virtual time" not in known
+
+
+@pytest.mark.parametrize(("num_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**50, "1,024.0 TiB")])
+def test_bytes_are_written_in_the_largest_unit_that_fits(num_bytes, text):
+    assert size(num_bytes) == text
+
+
+def test_peers_are_in_the_order_of_their_numbers(tmp_path):
+    folder = write_record(tmp_path / "ten", [a_round(f"p{peer}", 1) for peer in (10, 9, 2)])
+    run = read_run(folder, "ten")
+    assert run.peers == ["p2", "p9", "p10"] and run.rounds["peer"].tolist() == [2, 1, 0]
