@@ -213,9 +213,9 @@ class Engine:
         self.flat = FlatModel(model, config.buffers, config.device)
         self.layout = self.flat.layout
         self._model = self.flat.model
-        self._step = step or (STEPS.get(config.step) if config.step else cross_entropy)
-        self._update = OPTIMIZERS.get(config.optimizer)
-        self._initial_buffers = [values.clone() for values in self.flat.local_buffers]
+        self.step = step or (STEPS.get(config.step) if config.step else cross_entropy)
+        self.update = OPTIMIZERS.get(config.optimizer)
+        self.initial_buffers = [values.clone() for values in self.flat.local_buffers]
         self.uses_fast_math = False
 
     def initial_vector(self) -> np.ndarray:
@@ -261,7 +261,7 @@ class Engine:
         with torch.no_grad():
             for start in range(0, len(self.dataset.y_test), EVALUATION_BATCH):
                 chosen = slice(start, start + EVALUATION_BATCH)
-                x, y = self._tensors(self.dataset.x_test[chosen], self.dataset.y_test[chosen])
+                x, y = self.tensors(self.dataset.x_test[chosen], self.dataset.y_test[chosen])
                 correct += int((self._model(x).argmax(-1) == y).sum())
                 total += y.numel()
         return correct / total
@@ -278,7 +278,7 @@ class Engine:
             for fast in times:
                 self.set_fast_math(fast)
                 began = time.perf_counter()
-                self._train_step(*self._tensors(*batch), {})
+                self._train_step(*self.tensors(*batch), {})
                 times[fast].append(time.perf_counter() - began)
         self.flat.flat.copy_(before)
         plain_s, fast_s = (statistics.median(times[fast][1:]) for fast in (False, True))
@@ -290,23 +290,23 @@ class Engine:
         torch.set_float32_matmul_precision("medium" if use else "highest")
 
     def _load_buffers(self, learner: Learner | None) -> None:
-        values = (learner.local_buffers if learner else []) or self._initial_buffers
+        values = (learner.local_buffers if learner else []) or self.initial_buffers
         for buffer, value in zip(self.flat.local_buffers, values, strict=True):
             buffer.copy_(value)
 
     def _train_step(self, x: torch.Tensor, y: torch.Tensor, state: OptimizerState) -> torch.Tensor:
         for values in self.flat.trained:
             values.grad = None  # backward then stores gradients instead of adding to them
-        loss = self._step(self._model, x, y)
+        loss = self.step(self._model, x, y)
         loss.backward()
         gradients = [torch.zeros_like(values) if values.grad is None else values.grad for values in self.flat.trained]
         with torch.no_grad():
-            self._update(self.config, self.flat.trained, gradients, state)
+            self.update(self.config, self.flat.trained, gradients, state)
         return loss.detach()
 
     def _batches(self, learner: Learner, round: int, times: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for chosen in self.batch_indices(learner, round, times):
-            yield self._tensors(self.dataset.x_train[chosen], self.dataset.y_train[chosen])
+            yield self.tensors(self.dataset.x_train[chosen], self.dataset.y_train[chosen])
 
     def batch_indices(self, learner: Learner, round: int, times: int = 1) -> Iterator[np.ndarray]:
         """The training samples (i64[batch]) of each local step of a round."""
@@ -321,7 +321,8 @@ class Engine:
             start = step % per_epoch * size
             yield order[start : start + size]
 
-    def _tensors(self, x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def tensors(self, x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples and labels as the model takes them, on its device."""
         inputs = torch.from_numpy(np.array(normalise(x, self.dataset))).to(self.config.device)
         if self.uses_fast_math and inputs.ndim == 4:
             inputs = inputs.to(memory_format=torch.channels_last)  # contiguous() leaves one-channel images as they are
