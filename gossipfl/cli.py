@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -64,28 +65,48 @@ def main() -> None:
 @_set
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the record (default: runs/<name>, numbered if taken).")
 @click.option("--force", is_flag=True, help="Replace the folder of an earlier run.")
+@click.option(
+    "--clock",
+    type=click.Choice(["virtual", "local"]),
+    help="virtual: emulated network, virtual time; local: real processes and sockets (default: the scenario's).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json to stdout and nothing else.")
 @_quiet
 @_insecure
 @_errors_are_messages
 def run(
-    scenario: str, overrides: tuple[str, ...], out: Path | None, force: bool, as_json: bool, quiet: bool, insecure: bool
+    scenario: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    force: bool,
+    clock: str | None,
+    as_json: bool,
+    quiet: bool,
+    insecure: bool,
 ) -> None:
-    """Run a SCENARIO (a .toml file or the name of a built-in one) on this machine: real processes, real sockets.
+    """Run a SCENARIO (a .toml file or the name of a built-in one) on this machine.
 
     \b
     gossipfl run quickstart
+    gossipfl run quickstart --clock virtual --set peers=100 --set network.uplink=10Mbit
     gossipfl run scenarios/quickstart.toml --set gossip.segments=4 --set peers=12 --out runs/mine --json
     """
     from gossipfl.scenario.display import Display, print_summary
-    from gossipfl.scenario.runner import Observer
+    from gossipfl.scenario.results import Observer
     from gossipfl.scenario.runner import run as run_scenario
 
     display = Display(Console(stderr=True))
     observer = Observer() if quiet else display
     try:
         result = run_scenario(
-            scenario, overrides=overrides, out=out, force=force, insecure=insecure, observer=observer, began=_process_began()
+            scenario,
+            overrides=overrides,
+            clock=clock,
+            out=out,
+            force=force,
+            insecure=insecure,
+            observer=observer,
+            began=_process_began(),
         )
     finally:
         display.close()
@@ -198,6 +219,35 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     from gossipfl.scenario.report import write_report
 
     click.echo(write_report(runs, out))
+
+
+@main.command(epilog=_EPILOG)
+@click.argument("name")
+@click.option("--full", is_flag=True, help="The paper's size, which may take hours, instead of a quarter of an hour.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the records (default: runs/reproduce-<name>).")
+@click.option("--jobs", type=click.IntRange(1), help="Arms that run at once (default: one per core).")
+@click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
+@_errors_are_messages
+def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, as_json: bool) -> None:
+    """Run a published comparison again, NAME being combo: what was published and what is measured, side by side.
+
+    \b
+    gossipfl reproduce combo
+    """
+    from gossipfl.scenario.display import ArmsProgress, print_tables
+    from gossipfl.scenario.reproduce import REPRODUCTIONS, run_arms
+
+    reproduction = REPRODUCTIONS.get(name)
+    arms = reproduction.arms(full)
+    folder = out or Path("runs") / f"reproduce-{name}"
+    with ArmsProgress(Console(stderr=True), len(arms)) as progress:
+        outcomes = run_arms(arms, folder, jobs, progress.done)
+    tables = reproduction.tables(outcomes, full)
+    if as_json:
+        click.echo(json.dumps([asdict(table) for table in tables]))
+    else:
+        print_tables(Console(), tables)
+        click.echo(f"records  {folder}/")
 
 
 def _process_began() -> float:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.records import Event
 from gossipfl.scenario.results import Observer, RunResult
+
+if TYPE_CHECKING:
+    from gossipfl.scenario.reproduce.figures import Outcome
+    from gossipfl.scenario.reproduce.figures import Table as Comparison
 
 MAX_ROWS = 32
 LINE_S = 2.0
@@ -125,6 +131,55 @@ def print_summary(console: Console, result: RunResult) -> None:
     console.print(table)
     console.print(f"record  {result.folder}/", highlight=False, soft_wrap=True)
     console.print(f"models  {result.folder}/models/  (average.safetensors and one per peer)", highlight=False, soft_wrap=True)
+
+
+class ArmsProgress:
+    """How many of the arms of a comparison have run, and which came last."""
+
+    def __init__(self, console: Console, num_arms: int) -> None:
+        self._console, self._num_arms, self._num_done = console, num_arms, 0
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+
+    def __enter__(self) -> ArmsProgress:
+        self._progress.start()
+        self._progress.add_task("running", total=self._num_arms)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def done(self, name: str, outcome: Outcome) -> None:
+        self._num_done += 1
+        self._progress.update(self._progress.task_ids[0], completed=self._num_done, description=name)
+        if not self._console.is_terminal:
+            accuracy, seconds = outcome.summary["accuracy"]["mean"], outcome.summary["seconds"]["wall"]
+            self._console.print(
+                f"{self._num_done:3d}/{self._num_arms}  {name}: accuracy {accuracy:.3f}, took {seconds:.0f} s", highlight=False
+            )
+
+
+def print_tables(console: Console, tables: Sequence[Comparison]) -> None:
+    """The tables of a comparison, each with its notes; a verdict where something was published."""
+    for comparison in tables:
+        columns = list(dict.fromkeys(key for row in comparison.rows for key in row.values))
+        has_verdict = any(row.published is not None for row in comparison.rows)
+        table = Table(title=comparison.title, title_justify="left")
+        table.add_column("")
+        for column in [*columns, *(["band"] if has_verdict else [])]:
+            table.add_column(column, justify="right")
+        for row in comparison.rows:
+            table.add_row(row.name, *(row.values.get(key, "") for key in columns), *([row.verdict] if has_verdict else []))
+        console.print(table)
+        for note in comparison.notes:
+            console.print(f"  {note}", highlight=False, style="dim")
+        console.print()
 
 
 def _partition(scenario: Scenario) -> str:
