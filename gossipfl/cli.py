@@ -206,8 +206,9 @@ def collect(roster: Path, out: Path | None, force: bool, timeout_s: float, as_js
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The page to write (default: report.html in the first run's folder)."
 )
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Also write the curves to this folder, for TensorBoard.")
 @_errors_are_messages
-def report(runs: tuple[Path, ...], out: Path | None) -> None:
+def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -> None:
     """Make one HTML page of the records RUNS, to be opened without a network; of several, with curves overlaid.
 
     The numbers of the plots are written beside it, as CSV files in a folder of the same name.
@@ -218,7 +219,12 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """
     from gossipfl.scenario.report import write_report
 
-    click.echo(write_report(runs, out))
+    page = write_report(runs, out)
+    if tensorboard is not None:
+        from gossipfl.scenario.report.tensorboard import write_tensorboard
+
+        write_tensorboard(runs, tensorboard)
+    click.echo(page)
 
 
 @main.command(epilog=_EPILOG)
@@ -237,7 +243,7 @@ def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, as_json
     from gossipfl.scenario.display import ArmsProgress, print_tables
     from gossipfl.scenario.reproduce import REPRODUCTIONS, run_arms
 
-    reproduction = REPRODUCTIONS.get(name)
+    reproduction = REPRODUCTIONS.get(name)()
     arms = reproduction.arms(full)
     folder = out or Path("runs") / f"reproduce-{name}"
     with ArmsProgress(Console(stderr=True), len(arms)) as progress:

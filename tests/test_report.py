@@ -8,6 +8,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -18,6 +19,7 @@ from gossipfl.scenario.report import write_report
 from gossipfl.scenario.report.links import plot_topology, plot_traffic
 from gossipfl.scenario.report.reading import read_run
 from gossipfl.scenario.report.tables import compared, differences, faults, figures, size
+from gossipfl.scenario.report.tensorboard import write_tensorboard
 from gossipfl.scenario.report.timeline import plot_timeline
 
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
@@ -302,6 +304,36 @@ def test_a_function_that_a_record_names_is_not_run(tmp_path):
     scenario = 'peers = 3\n[topology]\nkind = "no_such_module_of_mine:graph"\n'
     folder = write_record(tmp_path / "own", [a_round("p0", 1)], {}, scenario)
     assert "which a report does not run" in plot_topology(read_run(folder, "own")).missing
+
+
+def test_curves_go_to_tensorboard_by_round(folder, tmp_path, monkeypatch):
+    written = {}
+
+    class SummaryWriter:
+        def __init__(self, log_dir):
+            self.log_dir = log_dir
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def add_scalar(self, tag, value, step, walltime):
+            written[self.log_dir, tag, step] = (round(value, 6), walltime)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    result = CliRunner().invoke(main, ["report", str(folder), "--tensorboard", str(tmp_path / "board")])
+    assert result.exit_code == 0, result.output
+    board = str(tmp_path / "board" / "small")
+    assert written[board, "accuracy/worst", 1] == (0.2, 2.0) and written[board, "accuracy/mean", 2] == (0.7, 4.0)
+    assert (board, "accuracy/average_model", 1) not in written
+
+
+def test_without_tensorboard_the_extra_to_install_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"pip install 'gossipfl\[tensorboard\]'"):
+        write_tensorboard([folder], tmp_path / "board")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

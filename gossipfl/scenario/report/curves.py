@@ -25,7 +25,7 @@ def plot_curves(runs: Sequence[Run]) -> list[Plot]:
 
 
 @dataclass(frozen=True)
-class _Curve:
+class AccuracyCurve:
     """f64[rounds] each, a value per round that was evaluated."""
 
     round: np.ndarray
@@ -37,7 +37,7 @@ class _Curve:
     average_model: np.ndarray
 
 
-def _curve(run: Run) -> _Curve:
+def accuracy_curve(run: Run) -> AccuracyCurve:
     """Accuracy after the merge, over the peers of each round, with the mean time and bytes at which they had got there."""
     rounds, inverse = np.unique(run.rounds["round"], return_inverse=True)
     accuracy = run.rounds["accuracy_after"]
@@ -52,7 +52,7 @@ def _curve(run: Run) -> _Curve:
     states = dict(zip(run.states["round"], run.states["average_accuracy"], strict=True))
     if not states and len(at):
         states = {at[-1]: number(run.figure("accuracy", "average_model"))}
-    return _Curve(
+    return AccuracyCurve(
         round=at,
         time_s=_round_means(run.rounds["time_s"], inverse, len(rounds))[evaluated],
         received_mib_per_peer=received[evaluated] / max(len(np.unique(run.rounds["peer"])), 1) / MIB,
@@ -64,7 +64,7 @@ def _curve(run: Run) -> _Curve:
 
 
 def _accuracy(runs: Sequence[Run]) -> list[Plot]:
-    curves = [_curve(run) for run in runs]
+    curves = [accuracy_curve(run) for run in runs]
     if not any(len(curve.round) for curve in curves):
         why = "No peer was evaluated in this record: evaluate_every = 0, or the run was cut short."
         return [Plot("accuracy", "Accuracy", missing=why)]
@@ -84,7 +84,9 @@ def _accuracy(runs: Sequence[Run]) -> list[Plot]:
     ]
 
 
-def _accuracy_over(name: str, x_name: str, label: str, about: str, runs: Sequence[Run], curves: Sequence[_Curve]) -> Plot:
+def _accuracy_over(
+    name: str, x_name: str, label: str, about: str, runs: Sequence[Run], curves: Sequence[AccuracyCurve]
+) -> Plot:
     numbered = enumerate(zip(runs, curves, strict=True))
     return Plot(
         f"accuracy-over-{name}",
@@ -96,7 +98,7 @@ def _accuracy_over(name: str, x_name: str, label: str, about: str, runs: Sequenc
     )
 
 
-def _accuracy_traces(run: Run, curve: _Curve, x_name: str, index: int, single: bool) -> list[Trace]:
+def _accuracy_traces(run: Run, curve: AccuracyCurve, x_name: str, index: int, single: bool) -> list[Trace]:
     colour, name = COLOURS[index % len(COLOURS)], html.escape(run.name)
     shared: Trace = {"x": short(getattr(curve, x_name)), "mode": "lines"} | _group(index, single)
     band = shared | {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
@@ -124,7 +126,7 @@ def _accuracy_traces(run: Run, curve: _Curve, x_name: str, index: int, single: b
     ]
 
 
-def _accuracy_columns(runs: Sequence[Run], curves: Sequence[_Curve], x_name: str) -> dict[str, list[Any]]:
+def _accuracy_columns(runs: Sequence[Run], curves: Sequence[AccuracyCurve], x_name: str) -> dict[str, list[Any]]:
     """The horizontal axis, then what stands over it."""
     names = dict.fromkeys([x_name, "round", "mean", "least", "greatest", "average_model"])
     return _stacked((run.name, {name: getattr(curve, name) for name in names}) for run, curve in zip(runs, curves, strict=True))
@@ -149,7 +151,7 @@ def _consensus(runs: Sequence[Run]) -> Plot:
         [_line_trace(index, run, run.states, "consensus_distance", len(runs) == 1) for index, run in known],
         {
             "xaxis": axis("round", rangemode="tozero"),
-            "yaxis": axis("mean squared distance", type="log", exponentformat="power", minorloglabels="none"),
+            "yaxis": axis("mean squared distance", type="log", exponentformat="none", minorloglabels="complete"),
         },
         _stacked((run.name, {name: run.states[name] for name in columns}) for _, run in known),
     )
@@ -157,7 +159,7 @@ def _consensus(runs: Sequence[Run]) -> Plot:
 
 def _staleness(runs: Sequence[Run]) -> Plot:
     key, title = "staleness", "Staleness"
-    curves = [_staleness_by_round(run) for run in runs]
+    curves = [staleness_by_round(run) for run in runs]
     if not any(curve["staleness_max"].any() for curve in curves):
         return Plot(key, title, missing="No mixed segment was stale: each copy was of the round's own version.")
     return Plot(
@@ -190,7 +192,7 @@ def _staleness_traces(run: Run, curve: Columns, index: int, single: bool) -> lis
     return [mean, greatest | _group(index, single)]
 
 
-def _staleness_by_round(run: Run) -> Columns:
+def staleness_by_round(run: Run) -> Columns:
     rounds, inverse = np.unique(run.rounds["round"], return_inverse=True)
     mixed = np.nan_to_num(run.rounds["segments_mixed"])
     behind = _per_round(np.nan_to_num(run.rounds["staleness_mean"]) * mixed, inverse, len(rounds))
