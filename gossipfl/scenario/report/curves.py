@@ -72,16 +72,12 @@ def _accuracy(runs: Sequence[Run]) -> list[Plot]:
     if any(np.isfinite(curve.average_model).any() for curve in curves):
         about += " Dotted, or a diamond where only the last is known: the average of all peers' models."
     time = " or ".join(sorted({run.time_unit for run in runs}))
-    return [
-        _accuracy_over("rounds", "round", "round", about, runs, curves),
-        _accuracy_over(
-            "time", "time_s", time, "The same over the time at which the peers had merged, on average.", runs, curves
-        ),
-        _accuracy_over(
-            *("bytes", "received_mib_per_peer", "received by each peer, MiB"),
-            *("The same over the encoded payload that peers had received, on average.", runs, curves),
-        ),
-    ]
+    over = (
+        ("rounds", "round", "round", about),
+        ("time", "time_s", time, "The same over the time at which the peers had merged, on average."),
+        ("bytes", "received_mib_per_peer", "received by each peer, MiB", "The same over the encoded payload received by then."),
+    )
+    return [_accuracy_over(*horizontal, runs, curves) for horizontal in over]
 
 
 def _accuracy_over(

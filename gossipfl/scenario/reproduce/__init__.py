@@ -2,11 +2,11 @@
 
     gossipfl reproduce combo
 
-Each reproduction lists its arms, scenarios for the virtual clock, and makes tables of what they came to; nothing in it is fitted
-to what was published. To add one, register it in `REPRODUCTIONS` from a file in this folder and import it here.
+Each reproduction lists its arms, scenarios for the virtual clock, and makes tables of what they came to; nothing in it is
+fitted to what was published. To add one, register it in `REPRODUCTIONS` from a file in this folder and import it here.
 """
 
-from gossipfl.scenario.reproduce.combo import COMBO
+from gossipfl.scenario.reproduce.combo import combo
 from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Outcome, Reproduction, Row, Table, run_arms
 
-__all__ = ["COMBO", "REPRODUCTIONS", "Outcome", "Reproduction", "Row", "Table", "run_arms"]
+__all__ = ["REPRODUCTIONS", "Outcome", "Reproduction", "Row", "Table", "combo", "run_arms"]

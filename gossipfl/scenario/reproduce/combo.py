@@ -122,13 +122,16 @@ def _values(outcome: Outcome) -> dict[str, str]:
 
 def _assumptions(full: bool) -> list[str]:
     return [
-        f"{'CIFAR-10' if full else 'digits in place of CIFAR-10'}, IID; the CNN of McMahan et al.; 40 steps of at most 128 at 0.1; "
-        f"until the mean test accuracy of all workers after a merge is {_target(full)}",
+        f"{'CIFAR-10' if full else 'digits in place of CIFAR-10'}, IID; the CNN of McMahan et al.; 40 steps of at most 128 "
+        f"samples at learning rate 0.1, until the mean test accuracy of all workers after a merge is {_target(full)}",
         "the server lives at one worker and shares its links; rates are max-min fair; no latency",
-        f"neither the paper's model nor its time per step could be found: {STEP_S * 1000:g} ms are assumed, and the ratios depend on it",
+        f"neither the paper's model nor its time per step could be found: {STEP_S * 1000:g} ms per step are assumed, and the "
+        "ratios depend on it",
         f"inside: within {TOLERANCE:.0%} of what was published",
     ]
 
 
-COMBO = Reproduction("segmented gossip against a parameter server and plain gossip (arXiv 1908.07782)", _arms, _tables)
-REPRODUCTIONS.register("combo")(COMBO)
+@REPRODUCTIONS.register("combo")
+def combo() -> Reproduction:
+    """Segmented gossip against a parameter server and plain gossip."""
+    return Reproduction(_arms, _tables)

@@ -61,12 +61,11 @@ class Table:
 class Reproduction:
     """`arms(full)` and `tables(outcomes, full)`; `full` is the paper's size, else it ends within a quarter of an hour."""
 
-    about: str
     arms: Callable[[bool], Arms]
     tables: Callable[[Mapping[str, Outcome], bool], list[Table]]
 
 
-REPRODUCTIONS: Registry[Reproduction] = Registry("reproduction")
+REPRODUCTIONS: Registry[Callable[[], Reproduction]] = Registry("reproduction")
 
 
 def run_arms(
