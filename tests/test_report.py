@@ -252,6 +252,7 @@ def test_a_round_is_laid_out_backwards_from_its_end(tmp_path):
     assert (training["base"], training["x"]) == ([2.0], [1.0])
     assert (waiting["base"], waiting["x"]) == ([3.0], [1.5])  # waiting counts the merging within it
     assert (merging["base"], merging["x"]) == ([4.5], [0.5])
+    assert waiting["customdata"] == [[1.0, 1.5]]  # what the pointer shows: the round, and its seconds
 
 
 def test_the_straggler_of_many_peers_is_drawn_and_named(tmp_path):

@@ -53,8 +53,8 @@ def _part(bars: Columns, rows: np.ndarray, name: str, colour: str, duration: str
         "y": rows[drawn].tolist(),
         "width": 0.8,
         "marker": {"color": colour, "line": {"width": 0}},
-        "customdata": bars["round"][drawn].astype(int).tolist(),
-        "hovertemplate": "round %{customdata}: %{x:.4g} s",
+        "customdata": np.stack([bars["round"][drawn], bars[duration][drawn]], axis=1).tolist(),
+        "hovertemplate": "round %{customdata[0]}: %{customdata[1]:.4g} s",  # plotly's x is the end of the bar
     }
 
 
