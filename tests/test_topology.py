@@ -135,6 +135,17 @@ def test_clique_ring_evens_out_the_groups_when_the_size_does_not_divide():
     assert len(links(topology)) == 3 + 3 + 6 + 3
 
 
+def test_hierarchical_links_all_within_a_cluster_and_all_heads():
+    topology = build("hierarchical", 9, cluster=3)
+    inside = {(0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5), (6, 7), (6, 8), (7, 8)}
+    assert links(topology) == inside | {(0, 3), (0, 6), (3, 6)}
+
+
+def test_hierarchical_evens_out_the_clusters_and_a_single_one_is_complete():
+    assert degrees(build("hierarchical", 7, cluster=4)) == [3, 2, 2, 4, 3, 3, 3]  # clusters of 3 and 4, heads p0 and p3
+    assert degrees(build("hierarchical", 5)) == [4] * 5
+
+
 @pytest.mark.parametrize(("num_peers", "degree"), [(10, 2), (10, 3), (9, 4), (10, 7), (60, 57), (10, 9)])
 def test_regular_gives_every_peer_the_degree_dense_or_sparse(num_peers, degree):
     assert degrees(build("regular", num_peers, degree=degree)) == [degree] * num_peers
@@ -329,6 +340,8 @@ def test_a_graph_of_another_number_of_peers_and_no_graph_at_all_are_refused():
         ("regular", 8, {"degree": 2.5}, "topology.degree = 2.5 must be a whole number of at least 1"),
         ("regular", 8, {"degree": True}, "topology.degree = True must be a whole number of at least 1"),
         ("clique_ring", 8, {"clique": 0}, "topology.clique = 0 must be a whole number of at least 1"),
+        ("hierarchical", 8, {"cluster": 2.0}, "topology.cluster = 2.0 must be a whole number of at least 1"),
+        ("clusters", 8, {}, "unknown topology 'clusters'; did you mean 'hierarchical'?"),
         ("small_world", 8, {"degree": 3}, "topology.degree = 3 must be even"),
         ("small_world", 8, {"rewire": 1.5}, "topology.rewire = 1.5 must be a number from 0 to 1"),
         ("barabasi_albert", 3, {"degree": 3}, "topology.degree = 3 needs at least 4 peers"),
@@ -382,7 +395,8 @@ def test_the_metropolis_hastings_matrix_is_doubly_stochastic_and_leads_to_the_me
 def test_networkx_is_loaded_only_by_kinds_that_draw_or_read_a_graph():
     code = (
         "import sys; from gossipfl.overlay import build_topology\n"
-        "for kind in 'full ring star grid torus exponential clique_ring'.split(): build_topology(kind, 12, 0, {})\n"
+        "for kind in 'full ring star grid torus exponential clique_ring hierarchical'.split():\n"
+        "    build_topology(kind, 12, 0, {})\n"
         "assert 'networkx' not in sys.modules\n"
         "build_topology('regular', 12, 0, {}); assert 'networkx' in sys.modules"
     )

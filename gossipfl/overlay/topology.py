@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
@@ -162,6 +162,9 @@ _OTHER_NAMES = {
     "ba": "barabasi_albert",
     "scale_free": "barabasi_albert",
     "ring_of_cliques": "clique_ring",
+    "hierarchy": "hierarchical",
+    "clustered": "hierarchical",
+    "clusters": "hierarchical",
     "edges": "file",
     "graphml": "file",
     "adjacency": "file",
@@ -222,14 +225,21 @@ def clique_ring(num_peers: int, rng: np.random.Generator, *, clique: int = 4) ->
 
     After Bellet, Kermarrec and Lavoie, "D-Cliques", SRDS 2022.
     """
-    num_cliques = math.ceil(num_peers / _whole("clique", clique))
-    cuts = [index * num_peers // num_cliques for index in range(num_cliques + 1)]
-    inside = itertools.chain.from_iterable(
-        itertools.combinations(range(start, stop), 2) for start, stop in itertools.pairwise(cuts)
-    )
+    cuts = _even_cuts(num_peers, _whole("clique", clique))
     between = ((stop - 1, stop % num_peers) for stop in cuts[1:])
     # A single clique has nothing to be joined to; its "next" one is itself and the link is there already.
-    return ListedTopology(num_peers, itertools.chain(inside, between))
+    return ListedTopology(num_peers, itertools.chain(_complete_groups(cuts), between))
+
+
+@TOPOLOGIES.register("hierarchical")
+def hierarchical(num_peers: int, rng: np.random.Generator, *, cluster: int = 8) -> Topology:
+    """Complete clusters of `cluster` peers (some hold one less when that does not divide), whose heads are all linked.
+
+    The head of a cluster is its first peer. After the edge servers of Liu, Zhang, Song and Letaief, "Client-edge-cloud
+    hierarchical federated learning", ICC 2020; here a head is a peer like any other.
+    """
+    cuts = _even_cuts(num_peers, _whole("cluster", cluster))
+    return ListedTopology(num_peers, itertools.chain(_complete_groups(cuts), itertools.combinations(cuts[:-1], 2)))
 
 
 @TOPOLOGIES.register("regular")
@@ -436,6 +446,18 @@ def _chance(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
         raise ConfigError(f"topology.{name} = {value!r} must be a number from 0 to 1")
     return float(value)
+
+
+def _even_cuts(num_peers: int, most: int) -> list[int]:
+    """Where the peers are cut, from 0 to `num_peers`, into as few groups of at most `most`, even to one peer."""
+    num_groups = math.ceil(num_peers / most)
+    return [index * num_peers // num_groups for index in range(num_groups + 1)]
+
+
+def _complete_groups(cuts: Iterable[int]) -> Iterator[Link]:
+    """All links within each group."""
+    for start, stop in itertools.pairwise(cuts):
+        yield from itertools.combinations(range(start, stop), 2)
 
 
 def _columns(num_peers: int) -> int:
