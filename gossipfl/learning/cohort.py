@@ -139,7 +139,9 @@ class StackedCohort:
         self.block = _block(engine)
         model = engine.flat.model
         self._model, self._step = model, _Step(model, engine.step)
-        self._trained = [name for name, values in model.named_parameters() if values.requires_grad]
+        trained = {name: values for name, values in model.named_parameters() if values.requires_grad}
+        self._trained = list(trained)
+        self._matrices = [name for name, values in trained.items() if values.ndim == 2]
         travelling = {entry.name for entry in self.layout.entries}
         self._local = [name for name, _ in model.named_buffers() if name not in travelling]
         self._buffers = [name for name, _ in model.named_buffers() if name in travelling]
@@ -188,7 +190,7 @@ class StackedCohort:
     def _train_block(self, tasks: list[CohortTask]) -> tuple[np.ndarray, list[float]]:
         """Trained vectors (f32[n, P], good until the next block) and mean losses; the longest shards come first."""
         values = self._stack([task.vector for task in tasks], [task.learner for task in tasks])
-        momenta = self._momenta([task.learner for task in tasks])
+        momenta = self._momenta([task.learner for task in tasks], values)
         batches = [list(self.engine.batch_indices(task.learner, task.round)) for task in tasks]
         losses = torch.zeros(len(tasks), device=self.engine.config.device)
         for step in range(len(batches[0])):
@@ -273,6 +275,8 @@ class StackedCohort:
         values = self._views(len(vectors))
         for name in self._buffers:
             values[name] = values[name].clone()  # vmap loses what is written into buffers that are not contiguous
+        for name in self._matrices:
+            values[name] = values[name].mT.contiguous().mT  # as their gradients will lie in memory: a seventh faster
         own = [(learner.local_buffers if learner else []) or self.engine.initial_buffers for learner in learners]
         for name, *buffers in zip(self._local, *own, strict=True):
             values[name] = torch.stack(buffers)
@@ -281,7 +285,7 @@ class StackedCohort:
     def _unstack(self, values: Stacked) -> np.ndarray:
         """The vectors of a stack, f32[n, P], good until the next one."""
         views = self._views(len(self._flat))
-        for name in self._buffers:
+        for name in self._buffers + self._matrices:
             views[name].copy_(values[name])
         return self._flat.cpu().numpy()
 
@@ -289,12 +293,12 @@ class StackedCohort:
         entries = self.layout.entries
         return {entry.name: self._flat[:, entry.start : entry.stop].view(num_peers, *entry.shape) for entry in entries}
 
-    def _momenta(self, learners: list[Learner]) -> list[torch.Tensor]:
+    def _momenta(self, learners: list[Learner], values: Stacked) -> list[torch.Tensor]:
         """By trained parameter, `[n, *shape]`; zeros for who has none yet: SGD starts with the first gradient."""
         config = self.engine.config
         if not config.momentum:
             return []
-        momenta = [values.new_zeros(len(learners), *values.shape) for values in self.engine.flat.trained]
+        momenta = [torch.zeros_like(values[name]) for name in self._trained]
         for k, learner in enumerate(learners):
             if config.reset_optimizer:
                 learner.optimizer_state.clear()

@@ -62,6 +62,7 @@ class TrainingConfig:
     fast_math: bool = False
     threads: int = 1
     step: str | None = None
+    engine: str = "auto"
     seed: int = 0
 
 
