@@ -27,6 +27,7 @@ value, so the bits depend neither on the threads nor on where a segment begins, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Protocol
@@ -163,13 +164,13 @@ def _comparators(k: int) -> tuple[tuple[int, int], ...]:
 
 
 def _are_per_value(weights: Weights) -> bool:
-    return any(np.ndim(weight) for weight in weights)
+    return any(isinstance(weight, np.ndarray) and weight.ndim for weight in weights)
 
 
 def _shares(weights: Weights) -> Sequence[np.float32]:
     """Weights (one number per row) that add up to 1."""
-    exact = np.asarray(weights, np.float64)
-    return list((exact / exact.sum()).astype(np.float32))
+    total = math.fsum(float(weight) for weight in weights)  # type: ignore[arg-type]
+    return [np.float32(float(weight) / total) for weight in weights]  # type: ignore[arg-type]
 
 
 def _at(weight: Weight, run: slice) -> np.float32 | np.ndarray:

@@ -141,6 +141,9 @@ class Training(Table):
     fast_math: bool = Field(default=False, description="allow kernels whose results differ in the last bits from run to run")
     threads: int = Field(default=1, ge=1, description="torch threads per process")
     step: FunctionName | None = Field(default=None, description="package.module:function, a training step of one's own")
+    engine: Literal["auto", "loop", "stacked"] = Field(
+        default="auto", description="virtual clock: one peer after another, or many as one; auto = the faster from 64 peers on"
+    )
 
     @model_validator(mode="after")
     def _epochs_or_steps(self) -> Training:

@@ -41,6 +41,8 @@ from gossipfl.simulation.simulator import SimulatedPeer, Simulator, Traffic, Wat
 
 MAX_MODELS_BYTES = 2**30
 """Of the peers' final models together, to be kept one by one; beyond it only the average is."""
+MANY_PEERS = 64
+"""From here on "auto" measures which engine is faster."""
 EXIT_INTERRUPTED = 130
 
 
@@ -65,13 +67,28 @@ def simulate(
 
 
 @dataclass
-class _Round:
-    """What is summed over the peers that have finished a round, for the consensus distance and the average model."""
+class _Sums:
+    """Over the vectors (f32[P]) of several peers: enough for their mean and their consensus distance."""
 
     total: np.ndarray
     squares: float = 0.0
-    accuracies: list[float] = field(default_factory=list)
     num_peers: int = 0
+    accuracies: list[float] = field(default_factory=list)
+
+    def add(self, vector: np.ndarray) -> None:
+        exact = vector.astype(np.float64)
+        self.total += exact
+        self.squares += float(exact @ exact)
+        self.num_peers += 1
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.total / self.num_peers
+
+    @property
+    def consensus_distance(self) -> float:
+        """mean ||x_i - x_bar||^2 as mean ||x_i||^2 - ||x_bar||^2, which needs no second look at the vectors."""
+        return max(0.0, self.squares / self.num_peers - float(self.mean @ self.mean))
 
 
 class _Simulation(Watcher):
@@ -98,7 +115,7 @@ class _Simulation(Watcher):
         if training.fast_math:
             self.engine.try_fast_math()
         shards = deal(scenario, dataset)
-        self.cohort: CohortEngine = choose_cohort(self.engine)
+        self.cohort: CohortEngine = choose_cohort(self.engine, self._engine_kind(), scenario.peers)
         table = class_table(dataset.y_train, shards, dataset.num_classes) if dataset.num_classes <= 20 else None
         observer.data_ready(scenario, table)
         names = scenario.peer_names
@@ -124,12 +141,17 @@ class _Simulation(Watcher):
         )
         self._done: list[tuple[SimulatedPeer, Event, np.ndarray]] = []  # not yet evaluated and told
         self._before: dict[str, float] = {}  # accuracy of each peer's newest trained vector
-        self._rounds: dict[int, _Round] = {}
+        self._rounds: dict[int, _Sums] = {}
         self._last_round = self.gossip.rounds
         self._finished: dict[str, str | None] = {}
         self._first_distance: float | None = None
         self._average_accuracy: float | None = None
         self._is_stopping = False
+
+    def _engine_kind(self) -> str:
+        """Few peers are trained as they would be on sockets, to the last bit, unless the scenario says otherwise."""
+        kind = self.scenario.training.engine
+        return "loop" if kind == "auto" and self.scenario.peers < MANY_PEERS else kind
 
     # --- what the simulator is made of --------------------------------------------------------------------------------
 
@@ -258,17 +280,14 @@ class _Simulation(Watcher):
 
     def _add_to_round(self, event: Event, vector: np.ndarray) -> None:
         """Once all peers that are there have finished the round: how far apart they are, and how good their average is."""
-        sums = self._rounds.setdefault(event["round"], _Round(np.zeros(vector.size)))
-        sums.total += vector
-        sums.squares += float(np.dot(vector, vector))
+        sums = self._rounds.setdefault(event["round"], _Sums(np.zeros(vector.size)))
+        sums.add(vector)
         sums.accuracies.append(event["accuracy_after"])
-        sums.num_peers += 1
         if sums.num_peers < self._num_alive():
             return
         del self._rounds[event["round"]]
-        mean = sums.total / sums.num_peers
-        distance = max(0.0, sums.squares / sums.num_peers - float(mean @ mean))
-        self._average_accuracy = self.engine.evaluate(mean.astype(np.float32))
+        distance = sums.consensus_distance
+        self._average_accuracy = self.engine.evaluate(sums.mean.astype(np.float32))
         self._first_distance = distance if self._first_distance is None else self._first_distance
         state = {
             "event": "state",
@@ -291,16 +310,11 @@ class _Simulation(Watcher):
         average_accuracy = central = None
         if peers and not is_interrupted:
             vectors = [self.simulator.vector(peer) for peer in peers]
-            total, squares = np.zeros(self.initial.size), 0.0
+            sums = _Sums(np.zeros(self.initial.size))
             for vector in vectors:
-                total += vector
-                squares += float(np.dot(vector, vector))
-            mean = total / len(vectors)
-            average = mean.astype(np.float32)
-            figures |= {
-                "last": max(0.0, squares / len(vectors) - float(mean @ mean)),
-                "models_sha256": models_sha256(vectors),
-            }
+                sums.add(vector)
+            average = sums.mean.astype(np.float32)
+            figures |= {"last": sums.consensus_distance, "models_sha256": models_sha256(vectors)}
             save_model(folder / "models" / "average.safetensors", self.layout, average, peer="average")
             if sum(vector.nbytes for vector in vectors) <= MAX_MODELS_BYTES:
                 for peer, vector in zip(peers, vectors, strict=True):

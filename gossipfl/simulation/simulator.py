@@ -92,6 +92,7 @@ class SimulatedPeer:
     """One peer: its machine, what it stores, and the vectors between training and merging (all f32[P])."""
 
     index: int
+    name: PeerId
     machine: ProtocolMachine
     store: SegmentStore
     learner: Learner
@@ -111,10 +112,6 @@ class SimulatedPeer:
     traffic: Traffic = field(default_factory=Traffic)
     received_from: dict[PeerId, int] = field(default_factory=dict)
     decoded: dict[tuple[int, Range], Decoded] = field(default_factory=dict)
-
-    @property
-    def name(self) -> PeerId:
-        return self.machine.name
 
 
 class Watcher:
@@ -166,7 +163,7 @@ class Simulator:
         self._pool = VectorPool(self._initial.size)
         self._training: dict[SimulatedPeer, None] = {}  # computed together when the first is needed
         self.peers: dict[PeerId, SimulatedPeer] = {
-            name: SimulatedPeer(index, make_machine(name), make_store(name), learners[name], self._initial)
+            name: SimulatedPeer(index, name, make_machine(name), make_store(name), learners[name], self._initial)
             for index, name in enumerate(names)
         }
         self._by_index = list(self.peers.values())
@@ -225,7 +222,8 @@ class Simulator:
             return
         if peer.is_away:
             peer.machine, peer.store = self._make_machine(peer.name), self._make_store(peer.name)
-            peer.own, peer.mixed, peer.wake_at, peer.is_away = self._initial, None, None, False
+            peer.own, peer.mixed, peer.owns_start = self._initial, None, False
+            peer.wake_at, peer.is_away = None, False
             peer.decoded.clear()
             self._num_active += 1
         peer.is_started = True
@@ -261,12 +259,17 @@ class Simulator:
         if peer.is_away or peer.is_finished or not peer.is_started:
             return
         now = self.clock.now
-        events = [event]
-        for happened in events:
+        actions = peer.machine.handle(event, now)
+        if type(event) is Received and (not actions or type(event.message) is Pull):
+            for action in actions:
+                self._perform(peer, action)
+            return  # no deadline comes nearer by that, and looking for the nearest takes longer than all else here
+        following = [happened for action in actions if (happened := self._perform(peer, action)) is not None]
+        for happened in following:
             for action in peer.machine.handle(happened, now):
-                following = self._perform(peer, action)
-                if following is not None:
-                    events.append(following)
+                next_ = self._perform(peer, action)
+                if next_ is not None:
+                    following.append(next_)
         deadline = peer.machine.next_deadline
         if deadline is not None and (peer.wake_at is None or deadline < peer.wake_at):
             peer.wake_at = deadline

@@ -1,0 +1,183 @@
+"""Runs under virtual time: the same as on sockets, decided by the seed, with the bytes and times that can be worked out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gossipfl
+from gossipfl.errors import ConfigError
+from gossipfl.learning.checkpoint import load_model
+from gossipfl.scenario.results import RunResult
+
+SMALL = {
+    "peers": 5,
+    "rounds": 4,
+    "seed": 3,
+    "model": "mlp",
+    "evaluate_every": 2,
+    "data": {"partition": {"kind": "dirichlet", "alpha": 0.5}},
+    "training": {"local_steps": 3, "batch_size": 16},
+    "gossip": {"segments": 4, "replicas": 2},
+}
+
+
+def run(folder: Path, clock: str = "virtual", **changes: Any) -> RunResult:
+    scenario = {key: dict(value) if isinstance(value, dict) else value for key, value in SMALL.items()}
+    for key, value in changes.items():
+        scenario[key] = {**scenario.get(key, {}), **value} if isinstance(value, dict) else value
+    return gossipfl.run(scenario, clock=clock, out=folder)
+
+
+def events(result: RunResult, kind: str) -> list[dict[str, Any]]:
+    lines = (result.folder / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+@pytest.mark.parametrize(
+    "gossip",
+    [
+        {},
+        {"codec": "int8"},
+        {"codec": "topk:0.2"},
+        {"protocol": "fedavg", "segments": 1},
+        {"selection": "all", "mixing": "metropolis_hastings"},
+    ],
+    ids=str,
+)
+def test_a_run_comes_to_the_same_models_as_over_sockets(tmp_path, gossip):
+    virtual = run(tmp_path / "virtual", gossip=gossip)
+    local = run(tmp_path / "local", clock="local", gossip=gossip)
+    assert virtual.summary["models_sha256"] == local.summary["models_sha256"]
+    assert virtual.summary["accuracy"] == local.summary["accuracy"]
+    assert virtual.summary["bytes"]["payload"] == local.summary["bytes"]["payload"]
+    assert virtual.summary["consensus_distance"]["last"] == pytest.approx(local.summary["consensus_distance"]["last"], abs=1e-9)
+    assert virtual.summary["scenario_sha256"] == local.summary["scenario_sha256"]
+    assert (virtual.summary["clock"], local.summary["clock"]) == ("virtual", "local")
+
+
+def test_the_seed_decides_a_run_on_an_uncertain_network(tmp_path):
+    network = {"uplink": "2Mbit", "latency": {"kind": "uniform", "low": "1ms", "high": "50ms"}, "jitter": "20ms", "loss": "10%"}
+    compute = {"step_time": {"kind": "lognormal", "median": "50ms", "sigma": 1.0}, "variation": 0.3}
+    first, again = (run(tmp_path / name, network=network, compute=compute) for name in ("first", "again"))
+    assert (first.folder / "events.jsonl").read_text() == (again.folder / "events.jsonl").read_text()
+    assert first.summary["models_sha256"] == again.summary["models_sha256"]
+    other = run(tmp_path / "other", network=network, compute=compute, seed=4)
+    assert other.summary["models_sha256"] != first.summary["models_sha256"]
+
+
+@pytest.mark.parametrize("segments", [1, 4, 7])
+def test_a_peer_receives_r_models_a_round(tmp_path, segments):
+    result = run(tmp_path / "run", gossip={"segments": segments}, network={"pair": "1Mbit", "latency": "5ms"})
+    assert {event["payload_bytes"] for event in events(result, "round")} == {2 * 4 * result.summary["parameters"]}
+
+
+def test_the_time_of_a_round_is_that_of_its_steps_and_of_the_slowest_link(tmp_path):
+    """Two peers, one segment: 3 steps of 0.1 s, a pull of 10 ms, 38,440 bytes at 100 kB/s, and 10 ms to arrive."""
+    result = run(
+        tmp_path / "run",
+        peers=2,
+        gossip={"segments": 1, "replicas": 1},
+        network={"uplink": "100kB", "latency": "10ms"},
+        compute={"step_time": "100ms"},
+    )
+    ends = sorted({event["time_s"] for event in events(result, "round")})
+    assert np.diff(ends) == pytest.approx(0.3 + 0.01 + 4 * result.summary["parameters"] / 1e5 + 0.01, abs=2e-4)
+
+
+def test_federated_averaging_leaves_everybody_with_the_weighted_mean_of_all(tmp_path):
+    result = run(tmp_path / "run", rounds=1, gossip={"protocol": "fedavg", "segments": 1})
+    alone = run(tmp_path / "alone", rounds=1, gossip={"protocol": "local"})
+    names = [f"p{index}" for index in range(5)]
+    trained = [load_model(alone.folder / "models" / f"{name}.safetensors")[1].astype(np.float64) for name in names]
+    from gossipfl.learning.datasets import open_dataset
+    from gossipfl.scenario.config import load_scenario
+    from gossipfl.scenario.preparation import deal, prepare
+
+    scenario = load_scenario(result.folder / "scenario.toml")
+    weights = [len(shard) for shard in deal(scenario, open_dataset(prepare(scenario)))]
+    expected = np.average(trained, axis=0, weights=weights)
+    for name in names:
+        assert load_model(result.folder / "models" / f"{name}.safetensors")[1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_server_with_a_narrow_link_takes_as_long_as_all_models_in_and_out(tmp_path):
+    network, compute = {"uplink": "1MB", "downlink": "1MB"}, {"step_time": "1us"}
+    result = run(tmp_path / "run", gossip={"protocol": "fedavg", "segments": 1}, network=network, compute=compute)
+    model_s = 4 * result.summary["parameters"] / 1e6
+    ends = [max(event["time_s"] for event in events(result, "round") if event["round"] == round_) for round_ in range(1, 5)]
+    assert np.diff(ends) == pytest.approx(2 * 4 * model_s, rel=0.01)
+
+
+def test_alone_nobody_receives_anything(tmp_path):
+    result = run(tmp_path / "run", gossip={"protocol": "local"})
+    assert result.exit_code == 0 and result.summary["bytes"]["payload"] == 0
+    assert result.summary["faults"]["missing_segments"] == 0
+
+
+def test_a_lossy_network_delays_a_run_and_does_not_stop_it(tmp_path):
+    result = run(tmp_path / "run", network={"loss": "30%", "latency": "5ms"})
+    assert result.exit_code == 0 and len(events(result, "round")) == 5 * 4
+    assert result.summary["virtual_seconds"] > run(tmp_path / "lossless", network={"latency": "5ms"}).summary["virtual_seconds"]
+
+
+def test_a_killed_peer_is_missed_and_one_that_comes_back_adopts_the_newest_model(tmp_path):
+    churn = {"kill": [{"peer": "p1", "at": "0.5s"}, {"peer": "p3", "at": "0.5s"}], "rejoin": [{"peer": "p3", "at": "2.5s"}]}
+    result = run(tmp_path / "run", rounds=12, churn=churn, compute={"step_time": "100ms"}, network={"latency": "5ms"})
+    assert result.summary["faults"]["dead_peers"] == ["p1"]
+    last = {event["peer"]: event["round"] for event in events(result, "round")}
+    assert all(last[name] == 12 for name in ("p0", "p2", "p3", "p4")) and last["p1"] == 1
+    assert any(event["adopted"] for event in events(result, "round") if event["peer"] == "p3")
+    assert {(event["peer"], event["kind"]) for event in events(result, "fault")} >= {("p1", "down"), ("p3", "down")}
+
+
+def test_a_late_joiner_is_not_there_before_its_time(tmp_path):
+    churn = {"join": [{"peer": "p4", "at": "1s"}]}
+    result = run(
+        tmp_path / "run", rounds=10, churn=churn, compute={"step_time": "100ms"}, gossip={"join_timeout_s": 0.2, "quorum": 2}
+    )
+    assert min(event["time_s"] for event in events(result, "round") if event["peer"] == "p4") > 1.0
+    assert {event["peer"] for event in events(result, "finished") if event["error"] is None} == {f"p{i}" for i in range(5)}
+
+
+def test_a_straggler_slows_nobody_who_need_not_wait(tmp_path):
+    compute = {"step_time": "100ms", "stragglers": {"peers": ["p2"], "slowdown": 10}}
+    together = run(tmp_path / "together", compute=compute)
+    apart = run(tmp_path / "apart", compute=compute, gossip={"max_staleness": float("inf")})
+
+    def ended(result: RunResult, name: str) -> float:
+        return max(event["time_s"] for event in events(result, "round") if event["peer"] == name)
+
+    assert ended(together, "p0") >= 4 * 3.0
+    assert ended(apart, "p0") <= 3.0 + 3 * 0.3 + 0.01  # there is no model of the straggler's to take before its first
+
+
+@pytest.mark.parametrize("stop", [{"target_accuracy": 0.3}, {"duration": "2s"}], ids=str)
+def test_a_run_stops_soon_after_what_was_to_end_it(tmp_path, stop):
+    result = run(tmp_path / "run", rounds=200, evaluate_every=1, stop=stop, compute={"step_time": "100ms"})
+    assert result.exit_code == 0 and result.summary["rounds"] < 60
+    assert len({event["round"] for event in events(result, "finished")}) == 1
+
+
+def test_each_evaluated_round_tells_how_far_apart_the_peers_are_and_how_good_their_average_is(tmp_path):
+    result = run(tmp_path / "run")
+    states = events(result, "state")
+    assert [state["round"] for state in states] == [2, 4]
+    assert states[-1]["average_accuracy"] == pytest.approx(result.summary["accuracy"]["average_model"], abs=1e-6)
+    assert states[-1]["consensus_distance"] == pytest.approx(result.summary["consensus_distance"]["last"])
+
+
+def test_what_each_peer_received_from_each_adds_up_to_the_payload(tmp_path):
+    result = run(tmp_path / "run")
+    received = [event["received_from"] for event in events(result, "finished")]
+    assert sum(sum(row.values()) for row in received) == result.summary["bytes"]["payload"]
+
+
+def test_more_peers_than_memory_holds_are_refused_and_the_number_that_fits_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"peers = 500 .* parameters need about .* GiB .* \d+ peers would fit"):
+        run(tmp_path / "run", peers=500, model="mlp", model_args={"hidden": [8000, 8000]}, topology={"kind": "ring"})
+    assert not (tmp_path / "run").exists()
