@@ -256,6 +256,37 @@ def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, as_json
         click.echo(f"records  {folder}/")
 
 
+@main.command(epilog=_EPILOG)
+@click.argument("scenario")
+@_set
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the graph: a .svg, .graphml or .edges file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures to stdout as JSON and nothing else.")
+@_errors_are_messages
+def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Show who is whose neighbour in a SCENARIO, how far peers are apart, and how fast averaging brings them together.
+
+    \b
+    gossipfl topology quickstart --set topology.kind=ring
+    gossipfl topology my.toml --set topology.kind=regular --set topology.degree=4 --out graph.svg
+    gossipfl topology my.toml --json | jq .spectral_gap
+    """
+    from gossipfl.overlay.graph_figures import measure
+    from gossipfl.scenario import load_scenario
+    from gossipfl.scenario.topology_view import check_path, print_topology, write_topology
+
+    if out is not None:
+        check_path(out)
+    loaded = load_scenario(scenario, overrides)
+    graph = loaded.build_topology()
+    if out is not None:
+        write_topology(graph, out)
+    figures = measure(graph)
+    if as_json:
+        click.echo(json.dumps(asdict(figures) | {"rounds_to_tenth": figures.rounds_to_tenth}))
+    else:
+        print_topology(Console(), loaded, graph, figures)
+
+
 def _process_began() -> float:
     """When this process was started, in epoch seconds: the start-up that a user waits for includes Python's own."""
     import psutil

@@ -97,7 +97,7 @@ Happening = Incoming | LinkUp | LinkDown
 
 
 @dataclass(slots=True)
-class _Link:
+class Link:
     """An outgoing connection, to an endpoint where one or more peers live."""
 
     address: str
@@ -112,7 +112,7 @@ class _Link:
 
 
 @dataclass(slots=True)
-class _Inbound:
+class Inbound:
     """An incoming connection: what is queued for it, and how many payload bytes it may still be sent."""
 
     queue: deque[tuple[PeerId, PeerId, Data | Record]] = field(default_factory=deque)
@@ -139,9 +139,9 @@ class ZmqTransport:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._context.set(zmq.MAX_SOCKETS, max(self._context.get(zmq.MAX_SOCKETS), 4096))
         self._routes: dict[PeerId, str] = {}
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, Link] = {}
         self._foul: set[str] = set()
-        self._inbound: dict[Origin, _Inbound] = {}
+        self._inbound: dict[Origin, Inbound] = {}
         self._blocked: set[Origin] = set()
         self._banned: dict[Origin, None] = {}
         self._swept_at = time.monotonic()
@@ -187,7 +187,7 @@ class ZmqTransport:
             if len(self._inbound) >= MAX_REMEMBERED:
                 self._forget_idle()
             self._send_back(origin, sender, recipient, Credit(FIRST_WINDOW_BYTES))
-        inbound = self._inbound.setdefault(origin, _Inbound())
+        inbound = self._inbound.setdefault(origin, Inbound())
         for chunk in chunks:
             key = recipient, chunk.request
             inbound.requests[key] = inbound.requests.get(key, 0) + len(chunk.payload)
@@ -255,9 +255,7 @@ class ZmqTransport:
         if self._router.closed:
             return
         deadline = time.monotonic() + flush_s
-        while time.monotonic() < deadline and (
-            any(link.outbox for link in self._links.values()) or any(i.queue for i in self._inbound.values())
-        ):
+        while time.monotonic() < deadline and self._is_unsent():
             self.receive(min(0.05, flush_s))
         for address in list(self._links):
             self._drop_link(address, linger_s=max(0.0, flush_s))
@@ -265,6 +263,9 @@ class ZmqTransport:
             self._router.close(linger=int(flush_s * 1000))
             os.close(self._wake_read)
             os.close(self._wake_write)
+
+    def _is_unsent(self) -> bool:
+        return any(link.outbox for link in self._links.values()) or any(i.queue for i in self._inbound.values())
 
     # --- sockets ------------------------------------------------------------------------------------------------------
 
@@ -283,7 +284,7 @@ class ZmqTransport:
             raise RunError(_bind_failure(address, error)) from error
         return router
 
-    def _open(self, address: str) -> _Link:
+    def _open(self, address: str) -> Link:
         if len(self._links) >= MAX_LINKS:
             idle = min(self._links.values(), key=lambda link: link.last_used)
             if time.monotonic() - idle.last_used > IDLE_S:
@@ -298,7 +299,7 @@ class ZmqTransport:
             events = zmq.Event.CLOSED
         monitor = dealer.get_monitor_socket(events)
         dealer.connect(address)
-        link = self._links[address] = _Link(address, dealer, monitor)
+        link = self._links[address] = Link(address, dealer, monitor)
         self._poller.register(dealer, _POLLIN)
         self._poller.register(monitor, _POLLIN)
         return link
@@ -311,7 +312,7 @@ class ZmqTransport:
         link.monitor.close(linger=0)
         link.socket.close(linger=int(linger_s * 1000))
 
-    def _flush(self, link: _Link) -> None:
+    def _flush(self, link: Link) -> None:
         """Send what waits for this link; what does not go waits for the socket to become writable."""
         while link.outbox:
             try:
@@ -330,7 +331,7 @@ class ZmqTransport:
             self._send_failed(origin, error)
             self.dropped += 1
 
-    def _pump(self, origin: Origin, inbound: _Inbound) -> None:
+    def _pump(self, origin: Origin, inbound: Inbound) -> None:
         """Hand over queued chunks while the receiver's credit lasts."""
         self._blocked.discard(origin)
         send, requests, now = self._router.send, inbound.requests, time.monotonic()
@@ -364,7 +365,7 @@ class ZmqTransport:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def _read_link(self, link: _Link) -> None:
+    def _read_link(self, link: Link) -> None:
         for _ in range(BATCH):
             try:
                 frames = _receive(link.socket)
@@ -387,13 +388,19 @@ class ZmqTransport:
                     self.dropped += 1
                 continue
             if isinstance(incoming.message, _CHUNKED):
-                link.allowed -= len(incoming.message.payload)
-                link.uncredited += len(incoming.message.payload)
-                if link.allowed <= link.window // 2:
-                    self._credit(link, incoming.recipient, incoming.sender)
-            self._happened.append(incoming)
+                self._take_chunk(link, incoming)
+            else:
+                self._happened.append(incoming)
 
-    def _credit(self, link: _Link, sender: PeerId, recipient: PeerId) -> None:
+    def _take_chunk(self, link: Link, incoming: Incoming) -> None:
+        num_bytes = len(incoming.message.payload)  # type: ignore[union-attr]
+        link.allowed -= num_bytes
+        link.uncredited += num_bytes
+        if link.allowed <= link.window // 2:
+            self._credit(link, incoming.recipient, incoming.sender)
+        self._happened.append(incoming)
+
+    def _credit(self, link: Link, sender: PeerId, recipient: PeerId) -> None:
         """Allow a window more, of what the link has lately carried in `WINDOW_S`."""
         now = time.monotonic()
         rate = link.uncredited / max(now - link.credited_at, 1e-6)
@@ -401,7 +408,10 @@ class ZmqTransport:
         link.window = int(min(max(rate * WINDOW_S, FIRST_WINDOW_BYTES), MAX_WINDOW_BYTES))
         credit = max(link.window - link.allowed, FIRST_WINDOW_BYTES)
         link.allowed += credit
-        link.outbox.append(wire.encode(self.run, sender, recipient, Credit(credit)))
+        self._grant(link, sender, recipient, credit)
+
+    def _grant(self, link: Link, sender: PeerId, recipient: PeerId, num_bytes: int) -> None:
+        link.outbox.append(wire.encode(self.run, sender, recipient, Credit(num_bytes)))
         self._flush(link)
 
     def _read_router(self) -> None:
@@ -424,14 +434,15 @@ class ZmqTransport:
             elif incoming is not None and isinstance(incoming.message, _ANSWERS):
                 self.dropped += 1
             elif incoming is not None and isinstance(incoming.message, Credit):
-                self._credited(origin, incoming.message.num_bytes)
+                self._credited(incoming, incoming.message.num_bytes)
                 self._happened.append(incoming)
             elif incoming is not None:
                 self._happened.append(incoming)
 
-    def _credited(self, origin: Origin, num_bytes: int) -> None:
-        inbound = self._inbound.get(origin)
-        if inbound is not None:
+    def _credited(self, incoming: Incoming, num_bytes: int) -> None:
+        origin = incoming.origin
+        inbound = None if origin is None else self._inbound.get(origin)
+        if origin is not None and inbound is not None:
             inbound.allowed = min(inbound.allowed + num_bytes, MAX_WINDOW_BYTES)
             self._pump(origin, inbound)
 
@@ -469,7 +480,7 @@ class ZmqTransport:
         while len(self._banned) > MAX_REMEMBERED:
             del self._banned[next(iter(self._banned))]
 
-    def _read_monitor(self, link: _Link) -> None:
+    def _read_monitor(self, link: Link) -> None:
         while link.monitor.poll(0):
             event = zmq.utils.monitor.recv_monitor_message(link.monitor)["event"]
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:

@@ -47,7 +47,7 @@ def _scenario(workers: int, full: bool, **gossip: Any) -> dict[str, Any]:
 
 
 def _target(full: bool) -> float:
-    return 0.8 if full else 0.95
+    return 0.8 if full else 0.92
 
 
 def _timing(segments: int) -> dict[str, Any]:
