@@ -200,6 +200,19 @@ def test_blocks_of_peers_learn_as_one_stack_does(monkeypatch):
     assert assert_agree(engine).description()["peers_per_block"] == 2
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_blocks_on_several_threads_learn_as_on_one(threads, monkeypatch):
+    monkeypatch.setitem(cohort_module.MAX_BLOCK, "cpu", 2)
+
+    def vectors(threads):
+        engine = engine_of(threads=threads, momentum=0.9)
+        return rounds(StackedCohort(engine), learners_of(), starts_of(engine, len(RAGGED)))
+
+    (one, one_losses), (several, losses) = vectors(1), vectors(threads)
+    assert (several.tobytes(), losses) == (one.tobytes(), one_losses)
+    assert torch.get_num_threads() == threads
+
+
 def test_the_stack_draws_the_batches_of_the_engine():
     """A step whose gradient is the sum of the samples it saw."""
     seen = lambda model, x, y: (model.weight[0] * x.sum(0)).sum() + 0 * model.bias.sum()  # noqa: E731

@@ -15,9 +15,11 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -88,8 +90,8 @@ def _faster_cohort(engine: Engine, num_peers: int) -> CohortEngine:
         stacked = StackedCohort(engine)
     except ConfigError as error:
         return LoopCohort(engine, str(error))
-    hurried = stacked.over(_hurried(engine))
-    gain = _peer_s(LoopCohort(hurried.engine), min(num_peers, 4)) / _peer_s(hurried, min(num_peers, stacked.block))
+    num_stacked = min(num_peers, stacked.block * engine.config.threads)
+    gain = _peer_s(LoopCohort(engine), min(num_peers, 4)) / _peer_s(stacked, num_stacked)
     if gain > MIN_GAIN:
         return stacked
     return LoopCohort(engine, f"a stack of peers trains {gain:.2f} times as fast")
@@ -137,28 +139,18 @@ class StackedCohort:
             raise ConfigError(f"training.optimizer = {engine.config.optimizer!r} cannot be stacked; use 'sgd', or the loop")
         self.engine, self.layout = engine, engine.layout
         self.block = _block(engine)
-        model = engine.flat.model
-        self._model, self._step = model, _Step(model, engine.step)
-        trained = {name: values for name, values in model.named_parameters() if values.requires_grad}
-        self._trained = list(trained)
-        self._matrices = [name for name, values in trained.items() if values.ndim == 2]
-        travelling = {entry.name for entry in self.layout.entries}
-        self._local = [name for name, _ in model.named_buffers() if name not in travelling]
-        self._buffers = [name for name, _ in model.named_buffers() if name in travelling]
-        self._rows = np.empty((self.block, self.layout.size), np.float32)
-        self._pads = engine.step is cross_entropy
-        reason = self._difference()
-        if reason and self._pads:
-            self._pads = False  # samples of a batch may meet, as in BatchNorm
+        # Blocks on threads of their own: torch's threads wait for each other after each operation, and on a machine that has
+        # other work to do two of them were up to ten times slower than one.
+        self._num_threads = engine.config.threads if engine.config.device == "cpu" else 1
+        self._threads = ThreadPoolExecutor(self._num_threads, initializer=torch.set_num_threads, initargs=(1,))
+        reason = None
+        for pads in (True, False) if engine.step is cross_entropy else (False,):  # samples of a batch may meet, as in BatchNorm
+            self._stacks = [_Stack(engine, self.block, pads) for _ in range(self._num_threads)]
             reason = self._difference()
-        if reason:
-            raise ConfigError(f"the training of {type(model).__name__} cannot be stacked ({reason}); use the loop")
-
-    def over(self, engine: Engine) -> StackedCohort:
-        """The same over an engine that differs in settings only."""
-        other = copy.copy(self)
-        other.engine = engine
-        return other
+            if reason is None:
+                return
+        name = type(engine.flat.model).__name__
+        raise ConfigError(f"the training of {name} cannot be stacked ({reason}); use the loop")
 
     def initial_vector(self) -> np.ndarray:
         return self.engine.initial_vector()
@@ -167,28 +159,71 @@ class StackedCohort:
         return self.engine.description() | {"kind": "stacked", "memory_layout": "contiguous", "peers_per_block": self.block}
 
     def train(self, tasks: Sequence[CohortTask], out: np.ndarray | Sequence[np.ndarray]) -> list[float]:
-        self._model.train()
-        losses = [0.0] * len(tasks)
         # Who has the most steps comes first: those who are still training are then always the front of a block.
         order = sorted(range(len(tasks)), key=lambda k: -len(tasks[k].learner.indices))
-        for start in range(0, len(order), self.block):
-            chosen = order[start : start + self.block]
-            trained, means = self._train_block([tasks[k] for k in chosen])
-            for k, row, mean in zip(chosen, trained, means, strict=True):
-                np.copyto(out[k], row)
-                losses[k] = mean
-        return losses
+        losses = self._each_block(
+            lambda stack, run: stack.train([tasks[k] for k in order[run]], [out[k] for k in order[run]]), len(tasks)
+        )
+        return [loss for _, loss in sorted(zip(order, losses, strict=True))]
 
     def evaluate(self, vectors: Sequence[np.ndarray], learners: Sequence[Learner | None]) -> list[float]:
-        self._model.eval()
-        accuracies: list[float] = []
-        for start in range(0, len(vectors), self.block):
-            chosen = slice(start, start + self.block)
-            accuracies += self._evaluate_block(self._stack(vectors[chosen], learners[chosen]), len(vectors[chosen]))
-        return accuracies
+        return self._each_block(lambda stack, run: stack.evaluate(vectors[run], learners[run]), len(vectors))
 
-    def _train_block(self, tasks: list[CohortTask]) -> tuple[np.ndarray, list[float]]:
-        """Trained vectors (f32[n, P], good until the next block) and mean losses; the longest shards come first."""
+    def _each_block(self, function: Callable[[_Stack, slice], list[float]], num_peers: int) -> list[float]:
+        """The results of `function` for all blocks, in their order."""
+        size = min(self.block, -(-num_peers // self._num_threads)) or 1
+        idle: SimpleQueue[_Stack] = SimpleQueue()
+        for stack in self._stacks:
+            idle.put(stack)
+
+        def carry_out(start: int) -> list[float]:
+            stack = idle.get()
+            try:
+                return function(stack, slice(start, start + size))
+            finally:
+                idle.put(stack)
+
+        starts = range(0, num_peers, size)
+        results = map(carry_out, starts) if self._num_threads == 1 else self._threads.map(carry_out, starts)
+        return [value for result in results for value in result]
+
+    def _difference(self) -> str | None:
+        """Why two peers with ragged shards do not learn here what they learn in the loop; None if they do."""
+        batch, num_samples = self.engine.config.batch_size, len(self.engine.dataset.y_train)
+        shards = [np.arange(min(size, num_samples)) for size in (batch + 3, batch + 2)]
+        expected = _try_rounds(LoopCohort(self.engine), shards, 2)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of operations that vmap carries out one by one
+                found = _try_rounds(self, shards, 2)
+        except Exception as error:  # whatever a user's model or step raises when it meets vmap
+            return str(error).partition("\n")[0]
+        change = np.abs(expected[0] - self.initial_vector()).max()
+        for loop, stack in zip(expected, found, strict=True):
+            if not np.allclose(loop, stack, rtol=MAX_DIFFERENCE, atol=MAX_DIFFERENCE * change, equal_nan=True):
+                return "it comes to other values than one peer after another"
+        return None
+
+
+class _Stack:
+    """A block of peers in training: a copy of the model, which the peers' values pass through, and memory for their vectors."""
+
+    def __init__(self, engine: Engine, block: int, pads: bool) -> None:
+        self.engine, self.layout, self._pads = engine, engine.layout, pads
+        # functional_call puts values into a model while it runs, so that threads need one each.
+        self._model = model = copy.deepcopy(engine.flat.model)
+        self._step = _Step(model, engine.step)
+        trained = {name: values for name, values in model.named_parameters() if values.requires_grad}
+        self._trained = list(trained)
+        self._matrices = [name for name, values in trained.items() if values.ndim == 2]
+        travelling = {entry.name for entry in self.layout.entries}
+        self._local = [name for name, _ in model.named_buffers() if name not in travelling]
+        self._buffers = [name for name, _ in model.named_buffers() if name in travelling]
+        self._rows = np.empty((block, self.layout.size), np.float32)
+
+    def train(self, tasks: Sequence[CohortTask], out: Sequence[np.ndarray]) -> list[float]:
+        """As `CohortEngine.train`, for at most a block; the longest shards come first."""
+        self._model.train()
         values = self._stack([task.vector for task in tasks], [task.learner for task in tasks])
         momenta = self._momenta([task.learner for task in tasks], values)
         batches = [list(self.engine.batch_indices(task.learner, task.round)) for task in tasks]
@@ -201,8 +236,9 @@ class StackedCohort:
             if momenta:
                 task.learner.optimizer_state["momentum"] = [stacked[k].clone() for stacked in momenta]
             task.learner.local_buffers = [values[name][k].clone() for name in self._local]
-        means = losses.cpu().numpy() / [len(own) for own in batches]
-        return self._unstack(values), means.tolist()
+        for vector, row in zip(out, self._unstack(values), strict=True):
+            np.copyto(vector, row)
+        return (losses.cpu().numpy() / [len(own) for own in batches]).tolist()
 
     def _train_step(self, values: Stacked, x: torch.Tensor, y: torch.Tensor, state: OptimizerState) -> torch.Tensor:
         """One local step of n peers, which moves `values` and `state` on. Returns their losses, f32[n]."""
@@ -222,9 +258,11 @@ class StackedCohort:
     def _logits(self, values: Stacked, x: torch.Tensor) -> torch.Tensor:
         return functional_call(self._model, values, (x,))
 
-    def _evaluate_block(self, values: Stacked, num_peers: int) -> list[float]:
-        dataset = self.engine.dataset
-        correct = torch.zeros(num_peers, dtype=torch.int64, device=self.engine.config.device)
+    def evaluate(self, vectors: Sequence[np.ndarray], learners: Sequence[Learner | None]) -> list[float]:
+        """As `CohortEngine.evaluate`, for at most a block."""
+        self._model.eval()
+        values, dataset = self._stack(vectors, learners), self.engine.dataset
+        correct = torch.zeros(len(vectors), dtype=torch.int64, device=self.engine.config.device)
         with torch.no_grad():
             for start in range(0, len(dataset.y_test), EVALUATION_BATCH):
                 chosen = slice(start, start + EVALUATION_BATCH)
@@ -306,25 +344,6 @@ class StackedCohort:
                 stacked[k] = own
         return momenta
 
-    def _difference(self) -> str | None:
-        """Why two peers with ragged shards do not learn here what they learn in the loop; None if they do."""
-        engine = _hurried(self.engine)
-        batch, num_samples = engine.config.batch_size, len(engine.dataset.y_train)
-        shards = [np.arange(min(size, num_samples)) for size in (batch + 3, batch + 2)]
-        expected = _try_rounds(LoopCohort(engine), shards, rounds=2)
-        stacked = self.over(engine)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of operations that vmap carries out one by one
-                found = _try_rounds(stacked, shards, rounds=2)
-        except Exception as error:  # whatever a user's model or step raises when it meets vmap
-            return str(error).partition("\n")[0]
-        change = np.abs(expected[0] - self.initial_vector()).max()
-        for loop, stack in zip(expected, found, strict=True):
-            if not np.allclose(loop, stack, rtol=MAX_DIFFERENCE, atol=MAX_DIFFERENCE * change, equal_nan=True):
-                return "it comes to other values than one peer after another"
-        return None
-
 
 class _Step(nn.Module):
     """A training step as a module, so that `functional_call` can put a peer's values in the place of its model's."""
@@ -337,13 +356,6 @@ class _Step(nn.Module):
         return self.step(self.model, x, y)
 
 
-def _hurried(engine: Engine) -> Engine:
-    """The same engine, but for rounds of two local steps."""
-    hurried = copy.copy(engine)
-    hurried.config = replace(engine.config, local_epochs=None, local_steps=2)
-    return hurried
-
-
 def _block(engine: Engine) -> int:
     """How many peers are trained at a time."""
     kind = "cpu" if engine.config.device == "cpu" else "cuda"
@@ -353,15 +365,22 @@ def _block(engine: Engine) -> int:
 def _try_rounds(
     cohort: LoopCohort | StackedCohort, shards: Sequence[np.ndarray], rounds: int, times: list[float] | None = None
 ) -> list[np.ndarray]:
-    """What peers with these shards come to: their vectors (f32[n, P]) and local buffers. The model stays as it was."""
-    learners = [Learner(f"p{k}", shard) for k, shard in enumerate(shards)]
-    values = cohort.engine.flat.flat
-    before = values.clone()
+    """What peers with these shards come to in rounds of two local steps: vectors (f32[n, P]), and local buffers.
+
+    The engine stays as it was.
+    """
+    engine, learners = cohort.engine, [Learner(f"p{k}", shard) for k, shard in enumerate(shards)]
+    config, values = engine.config, engine.flat.flat.clone()
     vectors = np.stack([cohort.initial_vector()] * len(shards))
-    for round_ in range(1, rounds + 1):
-        began = time.perf_counter()
-        cohort.train([CohortTask(learner, round_, row) for learner, row in zip(learners, vectors, strict=True)], vectors)
-        if times is not None:
-            times.append(time.perf_counter() - began)
-    values.copy_(before)
+    engine.config = replace(config, local_epochs=None, local_steps=2)
+    try:
+        for round_ in range(1, rounds + 1):
+            tasks = [CohortTask(learner, round_, row) for learner, row in zip(learners, vectors, strict=True)]
+            began = time.perf_counter()
+            cohort.train(tasks, vectors)
+            if times is not None:
+                times.append(time.perf_counter() - began)
+    finally:
+        engine.config = config
+        engine.flat.flat.copy_(values)
     return [vectors, *(buffer.cpu().numpy() for learner in learners for buffer in learner.local_buffers)]
