@@ -143,6 +143,7 @@ def summarize(
     engine: dict[str, Any],
     clock: str = "local",
     virtual_s: float | None = None,
+    messages: int | None = None,
     exit_code: int | None = None,
 ) -> dict[str, Any]:
     """The contents of summary.json.
@@ -200,6 +201,7 @@ def summarize(
             "merge": round(total("merge_s"), 3),
         },
         "virtual_seconds": None if virtual_s is None else round(virtual_s, 6),
+        "messages": messages,
         "faults": {
             "missing_segments": total("missing"),
             "late": total("late"),

@@ -337,6 +337,7 @@ class _Simulation(Watcher):
             engine=engine,
             clock="virtual",
             virtual_s=self.simulator.clock.now,
+            messages=self.simulator.num_messages,
             exit_code=EXIT_INTERRUPTED if is_interrupted else None,
         )
         self.record.write("summary.json", json.dumps(summary, indent=1) + "\n")

@@ -195,10 +195,8 @@ class Simulator:
         clock, network = self.clock, self.network
         with _rare_collections():
             while self._num_active:
+                network.settle()
                 next_time = clock.next_time
-                if next_time is None or next_time > clock.now:
-                    network.settle()
-                    next_time = clock.next_time
                 if next_time is None or next_time > until:
                     return
                 clock.advance()
