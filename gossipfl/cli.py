@@ -287,6 +287,30 @@ def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_jso
         print_topology(Console(), loaded, graph, figures)
 
 
+@main.command(epilog=_EPILOG)
+@click.argument("scenario")
+@_set
+@click.option("--clock", type=click.Choice(["virtual", "local"]), help="As of `gossipfl run` (default: the scenario's).")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan to stdout as JSON and nothing else.")
+@_errors_are_messages
+def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: bool) -> None:
+    """Tell what a SCENARIO will take before it is run: bytes, time, memory, and which link or device is the bottleneck.
+
+    \b
+    gossipfl plan combo
+    gossipfl plan my.toml --clock virtual --set peers=1000 --set network.uplink=10Mbit
+    gossipfl plan my.toml --json | jq .timing.bottleneck
+    """
+    from gossipfl.scenario import load_scenario
+    from gossipfl.scenario.plan import make_plan, print_plan
+
+    made = make_plan(load_scenario(scenario, [*overrides, *([f"clock={clock}"] if clock else [])]))
+    if as_json:
+        click.echo(json.dumps(asdict(made)))
+    else:
+        print_plan(Console(), made)
+
+
 def _process_began() -> float:
     """When this process was started, in epoch seconds: the start-up that a user waits for includes Python's own."""
     import psutil

@@ -1,0 +1,467 @@
+"""What a run will take, before it is run: bytes, time, memory, and which link or device holds everybody up.
+
+    plan = make_plan(load_scenario("combo"))
+    plan.received_bytes.mean, plan.timing.round_s, plan.timing.bottleneck
+
+Bytes are exact where nothing is lost and everybody stays: R copies of each segment per peer and round, as the codec sends
+them. Times are followed round by round, with the neighbours that the run itself will draw:
+
+    trained(i, r)  = done(i, r-1) + training time of i
+    done(i, r)     = max over the peers j drawn: max(trained(i, r) + latency, trained(j, r)) + transfer(j, i) + latency
+    transfer(j, i) = max(b / pair rate, shared(j's sends, b) / uplink of j, shared(i's receipts, b) / downlink of i)
+
+where b is what j sends i, and shared(.., b) sums min(b, b') over what goes through the same end: fair shares of it, all
+beginning together (processor sharing). What is not in it: headers, loss, churn, capacities that change, and that fast peers
+begin their next round on links that slow ones still use: where uplinks are scarce, runs took up to 21 % longer than this.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from gossipfl.errors import ConfigError
+from gossipfl.learning.datasets import open_dataset
+from gossipfl.learning.models import build_model
+from gossipfl.learning.training import Engine, TrainingConfig
+from gossipfl.overlay.graph_figures import GraphFigures, measure
+from gossipfl.overlay.links import Links
+from gossipfl.overlay.selection import SELECTORS
+from gossipfl.overlay.topology import Topology
+from gossipfl.randomness import generator
+from gossipfl.runtime.host import GossipSettings
+from gossipfl.scenario.config import Scenario, check_names
+from gossipfl.scenario.launcher import peer_settings
+from gossipfl.scenario.preparation import deal, prepare
+from gossipfl.scenario.topology_view import explain
+from gossipfl.segments.codecs import SparseCodec, codec
+
+FOLLOWED_DRAWS = 200_000
+"""Of neighbours for a segment, 10 us each: as many rounds are followed as they last, but `MIN_FOLLOWED` at least."""
+MIN_FOLLOWED, MAX_FOLLOWED = 3, 100
+MAX_FLOWS = 5_000_000
+"""Transfers of one round that are followed one by one."""
+LAST_OF_SEVERAL = 0.8
+"""Of ten messages there and back, with two uniform delays each, the last has about 1.6 times the greatest delay."""
+NAMED_PEERS = 1_000
+"""Up to so many, neighbours are drawn from in the order of their names, as the run does; of more, the chances are the same."""
+PROCESS_BYTES = 250 * 2**20
+"""What Python and torch take in each process, beside the peers."""
+ALIKE = 1.05
+"""Peers within this factor of the median are not named."""
+DRAWN_ALIKE = 1.5
+"""The same for what depends on the neighbours drawn, which differ by chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A quantity of all peers."""
+
+    min: float
+    mean: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds per round that one thing alone would take the peer that it takes longest; `peer` None: all alike."""
+
+    seconds: float
+    peer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Virtual seconds. `least_s` is a bound that no order of events gets below, `round_s` what is to be expected."""
+
+    least_s: float
+    round_s: float | None  # None where a round has too many transfers to be followed
+    total_s: float | None
+    bottleneck: str
+    costs: dict[str, Cost]  # of "compute", "uplink", "downlink", "pair", "latency"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will take. Bytes are payload per peer and round, unless they are called total."""
+
+    scenario: str
+    clock: str
+    protocol: str
+    peers: int
+    rounds: int
+    parameters: int
+    model_bytes: int  # as float32
+    encoded_bytes: int  # as the codec sends it
+    received_bytes: Spread
+    sent_bytes: Spread  # expected
+    total_bytes: int  # of all peers and rounds
+    memory_bytes: int
+    available_bytes: int
+    topology: GraphFigures
+    timing: Timing | None  # None for a run on this machine's own clock
+    notes: tuple[str, ...]
+
+
+def make_plan(scenario: Scenario) -> Plan:
+    """Build what the run would build first (data, model, network), and work out the rest. ConfigError as the run's."""
+    check_names(scenario)
+    dataset = open_dataset(prepare(scenario))
+    settings = peer_settings(scenario)
+    model = build_model(scenario.model, dataset.input_shape, dataset.num_classes, scenario.model_args, scenario.model_seed)
+    layout = Engine(model, TrainingConfig(**settings["training"]), dataset).layout
+    gossip = GossipSettings(**settings["gossip"])
+    sent_as = codec(gossip.codec)
+    segment_bytes = np.array([sent_as.num_bytes(stop - start) for start, stop in gossip.for_peer(layout, 1).segments])
+    topology = scenario.build_topology()
+    exchange = _EXCHANGES.get(scenario.gossip.protocol, _Gossip)(scenario, topology, segment_bytes)
+    num_steps = np.array([_num_steps(scenario, len(shard)) for shard in deal(scenario, dataset)])
+    is_virtual = scenario.resolved_clock == "virtual"
+    return Plan(
+        scenario=scenario.name,
+        clock=scenario.resolved_clock,
+        protocol=scenario.gossip.protocol,
+        peers=scenario.peers,
+        rounds=scenario.rounds,
+        parameters=layout.size,
+        model_bytes=layout.num_bytes,
+        encoded_bytes=int(segment_bytes.sum()),
+        received_bytes=_spread(exchange.received),
+        sent_bytes=_spread(exchange.sent),
+        total_bytes=scenario.rounds * round(float(exchange.received.sum())),
+        memory_bytes=_memory_bytes(scenario, layout.num_bytes, is_virtual),
+        available_bytes=psutil.virtual_memory().available,
+        topology=measure(topology),
+        timing=_Clockwork(scenario, exchange, num_steps).timing() if is_virtual else None,
+        notes=tuple(_notes(scenario)),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- who sends what to whom
+
+
+@dataclass(frozen=True, slots=True)
+class _Flows:
+    """`num_bytes` (f64[n]) go from `senders` to `receivers` (i64[n])."""
+
+    senders: np.ndarray
+    receivers: np.ndarray
+    num_bytes: np.ndarray
+
+
+class _Gossip:
+    """R copies of each segment from neighbours drawn afresh, or one from every neighbour. `received`, `sent`: f64[N]."""
+
+    def __init__(self, scenario: Scenario, topology: Topology, segment_bytes: np.ndarray) -> None:
+        self.scenario, self.topology, self.segment_bytes = scenario, topology, segment_bytes
+        degrees = np.array([topology.degree(index) for index in range(scenario.peers)], np.float64)
+        copies = degrees if scenario.gossip.selection == "all" else np.minimum(degrees, scenario.gossip.replicas)
+        self.received = copies * segment_bytes.sum()
+        self.max_flows = float((degrees if scenario.gossip.selection == "all" else copies * len(segment_bytes)).sum())
+        self.sent = self._expected_sent(degrees)
+        neighbours = map(topology.neighbours, range(scenario.peers))
+        in_order = scenario.peers > NAMED_PEERS
+        self._candidates = [others if in_order else sorted(others, key=str) for others in neighbours]  # p10 comes before p2
+
+    def flows(self, round_: int) -> list[_Flows]:
+        """What is sent in a round, in phases; each begins when its senders have done the one before."""
+        select, gossip, num_peers = SELECTORS.get(self.scenario.gossip.selection), self.scenario.gossip, self.scenario.peers
+        senders, receivers, num_bytes = [], [], []
+        for index in range(num_peers):
+            neighbours = self._candidates[index]
+            rng = generator(self.scenario.protocol_seed, "neighbours", f"p{index}", round_)
+            for size in self.segment_bytes if gossip.selection != "all" else [self.segment_bytes.sum()]:
+                chosen = select(neighbours, gossip.replicas, {}, rng)  # type: ignore[arg-type]  # numbers, in place of names
+                senders += chosen
+                receivers += [index] * len(chosen)
+                num_bytes += [float(size)] * len(chosen)
+        pairs, places = np.unique(np.array(senders, np.int64) * num_peers + receivers, return_inverse=True)
+        return [_Flows(pairs // num_peers, pairs % num_peers, np.bincount(places, num_bytes, pairs.size))]
+
+    def _expected_sent(self, degrees: np.ndarray) -> np.ndarray:
+        share = np.divide(self.received, degrees, out=np.zeros_like(degrees), where=degrees > 0)
+        if degrees.min() == degrees.max():
+            return self.received.copy()
+        return np.array([share[list(self.topology.neighbours(index))].sum() for index in range(len(degrees))])
+
+
+class _FedAvg(_Gossip):
+    """The first peer takes in the models of all the others and hands out their average."""
+
+    def __init__(self, scenario: Scenario, topology: Topology, segment_bytes: np.ndarray) -> None:
+        self.num_clients = scenario.peers - 1
+        if topology.degree(0) < self.num_clients:
+            raise ConfigError(
+                f"gossip.protocol = 'fedavg' has its server at p0, which is linked to {topology.degree(0)} of "
+                f"{self.num_clients} clients; set topology.kind = 'full' or 'star'"
+            )
+        self.model_bytes = float(segment_bytes.sum())
+        self.received = np.full(scenario.peers, self.model_bytes)
+        self.received[0] *= self.num_clients
+        self.sent = self.received
+        self.max_flows = 2.0 * self.num_clients
+
+    def flows(self, round_: int) -> list[_Flows]:
+        clients, server = np.arange(1, self.num_clients + 1), np.zeros(self.num_clients, np.int64)
+        models = np.full(self.num_clients, self.model_bytes)
+        return [_Flows(clients, server, models), _Flows(server, clients, models)]
+
+
+class _Local(_Gossip):
+    """Nobody sends anything."""
+
+    def __init__(self, scenario: Scenario, topology: Topology, segment_bytes: np.ndarray) -> None:
+        self.received = self.sent = np.zeros(scenario.peers)
+        self.max_flows = 0.0
+
+    def flows(self, round_: int) -> list[_Flows]:
+        return []
+
+
+_EXCHANGES: dict[str, type[_Gossip]] = {"gossip": _Gossip, "fedavg": _FedAvg, "local": _Local}
+
+
+# -------------------------------------------------------------------------------------------------------------------- time
+
+
+class _Clockwork:
+    """Follows the rounds of a run over its links and devices, as the module's text says. `num_steps`: i64[N]."""
+
+    def __init__(self, scenario: Scenario, exchange: _Gossip, num_steps: np.ndarray) -> None:
+        self.scenario, self.exchange, self.num_steps = scenario, exchange, num_steps
+        self.links, self.devices = scenario.build_links(), scenario.build_devices()
+        self.num_rounds = 0 if exchange.max_flows > MAX_FLOWS else _num_followed(scenario)
+        self._slowest_pairs = np.zeros((2, scenario.peers))  # seconds over pairs, and of latency: sums over rounds
+
+    def timing(self) -> Timing:
+        end_s = self._follow()
+        round_s = end_s / self.num_rounds if self.num_rounds else None
+        costs = self._costs()
+        cause = max(costs, key=lambda name: costs[name].seconds)
+        peer = costs[cause].peer
+        return Timing(
+            least_s=min(self._least_s(), round_s or math.inf),
+            round_s=round_s,
+            total_s=None if round_s is None else round_s * self.scenario.rounds,
+            bottleneck=f"{cause} of {peer}" if peer else cause,
+            costs=costs,
+        )
+
+    def _follow(self) -> float:
+        """Until when everybody has done the followed rounds."""
+        staleness = self.scenario.gossip.max_staleness
+        done, trained = np.zeros(self.scenario.peers), []
+        for round_ in range(1, self.num_rounds + 1):
+            trained.append(done + self._train_s(round_))
+            done = trained[-1].copy()
+            served = trained[0] if math.isinf(staleness) else trained[max(0, round_ - 1 - int(staleness))]
+            for flows in self.exchange.flows(round_):
+                there, back = self._latencies(flows)
+                pair_s = flows.num_bytes / _rates(self.links, flows)
+                pulled = trained[-1][flows.receivers] + there
+                arrived = np.maximum(pulled, served[flows.senders]) + self._transfer_s(flows, pair_s) + back
+                np.maximum.at(done, flows.receivers, arrived)
+                self._note_slowest(flows, pair_s, there + back)
+                served = done  # of the phase that follows
+        return float(done.max(initial=0.0))
+
+    def _train_s(self, round_: int) -> np.ndarray:
+        if not self.devices.variation:
+            return self.devices.step_s * self.num_steps
+        return np.array([self.devices.train_s(index, round_, int(steps)) for index, steps in enumerate(self.num_steps)])
+
+    def _transfer_s(self, flows: _Flows, pair_s: np.ndarray) -> np.ndarray:
+        up_s = _shared_bytes(flows.senders, flows.num_bytes) / self.links.uplink[flows.senders]
+        down_s = _shared_bytes(flows.receivers, flows.num_bytes) / self.links.downlink[flows.receivers]
+        return np.maximum(np.maximum(up_s, down_s), pair_s)
+
+    def _latencies(self, flows: _Flows) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of the pulls, and of what comes back, the last of several: it has most of the jitter."""
+        if self.links.is_ideal:
+            return np.zeros(flows.senders.size), np.zeros(flows.senders.size)
+        pairs = list(zip(flows.senders.tolist(), flows.receivers.tolist(), strict=True))
+        there = np.array([self.links.latency(receiver, sender) for sender, receiver in pairs])
+        back = np.array([self.links.latency(sender, receiver) for sender, receiver in pairs])
+        return there + LAST_OF_SEVERAL * self.links.jitter_s, back + LAST_OF_SEVERAL * self.links.jitter_s
+
+    def _note_slowest(self, flows: _Flows, pair_s: np.ndarray, latency_s: np.ndarray) -> None:
+        for sums, seconds in zip(self._slowest_pairs, (pair_s, latency_s), strict=True):
+            slowest = np.zeros(sums.size)
+            np.maximum.at(slowest, flows.receivers, seconds)
+            sums += slowest
+
+    def _costs(self) -> dict[str, Cost]:
+        pair_s, latency_s = self._slowest_pairs / max(1, self.num_rounds)
+        return {
+            "compute": _cost(self._median_train_s),
+            "uplink": _cost(self.exchange.sent / self.links.uplink),
+            "downlink": _cost(self.exchange.received / self.links.downlink),
+            "pair": _cost(pair_s, DRAWN_ALIKE),
+            "latency": _cost(latency_s, DRAWN_ALIKE),
+        }
+
+    @property
+    def _median_train_s(self) -> np.ndarray:
+        return self.devices.step_s * self.num_steps
+
+    def _least_s(self) -> float:
+        """A peer trains, then receives, and may send all the while."""
+        own_s = self._median_train_s + self.exchange.received / self.links.downlink
+        return float(max(own_s.max(), (self.exchange.sent / self.links.uplink).max()))
+
+
+def _num_followed(scenario: Scenario) -> int:
+    draws = scenario.peers * scenario.gossip.segments
+    return min(scenario.rounds, MAX_FOLLOWED, max(MIN_FOLLOWED, FOLLOWED_DRAWS // draws))
+
+
+def _rates(links: Links, flows: _Flows) -> np.ndarray | float:
+    """Of the pairs, bytes per second."""
+    if links.pair.constant is not None:
+        return links.pair.constant
+    return np.array([links.pair(*pair) for pair in zip(flows.senders.tolist(), flows.receivers.tolist(), strict=True)])
+
+
+def _shared_bytes(ends: np.ndarray, num_bytes: np.ndarray) -> np.ndarray:
+    """What an end has carried of all its flows together when one of them is done, each having had an equal share (f64[n])."""
+    order = np.lexsort((num_bytes, ends))
+    sorted_ends, sorted_bytes = ends[order], num_bytes[order]
+    _, firsts, counts = np.unique(sorted_ends, return_index=True, return_counts=True)
+    first, count = np.repeat(firsts, counts), np.repeat(counts, counts)
+    before = np.concatenate([[0.0], np.cumsum(sorted_bytes)])
+    larger = first + count - 1 - np.arange(order.size)
+    shared = np.empty(order.size)
+    shared[order] = before[1:] - before[first] + larger * sorted_bytes
+    return shared
+
+
+def _cost(seconds: np.ndarray, alike: float = ALIKE) -> Cost:
+    """The greatest, with whose it is where it stands out, or else the mean."""
+    worst = int(seconds.argmax())
+    if seconds[worst] > alike * float(np.median(seconds)):
+        return Cost(float(seconds[worst]), f"p{worst}")
+    return Cost(float(seconds.mean()), None)
+
+
+def _num_steps(scenario: Scenario, num_samples: int) -> int:
+    """Of a round, as `Engine.batch_indices` takes them."""
+    training = scenario.training
+    batches = -(-num_samples // min(training.batch_size, num_samples))
+    return training.local_steps or batches * (training.local_epochs or 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------ memory
+
+
+def _memory_bytes(scenario: Scenario, model_bytes: int, is_virtual: bool) -> int:
+    """The models that are held at once: stored versions, the one in training, the mixed one, and copies of others."""
+    gossip = scenario.gossip
+    copies = gossip.versions_kept + 2
+    if is_virtual:
+        processes = 1
+        copies += gossip.versions_kept if gossip.codec != "float32" else 0  # what each version decodes to
+    else:
+        size = scenario.peers_per_process or math.ceil(scenario.peers / len(os.sched_getaffinity(0)))
+        processes = 1 if scenario.transport.kind == "inproc" else math.ceil(scenario.peers / size)
+        copies += min(gossip.replicas, scenario.peers - 1)
+    if isinstance(codec(gossip.codec), SparseCodec):
+        copies += 2  # the accumulator of what was not sent yet
+    return scenario.peers * copies * model_bytes + processes * PROCESS_BYTES
+
+
+# ------------------------------------------------------------------------------------------------------------------- notes
+
+
+def _notes(scenario: Scenario) -> Iterator[str]:
+    """What the figures leave out."""
+    if scenario.resolved_clock != "virtual":
+        yield "how long it takes on this machine shows only when it runs; --clock virtual plans the emulated network"
+        return
+    if not scenario.build_churn().is_empty:
+        yield "[churn] is left out: the figures are for peers that stay"
+    if scenario.network.loss:
+        yield f"network.loss = {scenario.network.loss:g} is left out: what is lost is asked for again, after a deadline"
+    if math.isinf(scenario.gossip.max_staleness):
+        yield "a peer far behind adopts the newest model and skips rounds; the time is for peers that train all rounds"
+    if scenario.network.trace:
+        yield "network.trace is left out: the figures are for the rates at the start"
+    if scenario.stop.target_accuracy is not None or scenario.stop.duration is not None:
+        yield "[stop] may end it before the last round"
+
+
+# ----------------------------------------------------------------------------------------------------------------- printed
+
+_ALONE = {
+    "compute": "training",
+    "uplink": "uplink",
+    "downlink": "downlink",
+    "pair": "slowest pair",
+    "latency": "latency, there and back",
+}
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """The plan as a table, and what it leaves out."""
+    table = Table(title=f"{plan.scenario}: {plan.peers:,} peers, {plan.rounds:,} rounds, {plan.protocol}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in _rows(plan):
+        table.add_row(name, value)
+    console.print(table)
+    console.print(explain(plan.topology), highlight=False, soft_wrap=True)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    yield "model parameters", f"{plan.parameters:,}"
+    yield "model, in memory / as sent", f"{size_text(plan.model_bytes)} / {size_text(plan.encoded_bytes)}"
+    yield "a peer receives per round", _spread_text(plan.received_bytes)
+    yield "a peer sends per round, expected", _spread_text(plan.sent_bytes)
+    yield "payload, all", size_text(plan.total_bytes)
+    yield "memory needed / free", f"{size_text(plan.memory_bytes)} / {size_text(plan.available_bytes)}"
+    yield "spectral gap", f"{plan.topology.spectral_gap:.4g}"
+    if plan.timing is None:
+        return
+    for name, cost in plan.timing.costs.items():
+        if cost.seconds > 0:
+            yield f"  {_ALONE[name]} alone", f"{_seconds_text(cost.seconds)}{f' ({cost.peer})' if cost.peer else ''}"
+    yield "bottleneck", plan.timing.bottleneck
+    yield "a round, at least", _seconds_text(plan.timing.least_s)
+    if plan.timing.round_s is not None and plan.timing.total_s is not None:
+        yield "a round, expected", _seconds_text(plan.timing.round_s)
+        yield "all rounds, expected", _seconds_text(plan.timing.total_s)
+
+
+def _spread(values: np.ndarray) -> Spread:
+    return Spread(float(values.min()), float(values.mean()), float(values.max()))
+
+
+def _spread_text(spread: Spread) -> str:
+    if math.isclose(spread.min, spread.max):
+        return size_text(spread.mean)
+    return f"{size_text(spread.min)} to {size_text(spread.max)}"
+
+
+def _seconds_text(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds:,.0f} s" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.2f} GiB"

@@ -1,0 +1,188 @@
+"""What a plan says against what virtual runs come to, and the command that prints it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import gossipfl
+from gossipfl.cli import main
+from gossipfl.errors import ConfigError
+from gossipfl.scenario import load_scenario
+from gossipfl.scenario.plan import Plan, _shared_bytes, make_plan
+
+MLP = 64 * 128 + 128 + 128 * 10 + 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache of data sets for the session, and none of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GOSSIPFL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+def scenario(**changes: Any) -> dict[str, Any]:
+    """Digits and an mlp of 9,610 parameters: 20 peers, S = 8, R = 2, 20 ms of training a round."""
+    return {
+        "peers": 20,
+        "rounds": 6,
+        "clock": "virtual",
+        "evaluate_every": 0,
+        "training": {"local_steps": 2},
+        "gossip": {"segments": 8, "replicas": 2},
+    } | changes
+
+
+def plan(**changes: Any) -> Plan:
+    return make_plan(load_scenario(scenario(**changes)))
+
+
+# --------------------------------------------------------------------------------------------------- against virtual runs
+
+
+@pytest.mark.parametrize(
+    ("network", "bottleneck"),
+    [
+        ({"pair": "1Mbit"}, "pair"),
+        ({"uplink": "1Mbit"}, "uplink"),
+        ({"downlink": "1Mbit"}, "downlink"),
+        ({"latency": "50ms"}, "latency"),
+        ({}, "compute"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bytes_are_exact_and_the_time_of_a_round_is_within_a_quarter(network, bottleneck, tmp_path):
+    made = plan(network=network)
+    summary = gossipfl.run(scenario(network=network), out=tmp_path / "run").summary
+    assert made.total_bytes == summary["bytes"]["payload"] == 20 * 6 * 2 * MLP * 4
+    assert made.received_bytes.mean == summary["bytes"]["payload_per_peer_round"]
+    assert made.timing is not None and made.timing.round_s is not None
+    took_s = summary["virtual_seconds"] / summary["rounds"]
+    assert made.timing.round_s == pytest.approx(took_s, rel=0.25)
+    assert made.timing.least_s <= made.timing.round_s and made.timing.least_s <= 1.001 * took_s
+    assert made.timing.total_s == pytest.approx(6 * made.timing.round_s)
+    assert made.timing.bottleneck == bottleneck
+
+
+@pytest.mark.parametrize(
+    ("gossip", "topology"),
+    [
+        ({"protocol": "fedavg"}, {}),
+        ({"protocol": "local"}, {}),
+        ({"selection": "all", "mixing": "metropolis_hastings"}, {"kind": "star"}),
+        ({"codec": "int8", "segments": 7}, {"kind": "hierarchical"}),
+        ({"codec": "topk:0.1"}, {"kind": "ring"}),
+    ],
+    ids=["fedavg", "local", "all", "int8", "topk"],
+)
+def test_the_bytes_of_every_protocol_codec_and_selection_are_exact(gossip, topology, tmp_path):
+    changes = {"peers": 10, "rounds": 2, "gossip": gossip, "topology": topology, "network": {"uplink": "10Mbit"}}
+    summary = gossipfl.run(scenario(**changes), out=tmp_path / "run").summary
+    made = plan(**changes)
+    assert made.total_bytes == summary["bytes"]["payload"]
+    assert 2 * 10 * made.sent_bytes.mean == pytest.approx(made.total_bytes)
+    assert made.timing is not None and made.timing.round_s == pytest.approx(summary["virtual_seconds"] / 2, rel=0.25)
+
+
+# ------------------------------------------------------------------------------------------------------------ closed forms
+
+
+def test_the_server_of_fedavg_sends_and_receives_the_models_of_all_clients():
+    made = plan(gossip={"protocol": "fedavg"}, network={"uplink": "1Mbit", "downlink": "1Mbit"})
+    assert (made.received_bytes.min, made.received_bytes.max) == (MLP * 4, 19 * MLP * 4)
+    assert made.sent_bytes == made.received_bytes
+    assert made.timing is not None and made.timing.bottleneck in ("uplink of p0", "downlink of p0")
+    # 20 ms of training, then all models into the server and out of it again.
+    assert made.timing.round_s == pytest.approx(0.02 + 2 * 19 * MLP * 4 / 125_000, rel=0.01)
+
+
+def test_fedavg_without_a_link_from_the_server_to_everybody_is_refused():
+    with pytest.raises(ConfigError, match=r"server at p0, which is linked to 2 of 19 clients; set topology.kind = 'full' or"):
+        plan(gossip={"protocol": "fedavg"}, topology={"kind": "ring"})
+
+
+def test_a_peer_with_many_neighbours_is_expected_to_send_more():
+    made = plan(gossip={"replicas": 1}, topology={"kind": "star"})
+    # Each leaf asks the centre for everything; the centre spreads one model over 19 leaves.
+    assert made.sent_bytes.max == pytest.approx(19 * MLP * 4)
+    assert made.sent_bytes.min == pytest.approx(MLP * 4 / 19)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bottleneck"),
+    [
+        ({"network": {"uplink": "10Mbit", "peers": {"p3": {"uplink": "1Mbit"}}}}, "uplink of p3"),
+        ({"network": {"pair": "100Mbit"}, "compute": {"stragglers": {"peers": ["p5"], "slowdown": 10}}}, "compute of p5"),
+        ({"network": {"peers": {"p7": {"latency": "80ms"}}, "latency": "10ms"}, "topology": {"kind": "star"}}, "latency of p7"),
+    ],
+    ids=["uplink", "compute", "latency"],
+)
+def test_who_holds_everybody_up_is_named(changes, bottleneck):
+    if changes.get("topology"):
+        changes |= {"gossip": {"replicas": 1}}
+    made = plan(**changes)
+    assert made.timing is not None and made.timing.bottleneck == bottleneck
+
+
+def test_fair_shares_are_counted_up_to_ones_own_size():
+    # End 0 carries 1, 2 and 4: when the 2 is done, 1 + 2 + 2 have gone through; end 1 carries 3 alone.
+    shared = _shared_bytes(np.array([0, 1, 0, 0]), np.array([2.0, 3.0, 4.0, 1.0]))
+    assert shared.tolist() == [5.0, 3.0, 7.0, 3.0]
+
+
+def test_memory_grows_with_the_peers_and_the_versions_kept():
+    few, many = plan(), plan(gossip={"versions_kept": 9})
+    assert many.memory_bytes - few.memory_bytes == 5 * 20 * MLP * 4
+    assert plan(peers=40).memory_bytes - few.memory_bytes == 20 * (4 + 2) * MLP * 4
+
+
+def test_a_round_with_too_many_transfers_has_a_bound_and_no_expectation(monkeypatch):
+    monkeypatch.setattr("gossipfl.scenario.plan.MAX_FLOWS", 100)
+    made = plan(network={"uplink": "1Mbit"})
+    assert made.timing is not None and made.timing.round_s is made.timing.total_s is None
+    assert made.timing.least_s == pytest.approx(2 * MLP * 4 / 125_000)
+    assert made.timing.bottleneck == "uplink"
+
+
+# ----------------------------------------------------------------------------------------------------------- the command
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["plan", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_prints_a_table_and_what_it_leaves_out():
+    code, shown, _ = run("combo", "--set", "network.loss=2%", "--set", "stop.target_accuracy=0.9")
+    assert code == 0
+    for part in (
+        "188,810",
+        "bottleneck",
+        "a round, expected",
+        "spectral gap",
+        "[stop] may end it",
+        "network.loss = 0.02 is left",
+    ):
+        assert part in shown
+
+
+def test_the_command_prints_json_and_no_time_for_this_machines_own_clock():
+    code, shown, _ = run("quickstart", "--json")
+    made = json.loads(shown)
+    assert code == 0 and made["clock"] == "local" and made["timing"] is None and "--clock virtual" in made["notes"][0]
+    code, shown, _ = run("quickstart", "--json", "--clock", "virtual")
+    made = json.loads(shown)
+    assert code == 0 and made["parameters"] == MLP and math.isfinite(made["timing"]["round_s"])
+    assert set(made["timing"]["costs"]) == {"compute", "uplink", "downlink", "pair", "latency"}
+
+
+def test_a_scenario_that_is_wrong_is_refused():
+    code, shown, error = run("quickstart", "--set", "gossip.codec=int9")
+    assert code == 2 and shown == "" and "did you mean 'int8'?" in error
