@@ -169,8 +169,8 @@ def _are_per_value(weights: Weights) -> bool:
 
 def _shares(weights: Weights) -> Sequence[np.float32]:
     """Weights (one number per row) that add up to 1."""
-    total = math.fsum(float(weight) for weight in weights)  # type: ignore[arg-type]
-    return [np.float32(float(weight) / total) for weight in weights]  # type: ignore[arg-type]
+    total = math.fsum(float(weight) for weight in weights)
+    return [np.float32(float(weight) / total) for weight in weights]
 
 
 def _at(weight: Weight, run: slice) -> np.float32 | np.ndarray:

@@ -170,8 +170,9 @@ def print_tables(console: Console, tables: Sequence[Comparison]) -> None:
     for comparison in tables:
         columns = list(dict.fromkeys(key for row in comparison.rows for key in row.values))
         has_verdict = any(row.published is not None for row in comparison.rows)
-        table = Table(title=comparison.title, title_justify="left")
-        table.add_column("")
+        console.print(comparison.title, style="bold", highlight=False)
+        table = Table()
+        table.add_column("", no_wrap=True)
         for column in [*columns, *(["band"] if has_verdict else [])]:
             table.add_column(column, justify="right")
         for row in comparison.rows:

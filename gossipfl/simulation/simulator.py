@@ -62,6 +62,8 @@ from gossipfl.simulation.network import Network
 
 RUN = 1
 """The number of a simulated run in its headers: there are no other runs to be told apart from."""
+MAPPED_BYTES = 2**20
+"""From this size on a vector has a mapping of its own."""
 
 
 class ProtocolMachine(Protocol):
@@ -401,7 +403,7 @@ class Simulator:
         self._watcher.will_train()
         peers = list(self._training)
         tasks = [CohortTask(peer.learner, peer.task or 0, peer.own) for peer in peers]
-        vectors = [peer.own if peer.owns_start else self._pool.take() for peer in peers]
+        vectors = [peer.own if peer.owns_start else self._new_vector() for peer in peers]
         losses = self._cohort.train(tasks, vectors)
         self._training.clear()
         for trained, vector, loss in zip(peers, vectors, losses, strict=True):
@@ -410,10 +412,15 @@ class Simulator:
             trained.store.publish(round_, vector)
         self._watcher.trained(peers)
 
+    def _new_vector(self) -> np.ndarray:
+        """f32[P] of arbitrary contents. Small ones come from the heap: a process may have 65,530 mappings."""
+        size = self._pool.size
+        return self._pool.take() if 4 * size >= MAPPED_BYTES else np.empty(size, np.float32)
+
     def _merge(self, peer: SimulatedPeer, segment: int, contributions: tuple[Contribution, ...], own_weight: float) -> None:
         self._compute(peer)
         if peer.mixed is None:
-            peer.mixed, peer.owns_start = self._pool.take(), True
+            peer.mixed, peer.owns_start = self._new_vector(), True
         start, stop = peer.machine.config.segments[segment]
         copies = [(contribution.payload, contribution.weight) for contribution in contributions]
         mix(self._aggregate, peer.own[start:stop], own_weight, copies, out=peer.mixed[start:stop])

@@ -18,7 +18,11 @@ SERVER = {20: (2.25, 2.25), 30: (2.25, 3.01), 40: (3.01, 3.01)}
 PLAIN = (2.0, 2.0)
 TOLERANCE = 0.15
 """The published figures are single numbers; what is within this share of them counts as the same."""
-STEP_S = 0.01
+STEP_S, LOCAL_STEPS = 0.01, 40
+OTHER_STEPS_S = (0.0, 0.01, 0.02, 0.05, 0.1)
+OTHER_STEPS_NOTES = [
+    "worked out from the runs above; published: 2.25 for 20 workers to 3.01 for 40, for a time per step unknown"
+]
 SEGMENTS, REPLICAS = range(1, 11), (1, 2, 4, 8)
 BEYOND: dict[str, dict[str, Any]] = {
     "as published": {},
@@ -38,7 +42,7 @@ def _scenario(workers: int, full: bool, **gossip: Any) -> dict[str, Any]:
         "rounds": 200 if full else 40,
         "model": "cnn",
         "data": {"kind": "cifar10"} if full else {"kind": "digits"},
-        "training": {"local_steps": 40, "batch_size": 128, "learning_rate": 0.1},
+        "training": {"local_steps": LOCAL_STEPS, "batch_size": 128, "learning_rate": 0.1},
         "gossip": {"segments": 10, "replicas": 2, "patience": 36_000.0, **gossip},
         "network": {"uplink": "100Mbit", "downlink": "100Mbit", "pair": "10Mbit"},
         "compute": {"step_time": f"{STEP_S * 1000:g}ms"},
@@ -54,7 +58,7 @@ def _timing(segments: int) -> dict[str, Any]:
     """Three rounds to see how long they take; one step as long as forty, for what is learned does not matter."""
     timing = _scenario(FEWEST, False, segments=segments)
     timing["training"]["local_steps"] = 1
-    timing["compute"]["step_time"] = f"{STEP_S * 40 * 1000:g}ms"
+    timing["compute"]["step_time"] = f"{STEP_S * LOCAL_STEPS * 1000:g}ms"
     return {**timing, "rounds": 3, "evaluate_every": 0, "stop": {}}
 
 
@@ -79,16 +83,17 @@ def _tables(outcomes: Mapping[str, Outcome], full: bool) -> list[Table]:
     rows = []
     for workers in WORKERS:
         combo = outcomes[f"combo-{workers}"]
-        rows.append(_ratio(f"{workers} workers, server / Combo", combo, outcomes[f"server-{workers}"], SERVER[workers]))
-        rows.append(_ratio(f"{workers} workers, plain gossip / Combo", combo, outcomes[f"plain-{workers}"], PLAIN))
+        rows.append(_ratio(f"{workers} workers, server", combo, outcomes[f"server-{workers}"], SERVER[workers]))
+        rows.append(_ratio(f"{workers} workers, plain", combo, outcomes[f"plain-{workers}"], PLAIN))
     segments = [Row(f"S = {number}", {"seconds": f"{outcomes[f'segments-{number}'].sync_s:.3f}"}) for number in SEGMENTS]
     replicas = [
         Row(f"R = {number}", _values(published if number == 2 else outcomes[f"replicas-{number}"])) for number in REPLICAS
     ]
     beyond = [Row(name, _values(outcomes[_slug(name)] if changes else published)) for name, changes in BEYOND.items()]
     return [
-        Table("time to accuracy, S = 10, R = 2", rows, _assumptions(full)),
-        Table(f"seconds to synchronise, R = 2, {FEWEST} workers (published: less with S, flat from about 6)", segments),
+        Table("time to accuracy of a server or of plain gossip over that of Combo (S = 10, R = 2)", rows, _assumptions(full)),
+        Table("the same against the server, had a step taken another time", _other_steps(outcomes), OTHER_STEPS_NOTES),
+        Table(f"synchronising, R = 2, {FEWEST} workers (published: S = 2 halves it, flat from about 6)", segments),
         Table(f"R, S = 10, {FEWEST} workers (published: a large gain from 1 to 2, little beyond)", replicas),
         Table(f"beyond the paper, on the same network, {FEWEST} workers", beyond),
     ]
@@ -96,17 +101,35 @@ def _tables(outcomes: Mapping[str, Outcome], full: bool) -> list[Table]:
 
 def _ratio(name: str, combo: Outcome, other: Outcome, published: tuple[float, float]) -> Row:
     band = published[0] * (1 - TOLERANCE), published[1] * (1 + TOLERANCE)
-    values = {"published": f"{published[0]:.2f}" if len(set(published)) == 1 else f"{published[0]:.2f} to {published[1]:.2f}"}
+    values = {"publ.": f"{published[0]:.2f}" if len(set(published)) == 1 else f"{published[0]:.2f} to {published[1]:.2f}"}
     if combo.seconds_to_target is None or other.seconds_to_target is None:
-        return Row(name, values | {"measured": "target not reached"}, None, band)
+        return Row(name, values | {"meas.": "target not reached"}, None, band)
     ratio = other.seconds_to_target / combo.seconds_to_target
     values |= {
-        "measured": f"{ratio:.2f}",
+        "meas.": f"{ratio:.2f}",
         "seconds": f"{other.seconds_to_target:.1f} / {combo.seconds_to_target:.1f}",
         "rounds": f"{other.rounds_to_target} / {combo.rounds_to_target}",
-        "synchronising, s": f"{other.sync_s:.2f} / {combo.sync_s:.2f}",
+        "sync s": f"{other.sync_s:.2f} / {combo.sync_s:.2f}",
     }
     return Row(name, values, ratio, band)
+
+
+def _other_steps(outcomes: Mapping[str, Outcome]) -> list[Row]:
+    """All devices are alike and rounds synchronous, so another time per step only adds to, or takes from, each round."""
+
+    def seconds(outcome: Outcome, step_s: float) -> float:
+        return (outcome.seconds_to_target or 0) + (outcome.rounds_to_target or 0) * LOCAL_STEPS * (step_s - STEP_S)
+
+    rows = []
+    for workers in WORKERS:
+        combo, server = outcomes[f"combo-{workers}"], outcomes[f"server-{workers}"]
+        if combo.seconds_to_target is None or server.seconds_to_target is None:
+            continue
+        ratios = {
+            f"{step_s * 1000:g} ms": f"{seconds(server, step_s) / seconds(combo, step_s):.2f}" for step_s in OTHER_STEPS_S
+        }
+        rows.append(Row(f"{workers} workers", ratios))
+    return rows
 
 
 def _values(outcome: Outcome) -> dict[str, str]:
@@ -116,7 +139,7 @@ def _values(outcome: Outcome) -> dict[str, str]:
         "seconds": f"{outcome.seconds_to_target:.2f}",
         "rounds": str(outcome.rounds_to_target),
         "MiB received": f"{(outcome.bytes_to_target or 0) / 2**20:.1f}",
-        "synchronising, s": f"{outcome.sync_s:.3f}",
+        "sync s": f"{outcome.sync_s:.3f}",
     }
 
 
