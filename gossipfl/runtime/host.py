@@ -35,6 +35,7 @@ from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.gossip import MAX_SAMPLES, MIXINGS, GossipConfig
 from gossipfl.protocol.messages import Fault, PeerId, RoundReport, Start, StopAfter
 from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone, TrainTask
+from gossipfl.runtime.shaping import Emulation, ShapedTransport
 from gossipfl.runtime.transport import ZmqTransport
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.layout import SEGMENTATIONS, Layout
@@ -160,6 +161,7 @@ class Job:
     advertise: str | None = None
     insecure: bool = False
     scenario: str = ""
+    emulation: dict[str, Any] | None = None  # see `shaping.Emulation`
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Job:
@@ -172,8 +174,10 @@ class _Hosted:
 
     node: Node
     learner: Learner
+    index: int  # among all peers, where devices are emulated
     loss: float = float("nan")
     train_s: float = 0.0
+    overrun_s: float = 0.0
     accuracy_before: float | None = None
     done: RoundDone | None = None
     is_finished: bool = False
@@ -196,7 +200,8 @@ class PeerHost:
             self.engine.try_fast_math()
         self.settings = GossipSettings(**job.gossip)
         self.calls: SimpleQueue[Any] = SimpleQueue()
-        self.transport = ZmqTransport(job.bind, run=job.run, advertise=job.advertise, insecure=job.insecure)
+        self.emulation = Emulation.from_json(job.emulation) if job.emulation else None
+        self.transport = self._open_transport()
         self.reactor = Reactor(self.transport, on_crash=self.calls.put)
         self.initial = self.engine.initial_vector()
         self._hosted: dict[PeerId, _Hosted] = {}
@@ -214,6 +219,13 @@ class PeerHost:
     def layout(self) -> Layout:
         return self.engine.layout
 
+    def _open_transport(self) -> ZmqTransport:
+        job = self.job
+        if self.emulation is None or self.emulation.links is None:
+            return ZmqTransport(job.bind, run=job.run, advertise=job.advertise, insecure=job.insecure)
+        options = {"advertise": job.advertise, "insecure": job.insecure}
+        return ShapedTransport(job.bind, run=job.run, emulation=self.emulation, **options)
+
     def _add(self, peer: PeerJob) -> None:
         learner = Learner(peer.name, np.load(peer.indices, allow_pickle=False))
         node = build_node(
@@ -228,13 +240,16 @@ class PeerHost:
             on_record=self._record,
             collect=lambda item: self._collect(peer.name, item),
         )
-        self._hosted[peer.name] = _Hosted(node, learner)
+        index = self.emulation.names.index(peer.name) if self.emulation else 0
+        self._hosted[peer.name] = _Hosted(node, learner, index)
         self.reactor.add(node)
 
     def start(self, roster: Mapping[PeerId, str]) -> None:
         """Join the run whose peers live at these addresses."""
         for name, address in roster.items():
             self.transport.connect(name, address)
+        if isinstance(self.transport, ShapedTransport):
+            self.transport.begin()
         self._started = time.monotonic()
         self.reactor.start()
         for hosted in self._hosted.values():
@@ -265,10 +280,10 @@ class PeerHost:
         match task:
             case None:
                 return False
-            case TrainTask(node, round_, vector):
-                hosted = self._hosted[node.name]
-                self._close_round(hosted, vector, on_event)
-                self._train(hosted, round_, vector)
+            case TrainTask():
+                hosted = self._hosted[task.node.name]
+                self._close_round(hosted, task.vector, on_event)
+                self._train(hosted, task)
             case FinishTask(node, vector, error):
                 hosted = self._hosted[node.name]
                 self._close_round(hosted, vector, on_event)
@@ -284,10 +299,18 @@ class PeerHost:
 
     # --- one peer's round ---------------------------------------------------------------------------------------------
 
-    def _train(self, hosted: _Hosted, round_: int, vector: np.ndarray) -> None:
-        result = self.engine.train(hosted.learner, vector, round_)
+    def _train(self, hosted: _Hosted, task: TrainTask) -> None:
+        round_ = task.round
+        result = self.engine.train(hosted.learner, task.vector, round_)
         hosted.loss, hosted.train_s = result.loss, result.seconds
-        self.reactor.post(lambda: hosted.node.trained(round_, result.vector))
+        devices = self.emulation.devices if self.emulation else None
+        if devices is None:
+            self.reactor.post(lambda: hosted.node.trained(round_, result.vector))
+        else:
+            hosted.train_s = devices.train_s(hosted.index, round_, result.num_steps)
+            due = task.asked_at + hosted.train_s
+            hosted.overrun_s = max(0.0, time.monotonic() - due)
+            self.reactor.post_at(due, lambda: hosted.node.trained(round_, result.vector))
         hosted.accuracy_before = self._accuracy(hosted, result.vector) if self._is_evaluated(round_) else None
 
     def _close_round(self, hosted: _Hosted, mixed: np.ndarray, on_event: Callable[[Event], None]) -> None:
@@ -310,6 +333,8 @@ class PeerHost:
             accuracy_before=hosted.accuracy_before,
             accuracy_after=accuracy,
         )
+        if self.emulation is not None and self.emulation.devices is not None:
+            event["overrun_s"] = round(hosted.overrun_s, 6) if not report.adopted else 0.0
         hosted.events.append(event)
         if is_first:
             self._keep_first(hosted.node.name, mixed)

@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
 from queue import SimpleQueue
 
 import numpy as np
@@ -75,6 +77,7 @@ class TrainTask:
     node: Node
     round: int
     vector: np.ndarray
+    asked_at: float  # monotonic seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +227,7 @@ class Node:
             case Forget(peer, request):
                 self._assembler.forget((peer, request))
             case Train(round_):
-                self.tasks.put(TrainTask(self, round_, self._take_mixed()))
+                self.tasks.put(TrainTask(self, round_, self._take_mixed(), time.monotonic()))
             case Report(record):
                 self._report(record)
             case Finish(error):
@@ -331,6 +334,8 @@ class Reactor:
         self.nodes: dict[PeerId, Node] = {}
         self._on_crash = on_crash
         self._posted: deque[Callable[[], None]] = deque()
+        self._planned: list[tuple[float, int, Callable[[], None]]] = []
+        self._tickets = count()
         self._is_stopping = False
         self._flush_s = 0.0
         self._thread = threading.Thread(target=self._run, name="gossipfl-reactor", daemon=True)
@@ -346,6 +351,10 @@ class Reactor:
         """Have `call` run on the reactor's thread. May be called from any thread."""
         self._posted.append(call)
         self.transport.wake()
+
+    def post_at(self, time_s: float, call: Callable[[], None]) -> None:
+        """Have `call` run there at this time (monotonic seconds), or soon if it is past. May be called from any thread."""
+        self.post(lambda: heappush(self._planned, (time_s, next(self._tickets), call)))
 
     def stop(self, flush_s: float = 1.0, timeout_s: float = 5.0) -> None:
         """Send what is queued, for at most `flush_s`, close the sockets and end the thread. Stopping twice is allowed."""
@@ -374,6 +383,7 @@ class Reactor:
 
     def _turn(self) -> None:
         deadlines = [node.machine.next_deadline for node in self.nodes.values()]
+        deadlines += [time_s for time_s, _, _ in self._planned[:1]]
         nearest = min((deadline for deadline in deadlines if deadline is not None), default=None)
         timeout_s = None if nearest is None else max(0.0, nearest - time.monotonic())
         for happening in self.transport.receive(0.0 if self._posted else timeout_s):
@@ -381,6 +391,8 @@ class Reactor:
         while self._posted:
             self._posted.popleft()()
         now = time.monotonic()
+        while self._planned and self._planned[0][0] <= now:
+            heappop(self._planned)[2]()
         for node in self.nodes.values():
             deadline = node.machine.next_deadline
             if deadline is not None and deadline <= now:

@@ -27,7 +27,7 @@ from gossipfl.protocol.messages import Collect, PeerId, Record
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
-from gossipfl.scenario.launcher import peer_settings
+from gossipfl.scenario.launcher import check_no_churn, emulation, peer_settings
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import RunRecord, check_free, final_models, new_folder, remove_files, summarize
 from gossipfl.scenario.results import RunResult
@@ -94,6 +94,7 @@ def run_peer(
 
     scenario = load_scenario(source, overrides)
     check_names(scenario)
+    check_no_churn(scenario)
     roster = read_roster(roster_path)
     _check_names_match(name, scenario, roster, roster_path)
     check_loopback(bind or roster.peers[name], insecure)
@@ -107,7 +108,7 @@ def run_peer(
     np.save(shard, indices)
     topology = scenario.build_topology()
     degrees = {names[other]: topology.degree(other) for other in topology.neighbours(number)}
-    settings = peer_settings(scenario) | {"advertise": roster.peers[name]}
+    settings = peer_settings(scenario) | {"advertise": roster.peers[name], "emulation": emulation(scenario)}
     job = Job(
         peers=[PeerJob(name, str(shard), degrees)],
         run=roster.run,

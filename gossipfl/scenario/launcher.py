@@ -32,8 +32,11 @@ from gossipfl import errors
 from gossipfl.errors import ConfigError, GossipflError, RunError
 from gossipfl.learning.datasets import Dataset, open_dataset, save_dataset
 from gossipfl.learning.partition import class_table
+from gossipfl.overlay.links import check_links
+from gossipfl.runtime.shaping import Emulation
 from gossipfl.runtime.transport import check_loopback
 from gossipfl.scenario.config import Scenario, check_names
+from gossipfl.scenario.emulation import Compute
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import Event, RunRecord, final_models, new_folder, remove_files, summarize
 from gossipfl.scenario.results import Observer, RunResult
@@ -62,7 +65,7 @@ class Launcher:
     inbox: Inbox = field(default_factory=SimpleQueue)
     workers: Sequence[WorkerHandle] = ()
     process: subprocess.Popen[bytes] | None = None
-    sockets: tempfile.TemporaryDirectory[str] = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="gossipfl-"))
+    sockets: Path | None = None
     ended: set[int] = field(default_factory=set)
     finished: dict[str, str | None] = field(default_factory=dict)
     peak_mib: float = 0.0
@@ -74,6 +77,8 @@ class Launcher:
 
     def run(self, out: Path | None, force: bool, objects: dict[str, Any]) -> RunResult:
         check_names(self.scenario)
+        check_links(self.scenario.build_links(), self.scenario.build_topology())
+        check_no_churn(self.scenario)
         if self.scenario.transport.kind == "tcp":
             check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
         self._check_file_descriptors()
@@ -82,14 +87,15 @@ class Launcher:
         record.write("scenario.toml", self.scenario.to_toml())
         handlers = self._catch_signals()
         try:
-            return self._run(record, objects)
+            with tempfile.TemporaryDirectory(prefix="gossipfl-") as sockets:
+                self.sockets = Path(sockets)
+                return self._run(record, objects)
         except (ConfigError, KeyboardInterrupt):
             self._stop_workers()
             remove_files(folder)  # nothing has run
             raise
         finally:
             self._stop_workers()
-            self.sockets.cleanup()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             record.close()
@@ -162,6 +168,7 @@ class Launcher:
             degrees = {names[other]: topology.degree(other) for other in topology.neighbours(number)}
             jobs.append({"name": peer, "indices": str(shards[number].resolve()), "degrees": degrees})
         return peer_settings(scenario) | {
+            "emulation": emulation(scenario),
             "peers": jobs,
             "run": self._run_number(folder),
             "bind": self._bind_address(index),
@@ -177,7 +184,7 @@ class Launcher:
             case "tcp":
                 return tcp_address(self.scenario.transport.host, 0)
             case "ipc":
-                return f"ipc://{self.sockets.name}/{index}"
+                return f"ipc://{self.sockets}/{index}"
         return f"inproc://gossipfl-{os.getpid()}-{time.monotonic_ns()}"
 
     def _run_number(self, folder: Path) -> int:
@@ -333,8 +340,23 @@ class Launcher:
             engine=ready["engine"],
             exit_code=EXIT_INTERRUPTED if self.is_interrupted else None,
         )
+        summary |= self._fidelity(record)
         record.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return RunResult(summary, record.folder)
+
+    def _fidelity(self, record: RunRecord) -> Event:
+        """What the summary says of the emulation: what shaped the links, and rounds of training that took longer than told."""
+        emulated = emulation(self.scenario)
+        if emulated is None:
+            return {}
+        rounds = [event for event in record.events if event["event"] == "round"]
+        overrun = [event["overrun_s"] for event in rounds if event.get("overrun_s")]
+        if overrun:
+            self.observer.note(
+                f"{len(overrun)} of {len(rounds)} trainings took longer than [compute] says, by up to {max(overrun):.3f} s: "
+                "this run claims no fidelity; lengthen compute.step_time, or use --clock virtual"
+            )
+        return {"shaping": "user space" if emulated["links"] else None, "overrun": len(overrun)}
 
     def _ask(self, command: Event, answer: str) -> float | None:
         """Have a worker that still lives compute an accuracy; None if none does."""
@@ -388,6 +410,24 @@ def peer_settings(scenario: Scenario) -> Event:
         "gossip": gossip | {"rounds": scenario.rounds, "seed": scenario.protocol_seed},
         "evaluate_every": scenario.evaluate_every,
     }
+
+
+def emulation(scenario: Scenario) -> Event | None:
+    """What processes that host peers emulate around them (`runtime.shaping.Emulation`), None if nothing."""
+    links = scenario.build_links()
+    emulated = Emulation(
+        scenario.peer_names,
+        scenario.protocol_seed,
+        None if links.is_ideal else links,
+        scenario.build_devices() if scenario.compute != Compute() else None,
+    )
+    return emulated.to_json() if emulated.links or emulated.devices else None
+
+
+def check_no_churn(scenario: Scenario) -> None:
+    """ConfigError if peers are to come and go, which needs virtual time."""
+    if not scenario.build_churn().is_empty:
+        raise ConfigError("[churn] is emulated under virtual time only so far; use --clock virtual, or remove [churn]")
 
 
 def tcp_address(host: str, port: int) -> str:
