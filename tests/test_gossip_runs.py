@@ -38,9 +38,9 @@ def digest(host: VirtualHost) -> str:
 def test_each_peer_receives_r_times_the_model_a_round_whatever_s(num_segments, replicas):
     host = VirtualHost(random_vectors(8), 3, num_segments=num_segments, replicas=replicas).run()
     assert set(host.payload_bytes.values()) == {3 * replicas * 4000}
-    for peer in host.peers.values():
-        assert [report.payload_bytes for report in peer.reports] == [replicas * 4000] * 3
-        assert [report.segments_mixed for report in peer.reports] == [replicas * num_segments] * 3
+    for reports in host.reports.rounds.values():
+        assert [report.payload_bytes for report in reports] == [replicas * 4000] * 3
+        assert [report.segments_mixed for report in reports] == [replicas * num_segments] * 3
 
 
 @pytest.mark.parametrize("num_segments", [1, 4, 16])
@@ -82,7 +82,7 @@ def test_a_run_finishes_under_thirty_percent_loss(seed):
     host = VirtualHost(random_vectors(8), 6, train=drift, loss=0.3, seed=seed, quorum=1).run(until=1500)
     assert all(peer.error is None for peer in host.peers.values())
     assert {peer.machine.round for peer in host.peers.values()} == {6}
-    assert sum(report.segments_mixed for peer in host.peers.values() for report in peer.reports) > 8 * 6 * 2
+    assert sum(report.segments_mixed for reports in host.reports.rounds.values() for report in reports) > 8 * 6 * 2
 
 
 @pytest.mark.parametrize("silently", [False, True])
@@ -93,7 +93,7 @@ def test_a_run_finishes_when_a_peer_dies_in_any_round(at, silently):
         host.start(name)
     host.kill("p03", at, silently=silently)
     host.run(until=300)
-    survivors = [peer for peer in host.peers.values() if not peer.is_dead]
+    survivors = [peer for peer in host.peers.values() if not peer.is_away]
     assert {peer.machine.round for peer in survivors} == {5}
     assert len(host.models()) == 5
 
@@ -103,11 +103,11 @@ def test_a_peer_ten_times_slower_keeps_mixing_to_the_end():
     host = VirtualHost(
         random_vectors(6), rounds, train=drift, train_s=lambda name, round_: 50.0 if name == slow else 5.0, linger_s=60
     ).run(until=1e4)
-    reports = host.peers[slow].reports
+    reports = host.reports.rounds[slow]
     assert reports[-1].round == rounds
     assert all(report.segments_mixed > 0 for report in reports), "it never trains alone"
     assert any(report.adopted for report in reports), "it was more than four rounds behind"
-    assert all(report.segments_mixed > 0 for name, peer in host.peers.items() for report in peer.reports if name != slow)
+    assert all(report.segments_mixed > 0 for name, reports in host.reports.rounds.items() for report in reports if name != slow)
 
 
 def test_a_late_joiner_catches_up():
@@ -117,7 +117,7 @@ def test_a_late_joiner_catches_up():
     late = list(host.peers)[-1]
     host.start(late, at=11.0)
     host.run(until=300)
-    first, *others = host.peers[late].reports
+    first, *others = host.reports.rounds[late]
     assert first.adopted and first.round >= 5
     assert (
         first.segments_mixed == 4 and len({sender for _, sender, to, m in host.log if to == late and isinstance(m, Data)}) > 1
@@ -136,13 +136,13 @@ def test_a_transfer_slower_than_any_deadline_arrives_once_not_twice(everybody):
     host.run(until=5000)
     frames = [m for _, _, to, m in host.log if isinstance(m, Data)]
     assert max(host.data_frames.values()) == 1 and len(frames) == 3 * 2 * 10 * (2 if everybody else 1)
-    assert all(report.repeated_bytes == 0 and report.missing == 0 for name in names for report in host.peers[name].reports)
+    assert all(report.repeated_bytes == 0 and report.missing == 0 for name in names for report in host.reports.rounds[name])
 
 
 def test_peers_in_a_ring_and_an_isolated_one_finish():
     neighbours = {"p00": ["p01", "p02"], "p01": ["p00", "p02"], "p02": ["p00", "p01"], "p03": []}
     host = VirtualHost(random_vectors(4), 3, neighbours=neighbours, train=drift).run()
-    assert [fault.kind for fault in host.peers["p03"].faults] == ["lone"]
+    assert [fault.kind for fault in host.reports.faults["p03"]] == ["lone"]
     assert {peer.machine.round for peer in host.peers.values()} == {3}
 
 
@@ -150,9 +150,9 @@ def test_asynchronous_gossip_never_waits():
     host = VirtualHost(
         random_vectors(6), 10, train=drift, max_staleness=math.inf, train_s=lambda name, round_: 1.0 + 0.3 * int(name[1:])
     ).run()
-    waits = [report.wait_s for peer in host.peers.values() for report in peer.reports if report.round > 2]
+    waits = [report.wait_s for reports in host.reports.rounds.values() for report in reports if report.round > 2]
     assert max(waits) < 0.1  # a few latencies of 10 ms
-    assert max(report.staleness_max for peer in host.peers.values() for report in peer.reports) > 0
+    assert max(report.staleness_max for reports in host.reports.rounds.values() for report in reports) > 0
 
 
 def test_control_traffic_is_of_the_order_of_s_times_r_per_peer_and_round():

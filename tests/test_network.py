@@ -66,8 +66,8 @@ def run(net: Network, clock: VirtualClock) -> None:
 @pytest.mark.parametrize("num_peers", [4, 200])
 def test_flows_that_share_an_uplink_take_turns_and_speed_up_when_one_ends(num_peers):
     net, clock, arrived = network(num_peers, uplink=100.0, latency=0.5)
-    net.stream(0, 1, 100, lambda: arrived.append(("a", clock.now)))
-    net.stream(0, 2, 300, lambda: arrived.append(("b", clock.now)))
+    net.stream(0, 1, 7, 100, lambda: arrived.append(("a", clock.now)))
+    net.stream(0, 2, 7, 300, lambda: arrived.append(("b", clock.now)))
     run(net, clock)  # at 50 each until 2 s; the 200 left of b then go at 100
     assert arrived == [("a", 2.5), ("b", 4.5)]
 
@@ -75,7 +75,7 @@ def test_flows_that_share_an_uplink_take_turns_and_speed_up_when_one_ends(num_pe
 def test_a_pair_is_slower_than_both_its_ends():
     net, clock, arrived = network(uplink=100.0, downlink=100.0, pair=10.0)
     for receiver in (1, 2, 3):
-        net.stream(0, receiver, 100, lambda: arrived.append(clock.now))
+        net.stream(0, receiver, 7, 100, lambda: arrived.append(clock.now))
     run(net, clock)
     assert arrived == [10.0, 10.0, 10.0]
 
@@ -83,8 +83,8 @@ def test_a_pair_is_slower_than_both_its_ends():
 def test_chunks_of_a_flow_arrive_one_after_another():
     net, clock, arrived = network(uplink=100.0)
     for number in range(3):
-        net.stream(0, 1, 50, lambda number=number: arrived.append((number, clock.now)))
-    assert net.flow(0, 1).bytes_queued == 150
+        net.stream(0, 1, 7, 50, lambda number=number: arrived.append((number, clock.now)))
+    assert net.flow(0, 1).bytes_queued() == net.flow(0, 1).bytes_queued(7) == 150
     run(net, clock)
     assert arrived == [(0, 0.5), (1, 1.0), (2, 1.5)]
 
@@ -114,8 +114,8 @@ def test_the_share_that_is_lost_is_the_one_asked_for():
 
 def test_what_is_queued_for_a_peer_that_has_gone_is_dropped_and_frees_capacity():
     net, clock, arrived = network(uplink=100.0)
-    net.stream(0, 1, 1000, lambda: arrived.append("gone"))
-    net.stream(0, 2, 100, lambda: arrived.append(clock.now))
+    net.stream(0, 1, 7, 1000, lambda: arrived.append("gone"))
+    net.stream(0, 2, 7, 100, lambda: arrived.append(clock.now))
     net.settle()
     clock.at(1.0, net.cut, 1)
     run(net, clock)  # 50 bytes until 1 s, the other 50 at 100 a second
@@ -126,6 +126,6 @@ def test_a_trace_changes_a_rate_in_the_middle_of_a_transfer(tmp_path):
     (tmp_path / "trace.csv").write_text("time_s,peer,uplink,downlink\n0,p0,8e-4,8\n1,p0,1.6e-3,8\n")  # 100, then 200 bytes/s
     clock, arrived = VirtualClock(), []
     net = Network(build_links(LinksConfig(trace=str(tmp_path / "trace.csv")), 2, 0), clock, np.random.default_rng(0))
-    net.stream(0, 1, 300, lambda: arrived.append(clock.now))
+    net.stream(0, 1, 7, 300, lambda: arrived.append(clock.now))
     run(net, clock)
     assert arrived == pytest.approx([2.0])

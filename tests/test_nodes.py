@@ -55,7 +55,7 @@ def test_a_run_over_sockets_equals_the_run_under_virtual_time(kind, codec_name, 
         np.testing.assert_array_equal(swarm.final[name], vector, err_msg=name)
     for name, reports in swarm.reports.items():
         ours = [(r.round, r.segments_mixed, r.missing, r.payload_bytes, r.repeated_bytes, r.staleness_max) for r in reports]
-        theirs = virtual.peers[name].reports
+        theirs = virtual.reports.rounds[name]
         assert ours == [(r.round, r.segments_mixed, r.missing, r.payload_bytes, r.repeated_bytes, 0) for r in theirs]
     swarm.check_running()
 

@@ -31,16 +31,16 @@ class Flow:
 
     def __init__(self, sender: int, receiver: int, pair: float) -> None:
         self.sender, self.receiver, self.pair = sender, receiver, pair
-        self.queue: deque[tuple[int, Delivery]] = deque()
+        self.queue: deque[tuple[int, int, Delivery]] = deque()  # request, bytes, what to do on arrival
         self.left = 0.0  # bytes of the first chunk, at `since`
         self.rate = 0.0  # bytes per second
         self.since = 0.0
         self.stamp = 0  # of the completion that is planned; others are out of date
         self.is_active = False
 
-    @property
-    def bytes_queued(self) -> int:
-        return sum(num_bytes for num_bytes, _ in self.queue)
+    def bytes_queued(self, request: int | None = None) -> int:
+        """Bytes not yet sent in full, of one request or of all."""
+        return sum(num_bytes for of, num_bytes, _ in self.queue if request is None or of == request)
 
 
 class Network:
@@ -69,13 +69,15 @@ class Network:
         else:
             self._launch(sender, receiver, deliver, args)
 
-    def stream(self, sender: int, receiver: int, num_bytes: int, deliver: Callable[..., None], *args: Any) -> None:
-        """A chunk, behind what the sender has queued for this receiver already."""
+    def stream(
+        self, sender: int, receiver: int, request: int, num_bytes: int, deliver: Callable[..., None], *args: Any
+    ) -> None:
+        """A chunk of the answer to `request`, behind what the sender has queued for this receiver already."""
         if self._is_unlimited:
             self.send(sender, receiver, deliver, *args)
             return
         flow = self._flow(sender, receiver)
-        flow.queue.append((num_bytes, (deliver, args)))
+        flow.queue.append((request, num_bytes, (deliver, args)))
         if not flow.is_active:
             flow.is_active, flow.left, flow.rate = True, float(num_bytes), 0.0
             self._sending[sender][flow] = self._receiving[receiver][flow] = None
@@ -138,10 +140,10 @@ class Network:
     def _sent(self, flow: Flow, stamp: int) -> None:
         if stamp != flow.stamp:
             return
-        _, (deliver, args) = flow.queue.popleft()
+        _, _, (deliver, args) = flow.queue.popleft()
         self.send(flow.sender, flow.receiver, deliver, *args)
         if flow.queue:
-            flow.left, flow.since = float(flow.queue[0][0]), self._clock.now
+            flow.left, flow.since = float(flow.queue[0][1]), self._clock.now
             self._plan(flow)
         else:
             self._close(flow)

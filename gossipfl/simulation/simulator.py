@@ -153,13 +153,14 @@ class Simulator:
         *,
         seed: int = 0,
         watcher: Watcher | None = None,
+        chunk_bytes: int = wire.MAX_PAYLOAD_BYTES,
     ) -> None:
         self.clock = VirtualClock()
         self.network = Network(links, self.clock, generator(seed, "network"))
         self.num_messages = 0
         self._make_machine, self._make_store = make_machine, make_store
         self._cohort, self._codec, self._aggregate, self._links, self._train_s = cohort, codec, aggregate, links, train_s
-        self._watcher = watcher or Watcher()
+        self._watcher, self._chunk_bytes = watcher or Watcher(), chunk_bytes
         self._initial = cohort.initial_vector()
         self._initial.flags.writeable = False
         self._pool = VectorPool(self._initial.size)
@@ -346,9 +347,15 @@ class Simulator:
         """The chunks of an answer, as `Node._serve` sends them."""
         receiver = self.peers[to]
         flow = self.network.flow(peer.index, receiver.index)
-        ahead = flow.bytes_queued if flow is not None and flow.is_active else 0
+        ahead = 0
+        if flow is not None and flow.is_active:
+            queued = flow.bytes_queued(pull.request)
+            if queued:  # a repeat of what is on its way already
+                self._send(peer, to, Later(pull.request, queued))
+                return
+            ahead = flow.bytes_queued()
         total = sum(self._codec.num_bytes(stop - start) for start, stop in pull.ranges)
-        if ahead or total > wire.MAX_PAYLOAD_BYTES:
+        if ahead or total > self._chunk_bytes:
             self._send(peer, to, Later(pull.request, ahead + total))
         desk, num_samples = peer.machine.desk, peer.machine.config.num_samples
         resumed = pull.offset if version == pull.version else 0
@@ -356,14 +363,22 @@ class Simulator:
             values = self._read(peer, version, range_)
             size = self._codec.num_bytes(range_[1] - range_[0])
             first = min(resumed, size - 1)
-            for start in range(first - first % wire.MAX_PAYLOAD_BYTES, size, wire.MAX_PAYLOAD_BYTES):
+            for start in range(first - first % self._chunk_bytes, size, self._chunk_bytes):
                 offset = max(start, first)
-                num_bytes = min(start + wire.MAX_PAYLOAD_BYTES, size) - offset
+                num_bytes = min(start + self._chunk_bytes, size) - offset
                 payload = values if offset + num_bytes == size else None
                 data = Data(pull.request, version, desk.newest, num_samples, range_, offset, size, num_bytes, payload)
                 header_bytes = len(wire.encode(RUN, peer.name, to, data))
                 self.network.stream(
-                    peer.index, receiver.index, num_bytes, self._deliver, peer, receiver, data, header_bytes + num_bytes
+                    peer.index,
+                    receiver.index,
+                    pull.request,
+                    num_bytes,
+                    self._deliver,
+                    peer,
+                    receiver,
+                    data,
+                    header_bytes + num_bytes,
                 )
             resumed = 0
 
