@@ -311,6 +311,53 @@ def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: 
         print_plan(Console(), made)
 
 
+@main.command(epilog=_EPILOG)
+@click.argument("scenario")
+@click.option("--param", "params", multiple=True, metavar="KEY=VALUE,...", help="Values of a key to try; may be repeated.")
+@click.option("--seeds", metavar="N,...", help="Run every combination with each of these seeds.")
+@_set
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of all records (default: runs/<name>-sweep).")
+@click.option("--skip-existing", is_flag=True, help="Go on where an earlier sweep into this folder stopped.")
+@click.option("--force", is_flag=True, help="Replace the folders of earlier runs.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Virtual runs side by side (default: one per core).")
+@click.option("--clock", type=click.Choice(["virtual", "local"]), help="As of `gossipfl run` (default: the scenario's).")
+@_quiet
+@_errors_are_messages
+def sweep(
+    scenario: str,
+    params: tuple[str, ...],
+    seeds: str | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    skip_existing: bool,
+    force: bool,
+    jobs: int | None,
+    clock: str | None,
+    quiet: bool,
+) -> None:
+    """Run a SCENARIO with every combination of some settings, and gather the figures in one table, sweep.csv.
+
+    Runs under virtual time go side by side; on this machine's own clock, one after another. A run that fails does not stop
+    the others.
+
+    \b
+    gossipfl sweep combo --param gossip.segments=1,2,4,8 --param gossip.replicas=1,2,4
+    gossipfl sweep quickstart --clock virtual --param gossip.codec=float32,int8,topk:0.1 --seeds 0,1,2
+    gossipfl sweep combo --param gossip.segments=1,2,4,8 --skip-existing       goes on where it stopped
+    """
+    from gossipfl.scenario.sweep import SweepDisplay, parse_seeds, print_sweep, run_sweep, sweep_runs
+
+    if clock:
+        overrides = (*overrides, f"clock={clock}")
+    runs = sweep_runs(scenario, params, parse_seeds(seeds), out, overrides)
+    folder = runs[0].folder.parent
+    with SweepDisplay(Console(stderr=True), len(runs), quiet) as display:
+        rows = run_sweep(runs, folder, jobs=jobs, skip_existing=skip_existing, force=force, told=display.told)
+    print_sweep(Console(), rows, list(runs[0].settings))
+    click.echo(folder / "sweep.csv")
+    sys.exit(1 if any(row["error"] for row in rows) else 0)
+
+
 def _process_began() -> float:
     """When this process was started, in epoch seconds: the start-up that a user waits for includes Python's own."""
     import psutil

@@ -113,6 +113,10 @@ class Plan:
 def make_plan(scenario: Scenario) -> Plan:
     """Build what the run would build first (data, model, network), and work out the rest. ConfigError as the run's."""
     check_names(scenario)
+    if scenario.gossip.protocol not in _EXCHANGES:
+        raise ConfigError(
+            f"gossip.protocol = {scenario.gossip.protocol!r} cannot be planned; those that can are {', '.join(_EXCHANGES)}"
+        )
     dataset = open_dataset(prepare(scenario))
     settings = peer_settings(scenario)
     model = build_model(scenario.model, dataset.input_shape, dataset.num_classes, scenario.model_args, scenario.model_seed)
@@ -121,7 +125,7 @@ def make_plan(scenario: Scenario) -> Plan:
     sent_as = codec(gossip.codec)
     segment_bytes = np.array([sent_as.num_bytes(stop - start) for start, stop in gossip.for_peer(layout, 1).segments])
     topology = scenario.build_topology()
-    exchange = _EXCHANGES.get(scenario.gossip.protocol, _Gossip)(scenario, topology, segment_bytes)
+    exchange = _EXCHANGES[scenario.gossip.protocol](scenario, topology, segment_bytes)
     num_steps = np.array([_num_steps(scenario, len(shard)) for shard in deal(scenario, dataset)])
     is_virtual = scenario.resolved_clock == "virtual"
     return Plan(
@@ -172,7 +176,8 @@ class _Gossip:
 
     def flows(self, round_: int) -> list[_Flows]:
         """What is sent in a round, in phases; each begins when its senders have done the one before."""
-        select, gossip, num_peers = SELECTORS.get(self.scenario.gossip.selection), self.scenario.gossip, self.scenario.peers
+        gossip, num_peers = self.scenario.gossip, self.scenario.peers
+        select = SELECTORS.get("all" if gossip.selection == "all" else "uniform")  # others choose by what they have seen
         senders, receivers, num_bytes = [], [], []
         for index in range(num_peers):
             neighbours = self._candidates[index]
@@ -388,6 +393,8 @@ def _notes(scenario: Scenario) -> Iterator[str]:
         yield "[churn] is left out: the figures are for peers that stay"
     if scenario.network.loss:
         yield f"network.loss = {scenario.network.loss:g} is left out: what is lost is asked for again, after a deadline"
+    if scenario.gossip.selection not in ("uniform", "all"):
+        yield f"gossip.selection = {scenario.gossip.selection!r} depends on what peers see; the time is for uniform draws"
     if math.isinf(scenario.gossip.max_staleness):
         yield "a peer far behind adopts the newest model and skips rounds; the time is for peers that train all rounds"
     if scenario.network.trace:

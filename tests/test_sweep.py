@@ -1,0 +1,176 @@
+"""Sweeps: which combinations are made, what is refused before anything starts, what is left behind, and by whom."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from gossipfl.cli import main
+from gossipfl.errors import ConfigError
+from gossipfl.scenario.sweep import run_sweep, sweep_runs
+
+QUICK = ("peers=4", "rounds=2", "central=false", "clock=virtual")
+BASE = [word for override in QUICK for word in ("--set", override)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache of data sets for the session, and none of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GOSSIPFL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+def sweep(*arguments: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["sweep", "quickstart", *BASE, *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# -------------------------------------------------------------------------------------------------------- combinations
+
+
+def test_every_combination_has_a_folder_named_after_it_the_last_setting_changing_fastest():
+    runs = sweep_runs("quickstart", ["gossip.segments=1,2", "gossip.codec=int8,topk:0.1"], [0, 3], Path("out"))
+    assert len(runs) == 8
+    assert [run.name for run in runs[:3]] == [
+        "gossip.segments=1,gossip.codec=int8,seed=0",
+        "gossip.segments=1,gossip.codec=int8,seed=3",
+        "gossip.segments=1,gossip.codec=topk:0.1,seed=0",
+    ]
+    assert (runs[-1].scenario.gossip.segments, runs[-1].scenario.gossip.codec, runs[-1].scenario.protocol_seed) == (
+        2,
+        "topk:0.1",
+        3,
+    )
+    assert len({run.scenario.sha256 for run in runs}) == 8
+
+
+def test_commas_within_brackets_and_quotes_do_not_divide_values():
+    runs = sweep_runs(
+        "quickstart", ["model_args.hidden=[8, 4],16", 'network.uplink={kind="uniform", low="1Mbit", high="2Mbit"}']
+    )
+    assert [run.scenario.model_args["hidden"] for run in runs] == [[8, 4], 16]
+    assert all("/" not in run.name and " " not in run.name for run in runs)
+
+
+def test_a_value_given_twice_is_run_once():
+    assert len(sweep_runs("quickstart", ["gossip.segments=2,2"], [1, 1])) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--param", "gossip.segmets=1,2"], ("unknown key 'gossip.segmets'", "did you mean 'gossip.segments'?")),
+        (["--param", "gossip.segments"], ("--param 'gossip.segments' must be key=value,value",)),
+        (["--param", "gossip.segments="], ("--param 'gossip.segments=' must be key=value,value",)),
+        (["--param", "gossip.segments=1,,2"], ("must be key=value,value",)),
+        (["--param", "=1"], ("--param '=1' must be key=value,value",)),
+        (["--param", "rounds=1", "--param", "rounds=2"], ("--param has a key twice; give all its values at once",)),
+        (["--param", "seed=1,2", "--seeds", "1"], ("--seeds and --param seed=... exclude each other",)),
+        (["--seeds", "0,one"], ("--seeds '0,one' must be whole numbers",)),
+        ([], ("a sweep needs something to vary",)),
+        (["--param", "gossip.replicas=1,2,5"], ("gossip.replicas=5: ", "exceeds the 3 neighbours of p0")),
+        (["--param", "gossip.aggregation=mean,mediam"], ("aggregation=mediam: ", "did you mean 'median'?")),
+        (
+            ["--param", "rounds=0,1", "--param", "gossip.segments=0,1"],
+            ("rounds=0,gossip.segments=1: rounds = 0", "rounds=1,gossip.segments=0: gossip.segments = 0"),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_right_is_refused_before_anything_starts(arguments, parts, tmp_path):
+    code, shown, error = sweep(*arguments, "--out", tmp_path / "out")
+    assert code == 2 and shown == ""
+    for part in parts:
+        assert part in error
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def test_a_sweep_leaves_a_record_of_each_run_and_a_table_and_goes_on_where_it_stopped(tmp_path):
+    out = tmp_path / "out"
+    words = ["--param", "gossip.segments=1,2", "--seeds", "0,1", "--out", out]
+    code, shown, progress = sweep(*words)
+    assert code == 0 and shown.splitlines()[-1] == str(out / "sweep.csv")
+    assert [line.partition(" ")[0] for line in progress.splitlines()] == ["1/4", "2/4", "3/4", "4/4"]
+    first = rows(out)
+    assert [(row["gossip.segments"], row["seed"]) for row in first] == [("1", "0"), ("1", "1"), ("2", "0"), ("2", "1")]
+    for row in first:
+        summary = json.loads((out / row["run"] / "summary.json").read_text())
+        assert row["models_sha256"] == summary["models_sha256"] and row["error"] == ""
+        assert float(row["accuracy_mean"]) == summary["accuracy"]["mean"]
+        assert float(row["virtual_s"]) == summary["virtual_seconds"]
+        assert int(row["payload_bytes"]) == summary["bytes"]["payload"]
+    assert len({row["models_sha256"] for row in first}) == 4
+
+    code, _, error = sweep(*words)
+    assert code == 2 and "exists; pass --skip-existing to go on, --force to replace what is there" in error
+
+    (out / first[2]["run"] / "summary.json").unlink()  # as if it had been cut short
+    kept = [(out / row["run"] / "summary.json").stat().st_mtime_ns for row in first if row is not first[2]]
+    code, _, _ = sweep(*words, "--skip-existing")
+    assert code == 0
+    assert kept == [(out / row["run"] / "summary.json").stat().st_mtime_ns for row in first if row is not first[2]]
+    assert [row["models_sha256"] for row in rows(out)] == [row["models_sha256"] for row in first]
+
+    code, _, error = sweep(*words, "--skip-existing", "--set", "training.batch_size=8")
+    assert code == 2 and "holds a run of another scenario; pass --force to replace it, or another --out" in error
+
+
+def test_a_run_that_fails_does_not_stop_the_others_and_is_told(tmp_path):
+    code, shown, error = sweep("--param", "gossip.segmentation=by_layer,even", "--out", tmp_path / "out", "--jobs", "1")
+    assert code == 1 and "failed" in shown
+    assert "1/2  gossip.segmentation=by_layer  failed: gossip.segments = 8 exceeds the model's 4 tensors" in error
+    failed, good = rows(tmp_path / "out")
+    assert "exceeds the model's" in failed["error"] and failed["accuracy_mean"] == ""
+    assert good["error"] == "" and float(good["accuracy_mean"]) > 0
+
+
+def test_runs_on_this_machines_own_clock_go_one_after_another(tmp_path):
+    overrides = ["peers=2", "rounds=1", "central=false", "gossip.replicas=1", "transport.kind=inproc"]
+    runs = sweep_runs("quickstart", ["training.learning_rate=0.1,0.2"], (), tmp_path, overrides)
+    told: list[str] = []
+    found = run_sweep(runs, tmp_path, told=lambda run, row: told.append(run.name))
+    assert told == [run.name for run in runs]
+    assert all(row["virtual_s"] is None and row["wall_s"] > 0 and not row["error"] for row in found)
+
+
+def test_two_combinations_that_would_share_a_folder_are_refused():
+    with pytest.raises(ConfigError, match=r"would share the folder .*; change one of them"):
+        sweep_runs("quickstart", ["model_args.hidden=[8 ],[8\t]"])
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_an_interrupt_stops_the_processes_and_leaves_what_has_finished(tmp_path):
+    words = ["--set", "central=false", "--clock", "virtual", "--param", "rounds=1,100000", "--jobs", "1", "--out", "out"]
+    command = [sys.executable, "-m", "gossipfl.cli", "sweep", "quickstart", *words]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("1/2  rounds=1 ")
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert "Traceback" not in process.stderr.read()
+    assert children and not psutil.wait_procs(children, timeout=10)[1]
+    assert [row["run"] for row in rows(tmp_path / "out")] == ["rounds=1"]
+    assert (tmp_path / "out" / "rounds=1" / "summary.json").exists()
+    assert not (tmp_path / "out" / "rounds=100000" / "summary.json").exists()
