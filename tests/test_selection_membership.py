@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from gossipfl.overlay.selection import SELECTORS, every, uniform
+from gossipfl.overlay.selection import SELECTORS, every, fastest, uniform
 from gossipfl.protocol.membership import MAX_CONTACTS, Membership, Neighbour
 from gossipfl.protocol.messages import NEWEST, Hello, Later, Pull, Refuse, Send, Serve
 from gossipfl.protocol.serving import MAX_AHEAD, MAX_PARKED, PullDesk
@@ -67,7 +67,7 @@ def test_the_generator_decides_who_is_chosen():
 
 def test_all_means_all_however_many_are_asked_for():
     assert every(CANDIDATES, 1, {}, rng()) == list(CANDIDATES)
-    assert {name: SELECTORS.get(name) for name in SELECTORS} == {"all": every, "uniform": uniform}
+    assert {name: SELECTORS.get(name) for name in SELECTORS} == {"all": every, "bandwidth": fastest, "uniform": uniform}
 
 
 # --- membership -------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
 
-from gossipfl.overlay.selection import SELECTORS
+from gossipfl.overlay.selection import SELECTORS, exploring
 from gossipfl.protocol.membership import HELLO_INTERVAL_S, Membership
 from gossipfl.protocol.messages import (
     MAX_RANGES,
@@ -115,6 +115,7 @@ class GossipConfig:
     codec: str = "float32"
     mixing: str = "data_size"
     selection: str = "uniform"
+    exploration: float = 0.5
     max_staleness: float = 0
     staleness_exponent: float = 0.5
     patience_s: float | None = None  # None: max(10 s, 4 x own training time)
@@ -180,7 +181,7 @@ class Gossip:
         match self.phase:
             case Phase.JOINING | Phase.LINGERING:
                 return None if self._wake_at is None else min(self._wake_at, self._give_up_at)
-            case Phase.GATHERING:
+            case Phase.TRAINING | Phase.GATHERING:
                 return min((transfer.deadline for transfer in self._transfers.values()), default=None)
         return None
 
@@ -232,7 +233,7 @@ class Gossip:
                 return self._begin_without_all(now)
             case Phase.JOINING if self._wake_at is not None and now >= self._wake_at:
                 return self._greet(now)
-            case Phase.GATHERING:
+            case Phase.TRAINING | Phase.GATHERING:
                 due = [transfer for transfer in self._transfers.values() if transfer.deadline <= now]
                 return [action for transfer in due for action in self._overdue(transfer, now)]
             case Phase.LINGERING if now >= self._give_up_at:
@@ -313,14 +314,19 @@ class Gossip:
 
     def _choose(self, round_: int) -> list[list[PeerId]]:
         """The neighbours that each segment is pulled from, drawn afresh for each."""
-        candidates = self.membership.candidates(at_least=self.config.replicas)
+        candidates = self._candidates()
         rng = generator(self.config.seed, "neighbours", self.name, round_)
         select, links = SELECTORS.get(self.config.selection), self.membership.neighbours
+        if self.config.selection == "bandwidth":
+            select = exploring(select, self.config.exploration)
         chosen = [select(candidates, self.config.replicas, links, rng) for _ in self.config.segments]
         if self.config.selection != "all":
             expected = min(self.config.replicas, len(self.membership.neighbours))
             self.report.missing += sum(expected - len(peers) for peers in chosen)
         return chosen
+
+    def _candidates(self) -> list[PeerId]:
+        return self.membership.candidates(at_least=self.config.replicas)
 
     def _open_round(self, round_: int, now: float, train_s: float) -> list[Action]:
         """Close what is left of an earlier gathering and start a new one."""
@@ -346,9 +352,8 @@ class Gossip:
             for peer in peers:
                 ranges.setdefault(peer, []).append(range_)
         actions = [action for peer in sorted(ranges) for action in self._pull(peer, ranges[peer], now)]
-        for index, segment in enumerate(self._segments):
-            if not segment.wanted:
-                actions += self._merge(index)
+        for index in range(len(self._segments)):
+            actions += self._merge_if_complete(index)
         return actions
 
     def _pull(self, peer: PeerId, ranges: Sequence[Range], now: float) -> list[Action]:
@@ -404,7 +409,8 @@ class Gossip:
         if not transfer.missing:
             del self._transfers[data.request]
             self._finished_rates.append(transfer.rate(now))
-        if self.membership.newest - self.round > self.config.versions_kept and not self.report.adopted:
+            neighbour.transferred(transfer.link_rate(now))
+        if self._is_far_behind and not self.report.adopted:
             return self._fall_behind(now)
         return self._copy_is_in(peer, data)
 
@@ -488,7 +494,7 @@ class Gossip:
                 return self._give_up(transfer, now)
             transfer.flows(now, self.membership.neighbours[peer].answer_deadline_s, self._patience_s)
         elif not transfer.is_flowing:
-            transfer.deadline = max(self._patience_end, now)
+            transfer.park(max(self._patience_end, now))
         return []
 
     def _overdue(self, transfer: Transfer, now: float) -> list[Action]:
@@ -504,7 +510,9 @@ class Gossip:
 
     def _give_up(self, transfer: Transfer, now: float) -> list[Action]:
         """It was silent, or crawled, for too long."""
-        self.membership.neighbours[transfer.peer].strikes += 1
+        neighbour = self.membership.neighbours[transfer.peer]
+        neighbour.strikes += 1
+        neighbour.transferred(transfer.link_rate(now))
         self.report.timeouts += 1
         return self._replace(transfer, now)
 
@@ -571,6 +579,10 @@ class Gossip:
     def _replacements(self) -> list[PeerId]:
         candidates = set(self.membership.candidates(at_least=1))
         return [peer for peer in self._order if peer in candidates]
+
+    @property
+    def _is_far_behind(self) -> bool:
+        return self.membership.newest - self.round > self.config.versions_kept
 
     def _fall_behind(self, now: float) -> list[Action]:
         detail = f"{self.name} is at round {self.round}, others at {self.membership.newest}: adopting the newest model"

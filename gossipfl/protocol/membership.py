@@ -7,6 +7,8 @@ heard from.
 
 from __future__ import annotations
 
+import math
+import statistics
 from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ FIRST_ANSWER_S = 5.0
 """The same before a neighbour's answers have been timed."""
 STRIKES_OF_A_SUSPECT = 2
 HELLO_INTERVAL_S = 1.0
+RATES_KEPT = 5
+"""Transfers of a neighbour that its predicted rate is the mean of (BACombo's history)."""
 MAX_CONTACTS = 64
 """Neighbours greeted on joining: keeps joining O(1) per peer where everybody is everybody's neighbour."""
 
@@ -37,6 +41,7 @@ class Neighbour:
     strikes: int = 0
     newest: int = 0
     num_samples: int | None = None
+    rates: tuple[float, ...] = ()
     _answer_mean_s: float | None = None
     _answer_deviation_s: float = 0.0
 
@@ -53,6 +58,15 @@ class Neighbour:
         self.strikes = 0
         self.met = True
         self.newest = max(self.newest, newest)
+
+    def transferred(self, bytes_per_s: float) -> None:
+        """Note how fast a transfer from it was; the last few count."""
+        self.rates = (*self.rates, bytes_per_s)[-RATES_KEPT:]
+
+    @property
+    def predicted_rate(self) -> float:
+        """Bytes per second; infinite before the first transfer, so that everybody is tried."""
+        return statistics.fmean(self.rates) if self.rates else math.inf
 
     def answered_after(self, seconds: float) -> None:
         """Smooth the time of first answers, as TCP does round trips (RFC 6298)."""

@@ -35,6 +35,11 @@ class Transfer:
     is_answered: bool = False
     is_flowing: bool = False
     is_probed: bool = False
+    timed_from: float | None = None
+    timed_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.timed_from = self.asked_at
 
     def begin(self, data: Data) -> int:
         """Note the version that a range is served in; bytes that had come of another one, which count for nothing now."""
@@ -53,6 +58,8 @@ class Transfer:
             self.longest_gap_s = max(self.longest_gap_s, now - self.last_byte_at)
         self.last_byte_at = now
         self.num_bytes += data.num_bytes
+        if self.timed_from is not None:
+            self.timed_bytes += data.num_bytes
         self.missing[data.range] += data.num_bytes
         if data.is_last:
             del self.missing[data.range]
@@ -60,7 +67,13 @@ class Transfer:
     def flows(self, now: float, answer_s: float, patience_s: float) -> None:
         """Bytes are on their way: silence may last for the patience until chunks are timed, then for four of their gaps."""
         self.is_flowing, self.is_probed = True, False
+        if self.timed_from is None:
+            self.timed_from = now
         self.deadline = now + self._silence_s(answer_s, patience_s)
+
+    def park(self, until: float) -> None:
+        """The version is not trained yet: its bytes are timed from when the first of them, or news of them, comes."""
+        self.deadline, self.timed_from = until, None
 
     def probe(self, now: float, answer_s: float, patience_s: float) -> Pull:
         """The same request again for what is missing, resuming the first range where it stopped."""
@@ -74,6 +87,12 @@ class Transfer:
     def rate(self, now: float) -> float:
         """Encoded bytes per second since the pull was asked."""
         return self.num_bytes / max(now - self.asked_at, 1e-6)
+
+    def link_rate(self, now: float) -> float:
+        """Encoded bytes per second without the neighbour's training; with it, where all came at once after that."""
+        if self.timed_from is None or not self.timed_bytes:
+            return self.rate(now)
+        return self.timed_bytes / max(now - self.timed_from, 1e-6)
 
     def crawls(self, now: float, finished_rates: Sequence[float]) -> bool:
         """Whether it is far slower than the transfers that have been finished."""

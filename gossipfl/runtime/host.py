@@ -60,6 +60,7 @@ class GossipSettings:
     mixing: str = "data_size"
     aggregation: str = "mean"
     selection: str = "uniform"
+    exploration: float = 0.5
     max_staleness: float = 0
     staleness_exponent: float = 0.5
     patience: float | None = None
@@ -77,6 +78,7 @@ class GossipSettings:
             **dict.fromkeys(("rounds", "segments", "replicas", "versions_kept"), (1, 1e9)),
             **dict.fromkeys(("staleness_exponent", "linger_s", "quorum"), (0, 1e9)),
             **dict.fromkeys(("patience", "join_timeout_s"), (1e-3, 1e9)),
+            "exploration": (0, 1),
             "max_staleness": (0, math.inf),
         }
         for key, (least, most) in bounds.items():
@@ -97,6 +99,7 @@ class GossipSettings:
             codec=self.codec,
             mixing=self.mixing,
             selection=self.selection,
+            exploration=self.exploration,
             max_staleness=self.max_staleness,
             staleness_exponent=self.staleness_exponent,
             patience_s=self.patience,

@@ -169,7 +169,12 @@ class Gossip(Table):
         default="data_size", description="weights of the copies"
     )
     aggregation: Text = Field(default="mean", description="rule that makes one of the copies of a segment")
-    selection: Literal["uniform", "all"] = Field(default="uniform", description="replicas random neighbours, or all of them")
+    selection: Literal["uniform", "all", "bandwidth"] = Field(
+        default="uniform", description="replicas random neighbours, all of them, or rather those with fast links"
+    )
+    exploration: float = Field(
+        default=0.5, ge=0, le=1, description="with selection = 'bandwidth': share of the segments whose neighbours are random"
+    )
     max_staleness: Staleness = Field(
         default=0, description="age in rounds up to which a neighbour's model is used; inf = asynchronous"
     )
@@ -425,9 +430,25 @@ def _check_topology(scenario: Scenario) -> PeerTopology:
                     "lower it or densify the topology",
                 )
             )
+    lacking = next((index for index, degree in degrees.items() if degree < topology.num_peers - 1), None)
+    if lacking is not None and _draws_for_everybody(gossip.protocol):
+        problems.append(
+            Problem(
+                "topology.kind",
+                f"topology.kind = {scenario.topology.kind!r} gives p{lacking} {degrees[lacking]} neighbours, and "
+                f"gossip.protocol = {gossip.protocol!r} draws who sends to whom among all; set topology.kind = 'full'",
+            )
+        )
     if problems:
         raise ScenarioError(problems)
     return topology
+
+
+def _draws_for_everybody(protocol: str) -> bool:
+    from gossipfl.protocol.baselines import PROTOCOLS, Scheduled
+
+    machine = PROTOCOLS.get(protocol) if protocol in PROTOCOLS else None
+    return isinstance(machine, type) and issubclass(machine, Scheduled)
 
 
 def _check_emulation(scenario: Scenario, topology: PeerTopology) -> None:
