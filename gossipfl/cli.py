@@ -67,8 +67,9 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace the folder of an earlier run.")
 @click.option(
     "--clock",
-    type=click.Choice(["virtual", "local"]),
-    help="virtual: emulated network, virtual time; local: real processes and sockets (default: the scenario's).",
+    type=click.Choice(["virtual", "local", "netns"]),
+    help="virtual: emulated network, virtual time; local: real processes and sockets; netns: in network namespaces, as root "
+    "(default: the scenario's).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json to stdout and nothing else.")
 @_quiet

@@ -176,6 +176,14 @@ class Links:
                 return max(given)
         return self._latency(sender, receiver)
 
+    def without_rates(self) -> Links:
+        """The same latency, jitter and loss, where something else sees to the rates."""
+        unlimited = np.full(self.num_peers, math.inf)
+        pair = PairValues(UNLIMITED, self.num_peers)
+        return Links(
+            unlimited, unlimited, pair, self._latency, peer_latency=self._peer_latency, jitter_s=self.jitter_s, loss=self.loss
+        )
+
     def timeline(self) -> Iterator[Change]:
         """The changes in order; without end when the trace repeats, its last row being the period."""
         yield from self.changes

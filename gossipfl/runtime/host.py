@@ -165,6 +165,7 @@ class Job:
     insecure: bool = False
     scenario: str = ""
     emulation: dict[str, Any] | None = None  # see `shaping.Emulation`
+    namespace: str | None = None  # see `namespaces.enter`
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Job:

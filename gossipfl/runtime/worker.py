@@ -28,6 +28,7 @@ from gossipfl.errors import GossipflError
 from gossipfl.learning.central import train_centrally
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.runtime.host import Event, Job, PeerHost
+from gossipfl.runtime.namespaces import enter
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class Worker:
             job = self._commands.get()
             if job is None or job.get("do") == "exit":  # before there was anything to do
                 return
+            if job.get("namespace"):
+                enter(job["namespace"])  # before there is a socket, or a thread that makes some
             self._host = PeerHost(Job.from_json(job), **self._objects)
             self._emit(self._ready(self._host))
             for _ in range(self._commands.qsize()):  # came while the host was being made

@@ -306,10 +306,10 @@ class Scenario(Table):
 
     @property
     def resolved_clock(self) -> Literal["virtual", "local", "netns"]:
-        """The clock, where "auto" means virtual time if links, devices or churn are emulated, and else this machine's."""
+        """The clock, where "auto" means virtual time if the scenario has links, devices or churn, and else this machine's."""
         if self.clock != "auto":
             return self.clock
-        return "virtual" if any(table != type(table)() for table in self._emulated.values()) else "local"
+        return "virtual" if any(table.model_fields_set for table in self._emulated.values()) else "local"
 
     @property
     def _emulated(self) -> dict[str, Network | Compute | Churn]:
@@ -336,9 +336,7 @@ class Scenario(Table):
         values = self.model_dump(exclude_none=True)
         if len(set(values["seed"].values())) == 1:
             values["seed"] = self.data_seed
-        unused = {
-            key for key in ("network", "compute", "churn", "stop") if getattr(self, key) == type(self).model_fields[key].default
-        }
+        unused = {key for key in (*self._emulated, "stop") if not getattr(self, key).model_fields_set}
         return {key: value for key, value in values.items() if key not in unused}
 
     def to_toml(self) -> str:

@@ -33,10 +33,10 @@ from gossipfl.errors import ConfigError, GossipflError, RunError
 from gossipfl.learning.datasets import Dataset, open_dataset, save_dataset
 from gossipfl.learning.partition import class_table
 from gossipfl.overlay.links import check_links
+from gossipfl.runtime.namespaces import Namespaces, check_available
 from gossipfl.runtime.shaping import Emulation
 from gossipfl.runtime.transport import check_loopback
 from gossipfl.scenario.config import Scenario, check_names
-from gossipfl.scenario.emulation import Compute
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import Event, RunRecord, final_models, new_folder, remove_files, summarize
 from gossipfl.scenario.results import Observer, RunResult
@@ -66,6 +66,7 @@ class Launcher:
     workers: Sequence[WorkerHandle] = ()
     process: subprocess.Popen[bytes] | None = None
     sockets: Path | None = None
+    namespaces: Namespaces | None = None
     ended: set[int] = field(default_factory=set)
     finished: dict[str, str | None] = field(default_factory=dict)
     peak_mib: float = 0.0
@@ -79,7 +80,9 @@ class Launcher:
         check_names(self.scenario)
         check_links(self.scenario.build_links(), self.scenario.build_topology())
         check_no_churn(self.scenario)
-        if self.scenario.transport.kind == "tcp":
+        if self._is_in_namespaces:
+            self._check_namespaces(any(value is not None for value in objects.values()))
+        elif self.scenario.transport.kind == "tcp":
             check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
         self._check_file_descriptors()
         folder = new_folder(out, self.scenario.name, force)
@@ -96,6 +99,8 @@ class Launcher:
             raise
         finally:
             self._stop_workers()
+            if self.namespaces is not None:
+                self.namespaces.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             record.close()
@@ -108,6 +113,10 @@ class Launcher:
         else:  # they import torch while the data is prepared
             self.workers, self.process = launch(groups, self.inbox, folder / "log")
         data, shards = self._prepare_data(folder, objects["dataset"])
+        if self._is_in_namespaces:
+            topology = scenario.build_topology()
+            neighbours = [topology.neighbours(index) for index in range(scenario.peers)]
+            self.namespaces = Namespaces(scenario.peer_names, scenario.build_links(), neighbours)
         for index, worker in enumerate(self.workers):
             worker.send(self._job(index, worker.peers, folder, data, shards))
         ready = self._await_ready()
@@ -137,6 +146,8 @@ class Launcher:
         size = self.scenario.peers_per_process or math.ceil(len(names) / len(os.sched_getaffinity(0)))
         if in_process or self.scenario.transport.kind == "inproc":
             size = len(names)
+        if self._is_in_namespaces:
+            size = 1
         return [names[first : first + size] for first in range(0, len(names), size)]
 
     def _prepare_data(self, folder: Path, dataset: Dataset | None) -> tuple[Path, list[Path]]:
@@ -168,24 +179,42 @@ class Launcher:
             degrees = {names[other]: topology.degree(other) for other in topology.neighbours(number)}
             jobs.append({"name": peer, "indices": str(shards[number].resolve()), "degrees": degrees})
         return peer_settings(scenario) | {
-            "emulation": emulation(scenario),
+            "emulation": emulation(scenario, kernel_rates=self._is_in_namespaces),
+            "namespace": self.namespaces.path(peers[0]) if self.namespaces else None,
             "peers": jobs,
             "run": self._run_number(folder),
             "bind": self._bind_address(index),
             "advertise": f"tcp://{scenario.transport.advertise}:0" if scenario.transport.advertise else None,
             "data": str(data),
             "out": str(folder.resolve()),
-            "insecure": self.insecure,
+            "insecure": self.insecure or self._is_in_namespaces,  # nobody else is on the network there
         }
 
     def _bind_address(self, index: int) -> str:
         """Where the process number `index` listens: any free port, or a socket file that nobody else has."""
+        if self.namespaces is not None:
+            return tcp_address(self.namespaces.address(self.scenario.peer_names[index]), 0)
         match self.scenario.transport.kind:
             case "tcp":
                 return tcp_address(self.scenario.transport.host, 0)
             case "ipc":
                 return f"ipc://{self.sockets}/{index}"
         return f"inproc://gossipfl-{os.getpid()}-{time.monotonic_ns()}"
+
+    @property
+    def _is_in_namespaces(self) -> bool:
+        return self.scenario.resolved_clock == "netns"
+
+    def _check_namespaces(self, in_process: bool) -> None:
+        """ConfigError for what the clock netns cannot do."""
+        scenario = self.scenario
+        check_available(scenario.peers)
+        if in_process or scenario.transport.kind != "tcp":
+            raise ConfigError("clock = 'netns' runs processes that talk over tcp; use --clock local")
+        if scenario.peers_per_process not in (None, 1):
+            raise ConfigError(f"peers_per_process = {scenario.peers_per_process}, but each has a network of its own; remove it")
+        if scenario.build_links().changes:
+            raise ConfigError("network.trace is for the clocks virtual and local; remove it, or use one of them")
 
     def _run_number(self, folder: Path) -> int:
         text = f"{self.scenario.sha256}/{folder.resolve()}/{self.began}/{os.getpid()}"
@@ -338,6 +367,7 @@ class Launcher:
             wall_s=wall_s,
             peak_memory_mib=self.peak_mib or None,
             engine=ready["engine"],
+            clock=scenario.resolved_clock,
             exit_code=EXIT_INTERRUPTED if self.is_interrupted else None,
         )
         summary |= self._fidelity(record)
@@ -346,9 +376,9 @@ class Launcher:
 
     def _fidelity(self, record: RunRecord) -> Event:
         """What the summary says of the emulation: what shaped the links, and rounds of training that took longer than told."""
-        emulated = emulation(self.scenario)
+        emulated = emulation(self.scenario, kernel_rates=self._is_in_namespaces)
         if emulated is None:
-            return {}
+            return {"shaping": "kernel: rates"} if self._is_in_namespaces else {}
         rounds = [event for event in record.events if event["event"] == "round"]
         overrun = [event["overrun_s"] for event in rounds if event.get("overrun_s")]
         if overrun:
@@ -356,7 +386,10 @@ class Launcher:
                 f"{len(overrun)} of {len(rounds)} trainings took longer than [compute] says, by up to {max(overrun):.3f} s: "
                 "this run claims no fidelity; lengthen compute.step_time, or use --clock virtual"
             )
-        return {"shaping": "user space" if emulated["links"] else None, "overrun": len(overrun)}
+        by_process = "user space" if emulated["links"] else None
+        if self._is_in_namespaces:
+            by_process = "kernel: rates; user space: latency, jitter, loss" if emulated["links"] else "kernel: rates"
+        return {"shaping": by_process, "overrun": len(overrun)}
 
     def _ask(self, command: Event, answer: str) -> float | None:
         """Have a worker that still lives compute an accuracy; None if none does."""
@@ -412,14 +445,14 @@ def peer_settings(scenario: Scenario) -> Event:
     }
 
 
-def emulation(scenario: Scenario) -> Event | None:
+def emulation(scenario: Scenario, kernel_rates: bool = False) -> Event | None:
     """What processes that host peers emulate around them (`runtime.shaping.Emulation`), None if nothing."""
-    links = scenario.build_links()
+    links = scenario.build_links().without_rates() if kernel_rates else scenario.build_links()
     emulated = Emulation(
         scenario.peer_names,
         scenario.protocol_seed,
         None if links.is_ideal else links,
-        scenario.build_devices() if scenario.compute != Compute() else None,
+        scenario.build_devices() if scenario.compute.model_fields_set else None,
     )
     return emulated.to_json() if emulated.links or emulated.devices else None
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gossipfl.errors import ConfigError
 from gossipfl.learning.datasets import Dataset
 from gossipfl.scenario.config import Scenario, load_scenario
 from gossipfl.scenario.results import Observer, RunResult
@@ -34,10 +33,10 @@ def run(
 ) -> RunResult:
     """Run a scenario (a file, a built-in name, a dict or a Scenario) to its end and return its result.
 
-    `clock` takes the place of the scenario's: "local" runs real processes and sockets, "virtual" the same machines under
-    virtual time. `model` (a torch module), `dataset` (a Dataset) and `step` (`f(model, x, y) -> loss`) take the place of the
-    scenario's; all peers then live in this process. ConfigError for what cannot be right, RunError if no run came about. A run
-    in which too few peers finish returns, with exit code 1.
+    `clock` takes the place of the scenario's: "virtual" runs the machines under virtual time, "local" real processes and
+    sockets, "netns" the same with a network namespace for each. `model` (a torch module), `dataset` (a Dataset) and `step`
+    (`f(model, x, y) -> loss`) take the place of the scenario's; all peers then live in this process. ConfigError for what
+    cannot be right, RunError if no run came about. A run in which too few peers finish returns, with exit code 1.
     """
     if clock is not None:
         overrides = [*overrides, f"clock={clock}"]
@@ -50,8 +49,7 @@ def run(
             from gossipfl.scenario.simulated import simulate
 
             return simulate(loaded, folder, force, objects, observer, began)
-        case "local":
+        case _:
             from gossipfl.scenario.launcher import Launcher
 
             return Launcher(loaded, observer, began, insecure).run(folder, force, objects)
-    raise ConfigError(f"clock = {loaded.resolved_clock!r} is not to be had yet; choose 'virtual' or 'local'")

@@ -1,0 +1,189 @@
+"""A network namespace for each peer, with links that the kernel shapes: real TCP over links of finite rate. Linux, root.
+
+    with Namespaces(names, links, neighbours) as namespaces:
+        namespaces.address("p3"), namespaces.path("p3")        # an IP address, and what `enter` takes in the peer's process
+
+Each namespace hangs by a pair of virtual Ethernet devices on a bridge, in a namespace of its own; none of them reaches the
+machine's networks. The kernel's hierarchical token bucket at the peer's end shapes its uplink and, within that, what goes to
+each neighbour; a token bucket at the bridge's end shapes its downlink (tc-htb(8), tc-tbf(8)). Latency, jitter and loss are
+not the kernel's here: `links.without_rates` in user space (`shaping.py`) adds them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from gossipfl.errors import ConfigError, RunError
+from gossipfl.overlay.links import Links
+from gossipfl.protocol.messages import PeerId
+
+FOLDER = Path("/run/netns")
+FIRST_ADDRESS = IPv4Address("10.213.0.1")
+PREFIX_BITS = 16
+MAX_PEERS = 1000
+COMMAND_S = 60.0
+LEAST_BIT = 8_000
+"""The least rate that a class is promised: the kernel takes no 0."""
+MOST_BIT = 10_000_000_000
+"""What an end without a limit gets, where another limit is shaped there: the kernel knows no infinite rate."""
+QUEUE_S, LEAST_QUEUE_BYTES = 0.05, 65_536
+"""What waits in front of a limited link: enough for TCP to fill it, too little to delay a pull by much."""
+GSO_BYTES = 16_384
+"""Largest piece that TCP hands down at once: 64 KiB of the default would be bursts of 52 ms at 10 Mbit/s."""
+_CLONE_NEWNET = 0x40000000
+
+
+class Namespaces:
+    """The namespaces of the peers `names`; `neighbours[i]` are the indices that peer i sends to.
+
+    ConfigError where they cannot be made: no root, no Linux, or no iproute2.
+    """
+
+    def __init__(self, names: Sequence[PeerId], links: Links, neighbours: Sequence[Sequence[int]]) -> None:
+        check_available(len(names))
+        self._names, self._links, self._neighbours = names, links, neighbours
+        self._prefix = f"gossipfl-{os.getpid()}-"
+        self._switch = f"{self._prefix}switch"
+        remove_stale()
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Namespaces:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def address(self, name: PeerId) -> str:
+        """The peer's IPv4 address."""
+        return _address(self._names.index(name))
+
+    def path(self, name: PeerId) -> str:
+        """What the peer's process enters."""
+        return str(FOLDER / f"{self._prefix}{self._names.index(name)}")
+
+    def close(self) -> None:
+        """Remove them all, and with them their devices; processes inside keep theirs until they end."""
+        _remove(path.name for path in FOLDER.glob(f"{self._prefix}*"))
+
+    def _build(self) -> None:
+        indices = range(len(self._names))
+        _run(["ip"], [f"netns add {self._switch}", *(f"netns add {self._prefix}{index}" for index in indices)])
+        on_switch = ["link add br0 type bridge", "link set br0 up"]
+        for index in indices:
+            on_switch += [
+                f"link add v{index} type veth peer name eth0 netns {self._prefix}{index}",
+                f"link set v{index} master br0 up gso_max_size {GSO_BYTES}",
+            ]
+        _run(["ip", "-n", self._switch], on_switch)
+        for index in indices:
+            addresses = [f"addr add {_address(index)}/{PREFIX_BITS} dev eth0", "link set lo up"]
+            _run(["ip", "-n", f"{self._prefix}{index}"], [*addresses, f"link set eth0 up gso_max_size {GSO_BYTES}"])
+            _run(["tc", "-n", f"{self._prefix}{index}"], outgoing(index, self._links, self._neighbours[index]))
+        _run(["tc", "-n", self._switch], [line for index in indices for line in incoming(index, self._links)])
+
+
+def outgoing(index: int, links: Links, neighbours: Sequence[int]) -> list[str]:
+    """tc's commands for what a peer sends: its uplink, shared by a class for each neighbour, which the pair bounds."""
+    pairs = {other: links.pair(index, other) for other in neighbours}
+    if not neighbours or (math.isinf(links.uplink[index]) and all(map(math.isinf, pairs.values()))):
+        return []
+    uplink = _bit(float(links.uplink[index]))
+    lines = [
+        "qdisc add dev eth0 root handle 1: htb",
+        f"class add dev eth0 parent 1: classid 1:1 htb rate {uplink}bit quantum {GSO_BYTES}",
+    ]
+    promised = max(LEAST_BIT, uplink // len(neighbours))
+    for other, rate in pairs.items():
+        most = min(uplink, _bit(rate))
+        class_ = f"1:{other + 16:x}"
+        lines += [
+            f"class add dev eth0 parent 1:1 classid {class_} htb rate {min(promised, most)}bit ceil {most}bit "
+            f"quantum {GSO_BYTES}",
+            f"qdisc add dev eth0 parent {class_} bfifo limit {_queue_bytes(most)}",
+            f"filter add dev eth0 protocol ip parent 1: prio 1 u32 match ip dst {_address(other)}/32 flowid {class_}",
+        ]
+    return lines
+
+
+def incoming(index: int, links: Links) -> list[str]:
+    """tc's commands at the bridge for what a peer receives."""
+    rate = float(links.downlink[index])
+    if math.isinf(rate):
+        return []
+    bits = _bit(rate)
+    burst = max(2 * GSO_BYTES, bits // 8 // 250)  # of a timer tick, at the least
+    return [f"qdisc add dev v{index} root tbf rate {bits}bit burst {burst} limit {burst + _queue_bytes(bits)}"]
+
+
+def enter(path: str) -> None:
+    """Move this thread, and those that it starts from now on, into a namespace. RunError if that fails."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if libc.setns(descriptor, _CLONE_NEWNET):
+            raise RunError(f"cannot enter the network namespace {path}: {os.strerror(ctypes.get_errno())}")
+    finally:
+        os.close(descriptor)
+
+
+def check_available(num_peers: int) -> None:
+    """ConfigError, with the remedy, where this machine or this user cannot make namespaces."""
+    remedy = "use --clock virtual, or --clock local, which shapes in user space"
+    if not sys.platform.startswith("linux"):
+        raise ConfigError(f"clock = 'netns' needs Linux, this is {sys.platform}; {remedy}")
+    if os.geteuid() != 0:
+        raise ConfigError(f"clock = 'netns' needs root, this is user {os.geteuid()}; run as root, or {remedy}")
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing:
+        raise ConfigError(f"clock = 'netns' needs {' and '.join(missing)} of iproute2; install it, or {remedy}")
+    if num_peers > MAX_PEERS:
+        raise ConfigError(f"clock = 'netns' takes at most {MAX_PEERS} peers, not {num_peers}; use --clock virtual")
+
+
+def remove_stale() -> None:
+    """Remove the namespaces of launchers that were killed before they could."""
+    owners = {path.name: re.fullmatch(r"gossipfl-(\d+)-\w+", path.name) for path in FOLDER.glob("gossipfl-*")}
+    _remove(name for name, owner in owners.items() if owner and not Path("/proc", owner.group(1)).exists())
+
+
+def _remove(names: Iterable[str]) -> None:
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=COMMAND_S)
+
+
+def _run(command: Sequence[str], lines: Sequence[str]) -> None:
+    """Give `ip` or `tc` a batch of commands."""
+    if not lines:
+        return
+    batch = [*command, "-batch", "-"]
+    done = subprocess.run(batch, input="\n".join(lines) + "\n", text=True, capture_output=True, check=False, timeout=COMMAND_S)
+    if done.returncode:
+        number = re.search(r":(\d+)", done.stderr)
+        line = lines[int(number.group(1)) - 1] if number and int(number.group(1)) <= len(lines) else ""
+        raise RunError(f"the kernel refuses `{' '.join(command)} {line}`: {done.stderr.strip()}; use --clock local")
+
+
+def _address(index: int) -> str:
+    return str(FIRST_ADDRESS + index)
+
+
+def _bit(rate: float) -> int:
+    """Bits per second of a rate in bytes per second."""
+    return int(min(max(8 * rate, LEAST_BIT), MOST_BIT))
+
+
+def _queue_bytes(bits: int) -> int:
+    return max(LEAST_QUEUE_BYTES, int(bits / 8 * QUEUE_S))

@@ -1,0 +1,136 @@
+"""Network namespaces: what the kernel is told, and, where this user may, real TCP over links that it shapes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import gossipfl
+from gossipfl.errors import ConfigError
+from gossipfl.overlay.links import Constant, LinksConfig, build_links
+from gossipfl.runtime import namespaces
+from gossipfl.runtime.namespaces import Namespaces, enter, incoming, outgoing
+
+needs_root = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")),
+    reason="network namespaces need Linux, root and iproute2",
+)
+
+RUN = {
+    "peers": 4,
+    "rounds": 3,
+    "evaluate_every": 0,
+    "training": {"local_steps": 2},
+    "gossip": {"segments": 2, "replicas": 1},
+    "network": {"pair": "500kbit", "latency": "10ms"},
+    "compute": {"step_time": "20ms"},
+}
+
+
+def test_each_neighbour_gets_a_class_within_the_uplink():
+    links = build_links(LinksConfig(uplink=Constant(1e6), pair=Constant(250e3)), 4, 0)
+    lines = outgoing(0, links, [1, 2, 3])
+    assert "class add dev eth0 parent 1: classid 1:1 htb rate 8000000bit quantum 16384" in lines
+    assert "class add dev eth0 parent 1:1 classid 1:11 htb rate 2000000bit ceil 2000000bit quantum 16384" in lines
+    assert sum("match ip dst 10.213.0.3/32 flowid 1:12" in line for line in lines) == 1
+    assert sum(line.startswith("class") for line in lines) == 1 + 3
+
+
+def test_what_is_not_limited_is_not_shaped():
+    links = build_links(LinksConfig(downlink=Constant(1e6)), 3, 0)
+    assert outgoing(0, links, [1, 2]) == []
+    assert len(incoming(1, links)) == 1 and "tbf rate 8000000bit" in incoming(1, links)[0]
+    assert incoming(1, build_links(LinksConfig(), 3, 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("os.geteuid", lambda: 1000, "needs root, this is user 1000"),
+        ("shutil.which", lambda tool: None, "needs ip and tc of iproute2"),
+        ("sys.platform", "darwin", "needs Linux, this is darwin"),
+    ],
+    ids=["root", "tools", "system"],
+)
+def test_what_is_missing_is_named_with_what_to_use_instead(monkeypatch, attribute, value, message, tmp_path):
+    monkeypatch.setattr(namespaces.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(f"gossipfl.runtime.namespaces.{attribute}", value)
+    with pytest.raises(ConfigError, match=f"{message}.*--clock virtual"):
+        gossipfl.run(RUN, clock="netns", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "changes",
+    [{"transport": {"kind": "ipc"}}, {"peers_per_process": 2}, {"churn": {"kill": [{"peer": "p1", "at": "1s"}]}}],
+    ids=str,
+)
+def test_what_it_cannot_do_is_refused_before_anything_starts(changes, tmp_path):
+    with pytest.raises(ConfigError):
+        gossipfl.run(RUN | changes, clock="netns", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@needs_root
+def test_a_run_in_namespaces_comes_to_the_same_models_no_faster_than_its_links(tmp_path):
+    virtual = gossipfl.run(RUN, clock="virtual", out=tmp_path / "virtual")
+    netns = gossipfl.run(RUN, clock="netns", out=tmp_path / "netns")
+    assert netns.summary["models_sha256"] == virtual.summary["models_sha256"]
+    assert netns.summary["clock"] == "netns" and netns.summary["shaping"].startswith("kernel: rates")
+    segment_s = 4 * virtual.summary["parameters"] / 2 / 62_500
+    assert netns.summary["seconds"]["wall"] >= 0.9 * 3 * (2 * 0.02 + segment_s)  # the bucket may hold a burst
+    assert not list(namespaces.FOLDER.glob(f"gossipfl-{os.getpid()}-*"))
+
+
+@needs_root
+def test_the_kernel_holds_a_pair_to_its_rate():
+    links = build_links(LinksConfig(pair=Constant(1e6)), 2, 0)
+    num_bytes, received = 600_000, threading.Event()
+    with Namespaces(["p0", "p1"], links, [[1], [0]]) as made:
+        import socket
+
+        listening, seconds = threading.Event(), []
+
+        def receive() -> None:
+            enter(made.path("p1"))
+            with socket.create_server((made.address("p1"), 5000)) as server:
+                server.settimeout(20)
+                listening.set()
+                connection, _ = server.accept()
+                with connection:
+                    connection.settimeout(20)
+                    began, total = time.monotonic(), 0
+                    while part := connection.recv(65_536):
+                        total += len(part)
+                seconds.append(time.monotonic() - began)
+                assert total == num_bytes
+            received.set()
+
+        def send() -> None:
+            enter(made.path("p0"))
+            with socket.create_connection((made.address("p1"), 5000), timeout=20) as connection:
+                connection.sendall(bytes(num_bytes))
+
+        threading.Thread(target=receive, daemon=True).start()
+        assert listening.wait(20)
+        threading.Thread(target=send, daemon=True).start()
+        assert received.wait(30)
+    assert seconds[0] >= 0.8 * num_bytes / 1e6
+
+
+@needs_root
+def test_what_a_killed_launcher_left_behind_is_removed_by_the_next():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    stale = f"gossipfl-{gone.pid}-0"
+    subprocess.run(["ip", "netns", "add", stale], check=True)
+    with Namespaces(["p0"], build_links(LinksConfig(), 1, 0), [[]]):
+        assert not Path(namespaces.FOLDER, stale).exists()
