@@ -6,7 +6,21 @@ Each reproduction lists its arms, scenarios for the virtual clock, and makes tab
 fitted to what was published. To add one, register it in `REPRODUCTIONS` from a file in this folder and import it here.
 """
 
+from gossipfl.scenario.reproduce.bacombo import bacombo
 from gossipfl.scenario.reproduce.combo import combo
+from gossipfl.scenario.reproduce.epidemic import epidemic
 from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Outcome, Reproduction, Row, Table, run_arms
+from gossipfl.scenario.reproduce.mosaic import mosaic
 
-__all__ = ["REPRODUCTIONS", "Outcome", "Reproduction", "Row", "Table", "combo", "run_arms"]
+__all__ = [
+    "REPRODUCTIONS",
+    "Outcome",
+    "Reproduction",
+    "Row",
+    "Table",
+    "bacombo",
+    "combo",
+    "epidemic",
+    "mosaic",
+    "run_arms",
+]

@@ -1,0 +1,177 @@
+"""Reproductions: their arms can be run and differ only in what is compared, and their tables say what was measured."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from gossipfl.learning.models import build_model
+from gossipfl.scenario.config import load_scenario
+from gossipfl.scenario.reproduce import REPRODUCTIONS, Outcome, Table, bacombo, epidemic, mosaic
+from gossipfl.scenario.reproduce.bacombo import PARAMETERS
+from gossipfl.scenario.runner import run
+
+ARMS = [(name, full) for name in REPRODUCTIONS for full in (False, True)]
+
+
+def outcome(mean=0.9, average=0.9, seconds=None, rounds=None, sync_s=1.0) -> Outcome:
+    summary = {
+        "accuracy": {"mean": mean, "min": mean - 0.1, "average_model": average},
+        "consensus_distance": {"last": 0.5},
+        "bytes": {"payload_per_peer_round": 2048},
+    }
+    return Outcome(summary, seconds, rounds, None if rounds is None else 2048.0 * rounds, sync_s)
+
+
+def rows(table: Table) -> dict[str, Any]:
+    return {row.name: row for row in table.rows}
+
+
+def small_run(scenario: dict[str, Any], folder) -> dict[str, Any]:
+    """Two rounds of an arm, without its target; its summary."""
+    return run({**copy.deepcopy(scenario), "rounds": 2, "stop": {}}, clock="virtual", out=folder).summary
+
+
+# --- arms -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "full"), ARMS)
+def test_every_arm_is_a_scenario(name, full):
+    arms = REPRODUCTIONS.get(name)().arms(full)
+    assert arms
+    for arm in arms.values():
+        assert load_scenario(arm).peers == arm["peers"]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_epidemic_learning_and_d_psgd_start_alike_and_move_as_much(tmp_path, seed):
+    arms = epidemic().arms(False)
+    differing = ("gossip", "topology")
+    shared = [
+        {key: value for key, value in arms[f"{arm}-{seed}"].items() if key not in differing}
+        for arm in ("local", "oracle", "fixed")
+    ]
+    assert shared[0] == shared[1] == shared[2] and shared[0]["seed"] == seed
+    if seed == 0:
+        moved = [small_run(arms[f"{arm}-0"], tmp_path / arm)["bytes"]["payload"] for arm in ("local", "oracle", "fixed")]
+        assert moved == [2 * 96 * 7 * 4 * 9_610] * 3
+
+
+@pytest.mark.parametrize("protocol", ["epidemic", "gossip"])
+def test_with_any_number_of_segments_as_many_bytes_move(tmp_path, protocol):
+    arms = mosaic().arms(False)
+    moved = [
+        small_run(arms[f"{protocol}-skewed-{segments}-1"], tmp_path / str(segments))["bytes"]["payload"]
+        for segments in (1, 4, 16)
+    ]
+    assert moved == [2 * 32 * 2 * 4 * 9_610] * 3
+
+
+def test_bacombo_keeps_the_published_ratio_of_sending_to_training():
+    """10 to 30 units of time to train, and a model of 25 units at up to 100 a unit of time."""
+    for full, data_shape in ((False, (1, 8, 8)), (True, (3, 32, 32))):
+        arm = bacombo().arms(full)["bacombo-0.5"]
+        scenario = load_scenario(arm)
+        model = build_model(scenario.model, data_shape, 10, scenario.model_args, 0)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        assert num_parameters == PARAMETERS[full]
+        devices = scenario.build_devices()
+        training = [devices.train_s(index, 1, scenario.training.local_steps) for index in range(scenario.peers)]
+        sending = 4 * num_parameters / scenario.build_links().uplink[0]
+        assert all(10 / 0.25 <= seconds / sending <= 30 / 0.25 for seconds in training)
+
+
+def test_the_arms_of_bacombo_differ_in_who_is_asked_for_what():
+    arms = bacombo().arms(False)
+    without = [{key: value for key, value in arm.items() if key not in ("gossip", "compute")} for arm in arms.values()]
+    assert all(other == without[0] for other in without)
+    assert all(arms[f"{name}-idle"]["gossip"] == arm["gossip"] for name, arm in arms.items() if not name.endswith("-idle"))
+    assert {arm["gossip"]["replicas"] for arm in arms.values()} == {5}
+
+
+def test_bandwidth_aware_rounds_are_shorter_than_uniform_ones_where_all_train_as_long(tmp_path):
+    arms = bacombo().arms(False)
+    seconds = {}
+    for name in ("bacombo-0.2", "combo", "plain"):
+        arm = {**copy.deepcopy(arms[name]), "peers": 16, "rounds": 12, "stop": {}, "compute": {}, "evaluate_every": 0}
+        seconds[name] = run(arm, clock="virtual", out=tmp_path / name).summary["seconds"]["wait"]
+    assert seconds["bacombo-0.2"] < seconds["combo"] < seconds["plain"]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def bacombo_outcomes(**changes: Outcome) -> dict[str, Outcome]:
+    outcomes = dict.fromkeys(bacombo().arms(False), outcome(seconds=10.0, rounds=20))
+    return outcomes | changes
+
+
+def test_bacombo_is_compared_by_the_time_to_the_target():
+    changes = {
+        "combo": outcome(seconds=15.0, rounds=20, sync_s=3.0),
+        "plain": outcome(seconds=8.0, rounds=20),
+        "server": outcome(seconds=200.0, rounds=20),
+    }
+    ratios, idle, details, _ = bacombo().tables(bacombo_outcomes(**changes), False)
+    assert [row.measured for row in idle.rows] == [1.0, 1.0, 1.0]
+    assert [row.measured for row in ratios.rows] == [1.5, 0.8, 20.0]
+    assert [row.verdict for row in ratios.rows] == ["inside", "below", "above"]
+    assert ratios.rows[0].values["of synchronising alone"] == "3.00"
+    assert 2 * len(details.rows) == len(bacombo().arms(False))
+
+
+def test_a_target_that_was_not_reached_is_told_and_not_judged():
+    ratios, _, details, _ = bacombo().tables(bacombo_outcomes(plain=outcome(mean=0.5)), False)
+    plain = ratios.rows[1]
+    assert plain.values["measured"] == "target not reached" and plain.verdict == ""
+    assert "0.500" in details.rows[-2].values["seconds"]
+
+
+def test_epidemic_learning_is_compared_by_rounds_and_by_points_over_the_seeds():
+    outcomes = {}
+    for seed, (fixed, local) in enumerate([(30, 20), (28, 20), (32, 20)]):
+        outcomes |= {
+            f"fixed-{seed}-timed": outcome(rounds=fixed, seconds=1.0),
+            f"local-{seed}-timed": outcome(rounds=local, seconds=1.0),
+            f"oracle-{seed}-timed": outcome(rounds=10, seconds=1.0),
+            f"fixed-{seed}": outcome(mean=0.80),
+            f"local-{seed}": outcome(mean=0.80 + 0.01 * seed),
+            f"oracle-{seed}": outcome(mean=0.79),
+        }
+    assert set(outcomes) == set(epidemic().arms(False))
+    quicker, better, after = epidemic().tables(outcomes, False)
+    assert rows(quicker)["EL-Local"].measured == pytest.approx(1.5)
+    assert rows(quicker)["EL-Local"].values["measured"] == "1.50 (1.40 to 1.60)"
+    assert rows(quicker)["EL-Local"].values["rounds"] == "30 / 20, 28 / 20, 32 / 20"
+    assert [row.verdict for row in quicker.rows] == ["inside", "above"]
+    assert rows(better)["EL-Local"].values["measured"] == "+1.0 (+0.0 to +2.0)"
+    assert [row.verdict for row in better.rows] == ["inside", "below"]
+    assert rows(after)["D-PSGD"].values["accuracy of the peers"] == "0.800 (0.800 to 0.800)"
+
+
+def test_epidemic_learning_is_not_judged_where_a_seed_did_not_reach_the_target():
+    outcomes = dict.fromkeys(epidemic().arms(False), outcome(rounds=20, seconds=1.0))
+    quicker, *_ = epidemic().tables(outcomes | {"local-1-timed": outcome()}, False)
+    assert rows(quicker)["EL-Local"].verdict == "" and rows(quicker)["EL-Oracle"].verdict == "inside"
+
+
+def test_mosaic_is_compared_seed_by_seed_with_whole_models():
+    base = {0: 0.60, 1: 0.70, 2: 0.80}
+    gain = {("skewed", 4): 0.05, ("skewed", 16): 0.20, ("iid", 4): 0.005, ("iid", 16): -0.03}
+    outcomes = {}
+    for name in mosaic().arms(False):
+        _, partition, segments, seed = name.split("-")
+        outcomes[name] = outcome(mean=base[int(seed)] + gain.get((partition, int(segments)), 0.0), average=base[int(seed)])
+    gains, details = mosaic().tables(outcomes, False)
+    judged = {row.name: row.verdict for row in gains.rows if row.verdict}
+    assert judged == {
+        "Mosaic, skewed, S = 4": "inside",
+        "Mosaic, skewed, S = 16": "above",
+        "Mosaic, iid, S = 4": "inside",
+        "Mosaic, iid, S = 16": "below",
+    }
+    skewed = rows(gains)["Mosaic, skewed, S = 4"].values
+    assert skewed["measured"] == "+5.0 (+5.0 to +5.0)" and skewed["of the average model"] == "+0.0 (+0.0 to +0.0)"
+    assert rows(details)["Mosaic, skewed, S = 1"].values["accuracy of the peers"] == "0.700 (0.600 to 0.800)"
