@@ -65,6 +65,11 @@ class TrainingConfig:
     engine: str = "auto"
     seed: int = 0
 
+    def num_steps(self, num_samples: int) -> int:
+        """Local steps of a round for a peer with so many training samples."""
+        per_epoch = -(-num_samples // min(self.batch_size, num_samples))
+        return self.local_steps or per_epoch * (self.local_epochs or 1)
+
 
 @dataclass
 class Learner:
@@ -314,8 +319,7 @@ class Engine:
         rng = generator(self.config.seed, "batches", learner.name, round)
         size = min(self.config.batch_size, len(learner.indices))
         per_epoch = -(-len(learner.indices) // size)
-        local_steps = (self.config.local_steps or 0) * times
-        num_steps = local_steps or per_epoch * (self.config.local_epochs or 1)
+        num_steps = self.config.num_steps(len(learner.indices)) * (times if self.config.local_steps else 1)
         for step in range(num_steps):
             if step % per_epoch == 0:
                 order = learner.indices[rng.permutation(len(learner.indices))]

@@ -428,6 +428,14 @@ def _check_topology(scenario: Scenario) -> PeerTopology:
                     "lower it or densify the topology",
                 )
             )
+    if gossip.protocol == "fedavg" and degrees[0] < topology.num_peers - 1:
+        problems.append(
+            Problem(
+                "topology.kind",
+                f"gossip.protocol = 'fedavg' has its server at p0, which is linked to {degrees[0]} of {topology.num_peers - 1} "
+                "peers; use topology.kind = 'star' or 'full'",
+            )
+        )
     lacking = next((index for index, degree in degrees.items() if degree < topology.num_peers - 1), None)
     if lacking is not None and _draws_for_everybody(gossip.protocol):
         problems.append(

@@ -126,7 +126,8 @@ def make_plan(scenario: Scenario) -> Plan:
     segment_bytes = np.array([sent_as.num_bytes(stop - start) for start, stop in gossip.for_peer(layout, 1).segments])
     topology = scenario.build_topology()
     exchange = _EXCHANGES[scenario.gossip.protocol](scenario, topology, segment_bytes)
-    num_steps = np.array([_num_steps(scenario, len(shard)) for shard in deal(scenario, dataset)])
+    training = TrainingConfig(**peer_settings(scenario)["training"])
+    num_steps = np.array([training.num_steps(len(shard)) for shard in deal(scenario, dataset)])
     is_virtual = scenario.resolved_clock == "virtual"
     return Plan(
         scenario=scenario.name,
@@ -202,11 +203,6 @@ class _FedAvg(_Gossip):
 
     def __init__(self, scenario: Scenario, topology: Topology, segment_bytes: np.ndarray) -> None:
         self.num_clients = scenario.peers - 1
-        if topology.degree(0) < self.num_clients:
-            raise ConfigError(
-                f"gossip.protocol = 'fedavg' has its server at p0, which is linked to {topology.degree(0)} of "
-                f"{self.num_clients} clients; set topology.kind = 'full' or 'star'"
-            )
         self.model_bytes = float(segment_bytes.sum())
         self.received = np.full(scenario.peers, self.model_bytes)
         self.received[0] *= self.num_clients
@@ -353,13 +349,6 @@ def _cost(seconds: np.ndarray, alike: float = ALIKE) -> Cost:
     if seconds[worst] > alike * float(np.median(seconds)):
         return Cost(float(seconds[worst]), f"p{worst}")
     return Cost(float(seconds.mean()), None)
-
-
-def _num_steps(scenario: Scenario, num_samples: int) -> int:
-    """Of a round, as `Engine.batch_indices` takes them."""
-    training = scenario.training
-    batches = -(-num_samples // min(training.batch_size, num_samples))
-    return training.local_steps or batches * (training.local_epochs or 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------ memory

@@ -122,6 +122,7 @@ class _Simulation(Watcher):
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()
         _check_memory(scenario, self.initial.size)
         self.devices = scenario.build_devices()
+        self.num_steps = [training.num_steps(len(shard)) for shard in shards]
         self.learners = {name: Learner(name, shard) for name, shard in zip(names, shards, strict=True)}
         self.topology = scenario.build_topology()
         self.config = self.gossip.for_peer(self.layout, 1)
@@ -165,15 +166,8 @@ class _Simulation(Watcher):
     def _store(self, name: str) -> SegmentStore:
         return SegmentStore(self.initial, self.config.segments, codec(self.gossip.codec), self.gossip.seed, name)
 
-    def _num_steps(self, index: int) -> int:
-        training = self.scenario.training
-        if training.local_steps is not None:
-            return training.local_steps
-        num_samples = len(self.learners[self.scenario.peer_names[index]].indices)
-        return -(-num_samples // min(training.batch_size, num_samples)) * (training.local_epochs or 1)
-
     def _train_s(self, index: int, round_: int) -> float:
-        return self.devices.train_s(index, round_, self._num_steps(index))
+        return self.devices.train_s(index, round_, self.num_steps[index])
 
     # --- running ------------------------------------------------------------------------------------------------------
 
