@@ -20,22 +20,21 @@ import errno
 import logging
 import os
 import re
-import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import zmq
 import zmq.utils.monitor
 
-from gossipfl.errors import ConfigError, RemoteProtocolError, RunError
+from gossipfl.errors import RemoteProtocolError, RunError
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import Credit, Data, Later, Message, PeerId, Record, Refuse
+from gossipfl.runtime.addresses import bind_failure, check_address, check_loopback, in_use, is_listened_at
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +160,7 @@ class ZmqTransport:
 
     def connect(self, peer: PeerId, address: str) -> None:
         """Learn where a peer lives (ConfigError if that is no address); connected to when there is something to send."""
-        _check_address(address, f"the address of {peer}")
+        check_address(address, f"the address of {peer}")
         self._routes[peer] = address
 
     def send(self, sender: PeerId, recipient: PeerId, message: Message, origin: Origin | None = None) -> None:
@@ -270,8 +269,8 @@ class ZmqTransport:
     # --- sockets ------------------------------------------------------------------------------------------------------
 
     def _bind(self, address: str) -> zmq.Socket:
-        if address.startswith("ipc://") and _is_listened_at(address.removeprefix("ipc://")):
-            raise RunError(_in_use(address))  # ZeroMQ would take it over in silence
+        if address.startswith("ipc://") and is_listened_at(address.removeprefix("ipc://")):
+            raise RunError(in_use(address))  # ZeroMQ would take it over in silence
         router = self._context.socket(zmq.ROUTER)
         _set_limits(router, address)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -281,7 +280,7 @@ class ZmqTransport:
             router.bind(address)
         except zmq.ZMQError as error:
             router.close(linger=0)
-            raise RunError(_bind_failure(address, error)) from error
+            raise RunError(bind_failure(address, error)) from error
         return router
 
     def _open(self, address: str) -> Link:
@@ -498,40 +497,6 @@ class ZmqTransport:
                 pass
 
 
-def check_loopback(address: str, insecure: bool) -> None:
-    """ConfigError if a tcp address is reachable from other machines and `insecure` does not allow it."""
-    _check_address(address, "the address to listen at")
-    url = urlsplit(address)
-    if url.scheme != "tcp" or insecure:
-        return
-    host = url.hostname or ""
-    try:
-        is_loopback = ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if not is_loopback:
-        raise ConfigError(
-            f"transport.host = {host!r} is reachable from other machines and peers are not authenticated yet; "
-            "use 127.0.0.1 or ::1, or pass --insecure on a network where you trust everybody"
-        )
-
-
-def _check_address(address: str, what: str) -> None:
-    """ConfigError unless it is `tcp://host:port`, `ipc://path` or `inproc://name`."""
-    kind, separator, rest = address.partition("://")
-    is_address = bool(separator and rest) and kind in ("tcp", "ipc", "inproc")
-    if is_address and kind == "tcp":
-        try:
-            url = urlsplit(address)
-            is_address = bool(url.hostname) and url.port is not None
-        except ValueError:
-            is_address = False
-    if not is_address:
-        raise ConfigError(
-            f"{what}, {address!r}, is none (tcp, ipc or inproc): give tcp://host:port, ipc://path or inproc://name"
-        )
-
-
 def _set_limits(end: zmq.Socket[bytes], address: str) -> None:
     end.setsockopt(zmq.IPV6, int(address.startswith("tcp://[")))
     end.setsockopt(zmq.LINGER, 0)
@@ -539,25 +504,6 @@ def _set_limits(end: zmq.Socket[bytes], address: str) -> None:
     end.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
     end.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
     end.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
-
-
-def _is_listened_at(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
-        probe.connect(path)
-        return True
-    return False
-
-
-def _in_use(address: str) -> str:
-    return f"{address} is in use; choose another{' port, or 0 for any free one' if address.startswith('tcp:') else ''}"
-
-
-def _bind_failure(address: str, error: zmq.ZMQError) -> str:
-    if error.errno == zmq.EADDRINUSE:
-        return _in_use(address)
-    if error.errno in (errno.ENODEV, errno.EADDRNOTAVAIL):
-        return f"{address} is no address of this machine; bind to one that is, and advertise the other"
-    return f"cannot bind to {address}: {error}"
 
 
 def _receive(end: zmq.Socket[bytes]) -> list[wire.Buffer]:
