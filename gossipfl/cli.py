@@ -236,10 +236,13 @@ def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -
 @click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
 @_errors_are_messages
 def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, as_json: bool) -> None:
-    """Run a published comparison again, NAME being combo: what was published and what is measured, side by side.
+    """Run a published comparison again: what was published and what is measured, side by side.
+
+    NAME is combo, bacombo, epidemic or mosaic.
 
     \b
     gossipfl reproduce combo
+    gossipfl reproduce mosaic --jobs 4 --json
     """
     from gossipfl.scenario.display import ArmsProgress, print_tables
     from gossipfl.scenario.reproduce import REPRODUCTIONS, run_arms

@@ -92,7 +92,10 @@ def check_refused(done: Done, *parts: str, code: int = 2) -> None:
 # ------------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["scenarios"], ["peer"], ["collect"]], ids=lambda words: " ".join(words))
+COMMANDS = ["run", "scenarios", "peer", "collect", "topology", "plan", "sweep", "reproduce", "report"]
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)], ids=lambda words: " ".join(words))
 def test_help_shows_an_example_and_the_exit_codes(command):
     result = CliRunner().invoke(main, [*command, "--help"], prog_name="gossipfl")
     assert result.exit_code == 0
