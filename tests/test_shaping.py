@@ -238,7 +238,7 @@ def shape() -> Iterator[Shape]:
         for end in ends:
             for name in names:
                 end.transport.connect(name, made[-1].end(name).address)
-            end.transport.begin()
+            end.transport.begin(time.monotonic())
         return made[-1]
 
     yield make
@@ -424,7 +424,26 @@ def test_trainings_that_take_longer_than_told_are_counted_and_fidelity_is_not_cl
     assert any("12 of 12 trainings" in note and "no fidelity" in note for note in notes)
 
 
-def test_churn_over_sockets_is_an_error_that_names_the_virtual_clock(tmp_path):
-    with pytest.raises(ConfigError, match="--clock virtual"):
-        run(tmp_path, "local", 'churn.kill=[{peer="p1", at="5s"}]')
+@pytest.mark.parametrize("where", ["peers_per_process=2", "transport.kind=inproc"])
+def test_churn_of_peers_without_a_process_of_their_own_is_an_error_that_tells_what_to_set(where, tmp_path):
+    with pytest.raises(ConfigError, match=r"set peers_per_process = 1 .*--clock virtual"):
+        run(tmp_path, "local", 'churn.kill=[{peer="p1", at="5s"}]', where)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.processes
+def test_peers_are_killed_come_back_and_come_late_when_told(tmp_path):
+    churn = (
+        'churn.kill=[{peer="p1", at="0.7s"}, {peer="p2", at="0.9s"}]',
+        'churn.rejoin=[{peer="p1", at="4s"}]',
+        'churn.join=[{peer="p3", at="0.4s"}]',
+    )
+    more = ("rounds=10", "peers_per_process=1", "compute.step_time=0.2", "gossip.patience=1", "gossip.join_timeout_s=2")
+    result = run(tmp_path, "local", *more, *churn)
+    events = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
+    rounds = {name: [e["time_s"] for e in events if e["event"] == "round" and e["peer"] == name] for name in ("p1", "p2", "p3")}
+    assert result.summary["faults"]["dead_peers"] == ["p2"] and result.exit_code == 0
+    assert {event["peer"] for event in events if event["event"] == "finished"} == {"p0", "p1", "p3"}
+    assert max(rounds["p2"], default=0) < 0.9 + SLACK_S
+    assert rounds["p1"] and all(time_s < 0.7 + SLACK_S or time_s > 4.0 for time_s in rounds["p1"])
+    assert min(rounds["p3"]) >= 0.4 + 2 * 0.2

@@ -248,13 +248,15 @@ class PeerHost:
         self._hosted[peer.name] = _Hosted(node, learner, index)
         self.reactor.add(node)
 
-    def start(self, roster: Mapping[PeerId, str]) -> None:
-        """Join the run whose peers live at these addresses."""
+    def start(self, roster: Mapping[PeerId, str], elapsed_s: float = 0.0) -> None:
+        """Join the run whose peers live at these addresses, and which began `elapsed_s` ago."""
         for name, address in roster.items():
             self.transport.connect(name, address)
+        while elapsed_s and self.transport.receive(0.0):
+            pass  # it was not there when this was said
+        self._started = time.monotonic() - elapsed_s
         if isinstance(self.transport, ShapedTransport):
-            self.transport.begin()
-        self._started = time.monotonic()
+            self.transport.begin(self._started)
         self.reactor.start()
         for hosted in self._hosted.values():
             self.reactor.post(lambda node=hosted.node: node.handle(Start()))  # type: ignore[misc]

@@ -279,9 +279,9 @@ class ShapedTransport(ZmqTransport):
         self._change: Change | None = None
         self._began = math.inf
 
-    def begin(self) -> None:
-        """The run begins: times of a trace count from now."""
-        self._began = time.monotonic()
+    def begin(self, began: float) -> None:
+        """The times of a trace count from then (monotonic seconds), when the run began."""
+        self._began = began
         self._change = next(self._timeline, None)
 
     # --- sending ------------------------------------------------------------------------------------------------------

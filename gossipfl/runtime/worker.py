@@ -1,7 +1,7 @@
 """A process that hosts peers for a launcher: JSON lines in on one pipe, JSON lines out on another, logs in a file.
 
-    in   the job; {"do": "start", "roster": {...}, "fast_math": bool}; {"do": "stop_after", "round": r};
-         {"do": "evaluate", "path": "..."}; {"do": "central", "rounds": n}; {"do": "exit"}
+    in   the job; {"do": "start", "roster": {...}, "fast_math": bool, "elapsed_s": seconds of the run so far};
+         {"do": "stop_after", "round": r}; {"do": "evaluate", "path": "..."}; {"do": "central", "rounds": n}; {"do": "exit"}
     out  hello, ready, round, fault, finished, evaluated, central, alive, failed
 
 The end of its commands ends the process: a launcher that dies leaves no orphans. The same worker runs inside a process when the
@@ -103,9 +103,9 @@ class Worker:
         except Empty:  # a command that came while the host was being made is announced twice
             return
         match command:
-            case {"do": "start", "roster": roster, "fast_math": fast_math}:
+            case {"do": "start", "roster": roster, "fast_math": fast_math, "elapsed_s": elapsed_s}:
                 host.engine.set_fast_math(fast_math)
-                host.start(roster)
+                host.start(roster, elapsed_s)
                 self._emit({"event": "started"})
             case {"do": "stop_after", "round": round_}:
                 host.stop_after(round_)

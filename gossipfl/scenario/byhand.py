@@ -27,7 +27,7 @@ from gossipfl.protocol.messages import Collect, PeerId, Record
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
-from gossipfl.scenario.launcher import check_no_churn, emulation, peer_settings
+from gossipfl.scenario.launcher import emulation, peer_settings
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import RunRecord, check_free, final_models, new_folder, remove_files, summarize
 from gossipfl.scenario.results import RunResult
@@ -90,11 +90,12 @@ def run_peer(
 ) -> Path:
     """Run one peer to its end, then keep its results for `keep_s` seconds for `collect`; its folder."""
     from gossipfl.runtime.host import Job, PeerHost, PeerJob
-    from gossipfl.runtime.transport import check_loopback
+    from gossipfl.runtime.addresses import check_loopback
 
     scenario = load_scenario(source, overrides)
     check_names(scenario)
-    check_no_churn(scenario)
+    if not scenario.build_churn().is_empty:
+        raise ConfigError("[churn] does not kill peers that are started by hand; remove it, and stop them by hand")
     roster = read_roster(roster_path)
     _check_names_match(name, scenario, roster, roster_path)
     check_loopback(bind or roster.peers[name], insecure)

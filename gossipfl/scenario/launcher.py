@@ -33,14 +33,15 @@ from gossipfl.errors import ConfigError, GossipflError, RunError
 from gossipfl.learning.datasets import Dataset, open_dataset, save_dataset
 from gossipfl.learning.partition import class_table
 from gossipfl.overlay.links import check_links
+from gossipfl.runtime.addresses import check_loopback
 from gossipfl.runtime.namespaces import Namespaces, check_available
 from gossipfl.runtime.shaping import Emulation
-from gossipfl.runtime.transport import check_loopback
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.preparation import deal, prepare
+from gossipfl.scenario.presence import Presence, check_churn
 from gossipfl.scenario.records import Event, RunRecord, final_models, new_folder, remove_files, summarize
 from gossipfl.scenario.results import Observer, RunResult
-from gossipfl.scenario.workers import Inbox, ThreadWorker, WorkerHandle, launch
+from gossipfl.scenario.workers import Inbox, ProcessWorker, ThreadWorker, WorkerHandle, launch
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,9 @@ class Launcher:
     began: float  # epoch seconds
     insecure: bool
     inbox: Inbox = field(default_factory=SimpleQueue)
-    workers: Sequence[WorkerHandle] = ()
-    process: subprocess.Popen[bytes] | None = None
+    workers: list[WorkerHandle] = field(default_factory=list)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    presence: Presence = field(init=False)
     sockets: Path | None = None
     namespaces: Namespaces | None = None
     ended: set[int] = field(default_factory=set)
@@ -79,9 +81,11 @@ class Launcher:
     def run(self, out: Path | None, force: bool, objects: dict[str, Any]) -> RunResult:
         check_names(self.scenario)
         check_links(self.scenario.build_links(), self.scenario.build_topology())
-        check_no_churn(self.scenario)
+        in_process = any(value is not None for value in objects.values()) or self.scenario.transport.kind == "inproc"
+        groups = self._groups(in_process)
+        check_churn(self.scenario.build_churn(), groups, in_process)
         if self._is_in_namespaces:
-            self._check_namespaces(any(value is not None for value in objects.values()))
+            self._check_namespaces(in_process)
         elif self.scenario.transport.kind == "tcp":
             check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
         self._check_file_descriptors()
@@ -92,7 +96,7 @@ class Launcher:
         try:
             with tempfile.TemporaryDirectory(prefix="gossipfl-") as sockets:
                 self.sockets = Path(sockets)
-                return self._run(record, objects)
+                return self._run(record, groups, in_process, objects)
         except (ConfigError, KeyboardInterrupt):
             self._stop_workers()
             remove_files(folder)  # nothing has run
@@ -105,20 +109,20 @@ class Launcher:
                 signal.signal(number, handler)
             record.close()
 
-    def _run(self, record: RunRecord, objects: dict[str, Any]) -> RunResult:
+    def _run(self, record: RunRecord, groups: list[list[str]], in_process: bool, objects: dict[str, Any]) -> RunResult:
         scenario, folder = self.scenario, record.folder
-        groups = self._groups(in_process=any(value is not None for value in objects.values()))
-        if any(value is not None for value in objects.values()) or scenario.transport.kind == "inproc":
+        if in_process:
             self.workers = [ThreadWorker(groups[0], self.inbox, **objects)]
         else:  # they import torch while the data is prepared
-            self.workers, self.process = launch(groups, self.inbox, folder / "log")
+            self.workers += self._launch(groups, folder / "log")
         data, shards = self._prepare_data(folder, objects["dataset"])
         if self._is_in_namespaces:
             topology = scenario.build_topology()
             neighbours = [topology.neighbours(index) for index in range(scenario.peers)]
             self.namespaces = Namespaces(scenario.peer_names, scenario.build_links(), neighbours)
-        for index, worker in enumerate(self.workers):
-            worker.send(self._job(index, worker.peers, folder, data, shards))
+        jobs = [self._job(index, worker.peers, folder, data, shards) for index, worker in enumerate(self.workers)]
+        for worker, job in zip(self.workers, jobs, strict=True):
+            worker.send(job)
         ready = self._await_ready()
         first = ready[0]
         self._check_memory(first["parameters"])
@@ -128,9 +132,20 @@ class Launcher:
         record.write("roster.toml", tomli_w.dumps(_roster(self._run_number(folder), roster)))
         engine = first["engine"]
         record.write("scenario.toml", tomli_w.dumps(scenario.resolved() | {"engine": engine}))
-        for worker in self.workers:
-            worker.send({"do": "start", "roster": roster, "fast_math": engine["fast_math"]})
         self.startup_s, self.started_at = time.time() - self.began, time.monotonic()
+
+        def start(worker: WorkerHandle, elapsed_s: float) -> None:
+            command = {"do": "start", "roster": roster, "fast_math": engine["fast_math"]}
+            worker.send(command | {"elapsed_s": elapsed_s})
+
+        def replace(index: int) -> WorkerHandle:
+            number, peers = len(self.processes), groups[index]
+            (worker,) = self._launch([peers], folder / "log" / f"{peers[0]}-{number}")
+            worker.send(jobs[index] | {"bind": roster[peers[0]]})
+            return worker
+
+        self.presence = Presence(scenario.build_churn(), self.workers, start, replace)
+        self.presence.begin()
         self.observer.started(folder, first["parameters"])
         self._follow(record)
         wall_s = time.monotonic() - self.started_at
@@ -144,11 +159,17 @@ class Launcher:
         """The peers of each process: one process per core, unless the scenario says how many peers share one."""
         names = self.scenario.peer_names
         size = self.scenario.peers_per_process or math.ceil(len(names) / len(os.sched_getaffinity(0)))
-        if in_process or self.scenario.transport.kind == "inproc":
+        if in_process:
             size = len(names)
         if self._is_in_namespaces:
             size = 1
         return [names[first : first + size] for first in range(0, len(names), size)]
+
+    def _launch(self, groups: Sequence[list[str]], logs: Path) -> list[ProcessWorker]:
+        logs.mkdir(exist_ok=True)
+        workers, process = launch(groups, self.inbox, logs)
+        self.processes.append(process)
+        return workers
 
     def _prepare_data(self, folder: Path, dataset: Dataset | None) -> tuple[Path, list[Path]]:
         """Convert the data once, deal it to the peers, and keep each peer's indices in a file."""
@@ -215,6 +236,8 @@ class Launcher:
             raise ConfigError(f"peers_per_process = {scenario.peers_per_process}, but each has a network of its own; remove it")
         if scenario.build_links().changes:
             raise ConfigError("network.trace is for the clocks virtual and local; remove it, or use one of them")
+        if not scenario.build_churn().is_empty:
+            raise ConfigError("[churn] is for the clocks virtual and local; remove it, or use one of them")
 
     def _run_number(self, folder: Path) -> int:
         text = f"{self.scenario.sha256}/{folder.resolve()}/{self.began}/{os.getpid()}"
@@ -259,9 +282,9 @@ class Launcher:
 
     def _follow(self, record: RunRecord) -> None:
         """Record what the workers tell, until every peer has finished or died, or the run is interrupted."""
-        stop, names = self.scenario.stop, self.scenario.peer_names
-        while not self.is_interrupted and any(name not in self.finished for name in names):
-            worker, event = self._next(0.5)
+        stop = self.scenario.stop
+        while not self.is_interrupted and self._present():
+            worker, event = self._next(self.presence.next_in_s)
             match event["event"]:
                 case _ if worker is None:
                     pass
@@ -269,20 +292,27 @@ class Launcher:
                     if event["event"] == "finished":
                         self.finished[event["peer"]] = event["error"]
                     record.add(event)
-                    self.observer.event(event, len(names) - len(self.finished) + self._num_well())
+                    self.observer.event(event, self._num_alive())
+                case "ready":
+                    self.presence.is_ready(worker)
                 case "failed":
                     record.add(event | {"peers": worker.peers})
                     self.observer.note(f"the process of {', '.join(worker.peers)} failed: {event['message']}")
                 case "ended":
                     self._bury(worker, record)
+            self.presence.follow(self.finished)
             self._watch_silence()
             if stop.duration is not None and time.monotonic() - self.started_at > stop.duration:
                 self._stop_soon(record)
             if stop.target_accuracy is not None and event["event"] == "round" and self._has_reached(record, event["round"]):
                 self._stop_soon(record)
 
-    def _num_well(self) -> int:
-        return sum(error is None for error in self.finished.values())
+    def _present(self) -> list[str]:
+        """Peers that have not finished and are there, or have yet to come."""
+        return [name for name in self.scenario.peer_names if name not in self.finished and name not in self.presence.away]
+
+    def _num_alive(self) -> int:
+        return len(self._present()) + sum(error is None for error in self.finished.values())
 
     def _next(self, timeout_s: float) -> tuple[WorkerHandle | None, Event]:
         """What a worker says next; `timeout` if none does in time. Raises a failed worker's error before the start."""
@@ -303,12 +333,14 @@ class Launcher:
 
     def _bury(self, worker: WorkerHandle, record: RunRecord) -> None:
         """A worker has ended before its peers had finished: they are dead."""
+        if self.presence.was_killed(worker):
+            return
         for peer in worker.peers:
             if peer not in self.finished:
                 self.finished[peer] = "its process ended"
                 event = {"event": "finished", "peer": peer, "round": None, "error": "its process ended"}
                 record.add(event)
-                self.observer.event(event, len(self.scenario.peer_names) - len(self.finished) + self._num_well())
+                self.observer.event(event, self._num_alive())
 
     def _watch_silence(self) -> None:
         now = time.monotonic()
@@ -324,9 +356,9 @@ class Launcher:
             for event in record.events
             if event["event"] == "round" and event["round"] == round_ and event["accuracy_after"] is not None
         }
-        alive = [name for name in self.scenario.peer_names if name not in self.finished]
+        present = self._present()
         target = self.scenario.stop.target_accuracy
-        return bool(alive) and set(alive) <= set(accuracies) and float(np.mean(list(accuracies.values()))) >= (target or 0)
+        return bool(present) and set(present) <= set(accuracies) and float(np.mean(list(accuracies.values()))) >= (target or 0)
 
     def _stop_soon(self, record: RunRecord) -> None:
         """End after a round that no peer can have passed: peers are at most two rounds ahead of what they have told."""
@@ -410,8 +442,8 @@ class Launcher:
             worker.send({"do": "exit"})
         for worker in self.workers:
             worker.stop(deadline)
-        if self.process is not None:
-            self.process.wait(5.0)
+        for process in self.processes:
+            process.wait(5.0)
 
     def _catch_signals(self) -> dict[int, Any]:
         """Ctrl-C and SIGTERM end the run in order; only the main thread may ask for them."""
@@ -455,12 +487,6 @@ def emulation(scenario: Scenario, kernel_rates: bool = False) -> Event | None:
         scenario.build_devices() if scenario.compute.model_fields_set else None,
     )
     return emulated.to_json() if emulated.links or emulated.devices else None
-
-
-def check_no_churn(scenario: Scenario) -> None:
-    """ConfigError if peers are to come and go, which needs virtual time."""
-    if not scenario.build_churn().is_empty:
-        raise ConfigError("[churn] is emulated under virtual time only so far; use --clock virtual, or remove [churn]")
 
 
 def tcp_address(host: str, port: int) -> str:

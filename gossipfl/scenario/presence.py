@@ -1,0 +1,97 @@
+"""Who of a run over sockets is there: processes that are killed and started as [churn] says.
+
+A peer that is killed gets a new process at once, which waits with everything loaded until the peer is to be back; what it
+knew is gone. One that comes late waits likewise from the beginning.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from gossipfl.errors import ConfigError
+from gossipfl.overlay.churn import Change, Churn
+from gossipfl.scenario.workers import WorkerHandle
+
+
+class Presence:
+    """Kills and starts the processes of peers; `workers[i]` is that of peer i, or, without churn, of any number of peers.
+
+    `start(worker, elapsed_s)` has a worker that is ready join the run, which began so long ago; `replace(index)` makes the
+    next one of a peer that was killed.
+    """
+
+    def __init__(
+        self,
+        churn: Churn,
+        workers: list[WorkerHandle],
+        start: Callable[[WorkerHandle, float], None],
+        replace: Callable[[int], WorkerHandle],
+    ) -> None:
+        self.away: set[str] = set()
+        """Peers that were killed and are not back. Those that come late are not among them: the run waits for them."""
+        self._churn, self._workers, self._start, self._replace = churn, workers, start, replace
+        self._former: list[WorkerHandle] = []
+        self._not_ready: list[WorkerHandle] = []
+        self._began = math.inf
+        self._changes = churn.changes(math.inf)
+        self._next: Change | None = None
+
+    def begin(self) -> None:
+        """The run begins, with those who are there."""
+        self._began = time.monotonic()
+        self._next = next(self._changes, None)
+        for index, worker in enumerate(self._workers):
+            if self._churn.is_empty or self._churn.initially_online(index):
+                self._start(worker, 0.0)
+
+    @property
+    def next_in_s(self) -> float:
+        """Seconds until somebody comes or goes."""
+        return math.inf if self._next is None else self._began + self._next.time_s - time.monotonic()
+
+    def follow(self, finished: Collection[str]) -> None:
+        """Kill and start whoever is due, but those who have finished."""
+        while self._next is not None and self.next_in_s <= 0:
+            index, online = self._next.index, self._next.online
+            if self._workers[index].peers[0] not in finished:
+                if online:
+                    self._bring(index)
+                else:
+                    self._kill(index)
+            self._next = next(self._changes, None)
+
+    def is_ready(self, worker: WorkerHandle) -> None:
+        """This one, the next of a peer that was killed, has loaded everything."""
+        if worker in self._not_ready:
+            self._not_ready.remove(worker)
+            if worker.peers[0] not in self.away:  # it was to be back before
+                self._start(worker, time.monotonic() - self._began)
+
+    def was_killed(self, worker: WorkerHandle) -> bool:
+        return worker in self._former
+
+    def _kill(self, index: int) -> None:
+        worker = self._workers[index]
+        self.away.update(worker.peers)
+        self._former.append(worker)
+        worker.stop(time.monotonic())
+        self._workers[index] = self._replace(index)
+        self._not_ready.append(self._workers[index])
+
+    def _bring(self, index: int) -> None:
+        worker = self._workers[index]
+        self.away.difference_update(worker.peers)
+        if worker not in self._not_ready:
+            self._start(worker, time.monotonic() - self._began)
+
+
+def check_churn(churn: Churn, groups: Sequence[Sequence[str]], in_process: bool) -> None:
+    """ConfigError if peers are to be killed that have no process of their own."""
+    if not churn.is_empty and (in_process or any(len(group) > 1 for group in groups)):
+        where = "in this process" if in_process else f"{len(groups[0])} to a process"
+        raise ConfigError(
+            f"[churn] kills the processes of peers, and they live {where}: set peers_per_process = 1 and "
+            "transport.kind = 'tcp', or use --clock virtual"
+        )
