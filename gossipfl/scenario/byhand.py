@@ -23,11 +23,12 @@ import numpy as np
 from gossipfl.errors import ConfigError, DataError, GossipflError, RunError
 from gossipfl.learning.checkpoint import load_model, write_atomically
 from gossipfl.learning.datasets import open_dataset
+from gossipfl.overlay.topology import degrees_of
 from gossipfl.protocol.messages import Collect, PeerId, Record
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
-from gossipfl.scenario.launcher import emulation, peer_settings
+from gossipfl.scenario.launcher import emulation, fidelity, peer_settings
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import RunRecord, check_free, final_models, new_folder, remove_files, summarize
 from gossipfl.scenario.results import RunResult
@@ -89,8 +90,8 @@ def run_peer(
     say: Say,
 ) -> Path:
     """Run one peer to its end, then keep its results for `keep_s` seconds for `collect`; its folder."""
-    from gossipfl.runtime.host import Job, PeerHost, PeerJob
     from gossipfl.runtime.addresses import check_loopback
+    from gossipfl.runtime.host import Job, PeerHost, PeerJob
 
     scenario = load_scenario(source, overrides)
     check_names(scenario)
@@ -108,10 +109,10 @@ def run_peer(
     shard = folder / "shard.npy"
     np.save(shard, indices)
     topology = scenario.build_topology()
-    degrees = {names[other]: topology.degree(other) for other in topology.neighbours(number)}
+    degrees, schedule = degrees_of(topology, number, names)
     settings = peer_settings(scenario) | {"advertise": roster.peers[name], "emulation": emulation(scenario)}
     job = Job(
-        peers=[PeerJob(name, str(shard), degrees)],
+        peers=[PeerJob(name, str(shard), degrees, schedule)],
         run=roster.run,
         bind=bind or roster.peers[name],
         data=str(prepared),
@@ -217,6 +218,7 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
         peak_memory_mib=None,
         engine={},
     )
+    summary |= fidelity(scenario, record.events, say)
     record.write("summary.json", json.dumps(summary, indent=1) + "\n")
     record.close()
     say(f"collected {len(well)} of {len(roster.peers)} peers in {time.monotonic() - began:.1f} s")

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -33,6 +33,7 @@ from gossipfl.errors import ConfigError, GossipflError, RunError
 from gossipfl.learning.datasets import Dataset, open_dataset, save_dataset
 from gossipfl.learning.partition import class_table
 from gossipfl.overlay.links import check_links
+from gossipfl.overlay.topology import degrees_of
 from gossipfl.runtime.addresses import check_loopback
 from gossipfl.runtime.namespaces import Namespaces, check_available
 from gossipfl.runtime.shaping import Emulation
@@ -197,8 +198,9 @@ class Launcher:
         jobs = []
         for peer in peers:
             number = names.index(peer)
-            degrees = {names[other]: topology.degree(other) for other in topology.neighbours(number)}
-            jobs.append({"name": peer, "indices": str(shards[number].resolve()), "degrees": degrees})
+            degrees, schedule = degrees_of(topology, number, names)
+            indices = str(shards[number].resolve())
+            jobs.append({"name": peer, "indices": indices, "degrees": degrees, "schedule": schedule})
         return peer_settings(scenario) | {
             "emulation": emulation(scenario, kernel_rates=self._is_in_namespaces),
             "namespace": self.namespaces.path(peers[0]) if self.namespaces else None,
@@ -402,26 +404,9 @@ class Launcher:
             clock=scenario.resolved_clock,
             exit_code=EXIT_INTERRUPTED if self.is_interrupted else None,
         )
-        summary |= self._fidelity(record)
+        summary |= fidelity(scenario, record.events, self.observer.note, kernel_rates=self._is_in_namespaces)
         record.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return RunResult(summary, record.folder)
-
-    def _fidelity(self, record: RunRecord) -> Event:
-        """What the summary says of the emulation: what shaped the links, and rounds of training that took longer than told."""
-        emulated = emulation(self.scenario, kernel_rates=self._is_in_namespaces)
-        if emulated is None:
-            return {"shaping": "kernel: rates"} if self._is_in_namespaces else {}
-        rounds = [event for event in record.events if event["event"] == "round"]
-        overrun = [event["overrun_s"] for event in rounds if event.get("overrun_s")]
-        if overrun:
-            self.observer.note(
-                f"{len(overrun)} of {len(rounds)} trainings took longer than [compute] says, by up to {max(overrun):.3f} s: "
-                "this run claims no fidelity; lengthen compute.step_time, or use --clock virtual"
-            )
-        by_process = "user space" if emulated["links"] else None
-        if self._is_in_namespaces:
-            by_process = "kernel: rates; user space: latency, jitter, loss" if emulated["links"] else "kernel: rates"
-        return {"shaping": by_process, "overrun": len(overrun)}
 
     def _ask(self, command: Event, answer: str) -> float | None:
         """Have a worker that still lives compute an accuracy; None if none does."""
@@ -487,6 +472,24 @@ def emulation(scenario: Scenario, kernel_rates: bool = False) -> Event | None:
         scenario.build_devices() if scenario.compute.model_fields_set else None,
     )
     return emulated.to_json() if emulated.links or emulated.devices else None
+
+
+def fidelity(scenario: Scenario, events: Sequence[Event], note: Callable[[str], None], kernel_rates: bool = False) -> Event:
+    """What summary.json says of the emulation: what shaped the links, and how many trainings took longer than told."""
+    emulated = emulation(scenario, kernel_rates)
+    if emulated is None and not kernel_rates:
+        return {}
+    rounds = [event for event in events if event["event"] == "round"]
+    overrun = [event["overrun_s"] for event in rounds if event.get("overrun_s")]
+    if overrun:
+        note(
+            f"{len(overrun)} of {len(rounds)} trainings took longer than [compute] says, by up to {max(overrun):.3f} s: "
+            "this run claims no fidelity; lengthen compute.step_time, or use --clock virtual"
+        )
+    shaping = "user space" if emulated and emulated["links"] else None
+    if kernel_rates:
+        shaping = "kernel: rates; user space: latency, jitter, loss" if shaping else "kernel: rates"
+    return {"shaping": shaping, "overrun": len(overrun)}
 
 
 def tcp_address(host: str, port: int) -> str:

@@ -1,6 +1,6 @@
 """Who of a run over sockets is there: processes that are killed and started as [churn] says.
 
-A peer that is killed gets a new process at once, which waits with everything loaded until the peer is to be back; what it
+A peer that is killed, and may be back, gets a new process at once, which waits with everything loaded until then; what it
 knew is gone. One that comes late waits likewise from the beginning.
 """
 
@@ -77,8 +77,15 @@ class Presence:
         self.away.update(worker.peers)
         self._former.append(worker)
         worker.stop(time.monotonic())
-        self._workers[index] = self._replace(index)
-        self._not_ready.append(self._workers[index])
+        if self._may_return(index):
+            self._workers[index] = self._replace(index)
+            self._not_ready.append(self._workers[index])
+
+    def _may_return(self, index: int) -> bool:
+        now_s, later = time.monotonic() - self._began, (*self._churn.planned, *self._churn.traced)
+        return self._churn.online < 1 or any(
+            change.online and change.index == index and change.time_s > now_s for change in later
+        )
 
     def _bring(self, index: int) -> None:
         worker = self._workers[index]
