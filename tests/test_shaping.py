@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -433,28 +434,30 @@ def test_churn_of_peers_without_a_process_of_their_own_is_an_error_that_tells_wh
     assert not list(tmp_path.iterdir())
 
 
-def by_hand(folder: Path, name: str, overrides: list[str]) -> None:
-    told: list[str] = []
-    run_peer(name, "quickstart", folder / "roster.toml", overrides, None, folder / name, False, 20.0, False, told.append)
-
-
+@pytest.mark.processes
 def test_peers_by_hand_are_shaped_alike(tmp_path):
     overrides = [*SMALL, "peers=2", "gossip.replicas=1", "network.pair=10Mbit", "network.latency=20ms", "compute.step_time=0.1"]
-    (tmp_path / "roster.toml").write_text("[peers]\n" + "".join(f'p{i} = "{free_address()}"\n' for i in range(2)))
-    peers = [threading.Thread(target=by_hand, args=(tmp_path, f"p{index}", overrides)) for index in range(2)]
-    for peer in peers:
-        peer.start()
-    summary = collect_run(tmp_path / "roster.toml", tmp_path / "all", False, 20.0, lambda text: None).summary
-    for peer in peers:
-        peer.join()
+    roster = tmp_path / "roster.toml"
+    roster.write_text("[peers]\n" + "".join(f'p{index} = "{free_address()}"\n' for index in range(2)))
+    sets = [word for override in overrides for word in ("--set", override)]
+    command = [sys.executable, "-m", "gossipfl.cli", "peer", "--config", "quickstart", "--roster", str(roster), *sets]
+    peers = [subprocess.Popen([*command, "--name", f"p{i}", "--out", str(tmp_path / f"p{i}")]) for i in range(2)]
+    try:
+        summary = collect_run(roster, tmp_path / "all", False, 30.0, lambda text: None).summary
+        assert [peer.wait(20.0) for peer in peers] == [0, 0]
+    finally:
+        for peer in peers:
+            peer.kill()
+            peer.wait()
     virtual = gossipfl.run("quickstart", overrides=overrides, clock="virtual", out=tmp_path / "virtual").summary
     assert (summary["shaping"], summary["models_sha256"]) == ("user space", virtual["models_sha256"])
     assert summary["seconds"]["wall"] >= 3 * (2 * 0.1 + 2 * 0.02)  # training, and there and back
 
 
 def test_churn_by_hand_is_an_error(tmp_path):
+    churn = [*SMALL, 'churn.kill=[{peer="p1", at="5s"}]']
     with pytest.raises(ConfigError, match="by hand; remove it"):
-        by_hand(tmp_path, "p0", [*SMALL, 'churn.kill=[{peer="p1", at="5s"}]'])
+        run_peer("p0", "quickstart", tmp_path / "roster.toml", churn, None, None, False, 0.0, False, lambda text: None)
 
 
 @pytest.mark.processes
