@@ -138,7 +138,7 @@ def test_with_probability_epsilon_the_peers_are_drawn_uniformly(exploration):
 
 
 def test_the_predicted_bandwidth_is_the_mean_of_the_last_five_and_without_limit_before_the_first():
-    neighbour = Neighbour("b", 1)
+    neighbour = Neighbour("b")
     assert neighbour.predicted_rate == math.inf
     for rate in (1000.0, 1.0, 2.0, 3.0, 4.0, 5.0):
         neighbour.transferred(rate)

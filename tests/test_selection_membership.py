@@ -78,7 +78,7 @@ def membership(name="m", others="abcxyz", quorum=3):
 
 
 def test_a_first_answer_is_due_within_five_seconds_and_each_strike_doubles_that():
-    neighbour = Neighbour("b", 1)
+    neighbour = Neighbour("b")
     deadlines = []
     for strikes in range(4):
         neighbour.strikes = strikes
@@ -87,7 +87,7 @@ def test_a_first_answer_is_due_within_five_seconds_and_each_strike_doubles_that(
 
 
 def test_the_deadline_follows_the_answers_as_a_tcp_timeout_follows_round_trips():
-    neighbour = Neighbour("b", 1)
+    neighbour = Neighbour("b")
     deadlines = []
     for seconds in (2.0, 4.0, 4.0, 0.5):
         neighbour.answered_after(seconds)
@@ -104,7 +104,7 @@ def test_the_deadline_follows_the_answers_as_a_tcp_timeout_follows_round_trips()
 
 
 def test_a_fast_neighbour_is_still_given_two_seconds():
-    neighbour = Neighbour("b", 1)
+    neighbour = Neighbour("b")
     neighbour.answered_after(0.001)
     assert neighbour.answer_deadline_s == 2.0
     neighbour.strikes = 3
@@ -112,7 +112,7 @@ def test_a_fast_neighbour_is_still_given_two_seconds():
 
 
 def test_who_missed_two_deadlines_in_a_row_is_suspect_until_heard_from():
-    neighbour = Neighbour("b", 1)
+    neighbour = Neighbour("b")
     suspicion = []
     for _ in range(3):
         neighbour.strikes += 1
@@ -122,7 +122,7 @@ def test_who_missed_two_deadlines_in_a_row_is_suspect_until_heard_from():
 
 
 def test_what_a_neighbour_says_never_takes_its_newest_version_away():
-    neighbour = Neighbour("b", 1)
+    neighbour = Neighbour("b")
     neighbour.heard(7)
     neighbour.heard(5)
     neighbour.heard()
@@ -141,8 +141,8 @@ def test_only_a_hello_brings_back_a_neighbour_that_is_away():
 
 
 def test_a_neighbour_that_has_left_still_serves_and_one_of_another_layout_does_not():
-    assert Neighbour("b", 1, gone=True).is_live
-    assert not Neighbour("b", 1, foreign=True).is_live
+    assert Neighbour("b", gone=True).is_live
+    assert not Neighbour("b", foreign=True).is_live
 
 
 def test_the_neighbours_greeted_are_those_that_follow_the_own_name():

@@ -181,3 +181,18 @@ def test_more_peers_than_memory_holds_are_refused_and_the_number_that_fits_is_na
     with pytest.raises(ConfigError, match=r"peers = 500 .* parameters need about .* GiB .* \d+ peers would fit"):
         run(tmp_path / "run", peers=500, model="mlp", model_args={"hidden": [8000, 8000]}, topology={"kind": "ring"})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("selection", ["uniform", "all"])
+def test_where_the_graph_is_redrawn_each_round_goes_over_its_own(tmp_path, selection):
+    topology = {"kind": "ring", "dynamic": True}
+    gossip = {"selection": selection, "mixing": "metropolis_hastings" if selection == "all" else "uniform"}
+    result = run(tmp_path / "virtual", rounds=3, peers=8, topology=topology, gossip=gossip)
+    from gossipfl.scenario.config import load_scenario
+
+    graphs = load_scenario(result.folder / "scenario.toml").build_topology().rounds
+    allowed = [{f"p{other}" for graph in graphs for other in graph.neighbours(index)} for index in range(8)]
+    for event in events(result, "finished"):
+        assert set(event["received_from"]) == allowed[int(event["peer"][1:])]
+    local = run(tmp_path / "local", clock="local", rounds=3, peers=8, topology=topology, gossip=gossip)
+    assert local.summary["models_sha256"] == result.summary["models_sha256"]

@@ -13,7 +13,7 @@ import pytest
 
 from gossipfl.errors import ConfigError
 from gossipfl.overlay import TOPOLOGIES, Topology, build_topology, metropolis_hastings
-from gossipfl.overlay.topology import FullTopology, ListedTopology
+from gossipfl.overlay.topology import FullTopology, ListedTopology, degrees_of, redrawn_topology
 
 RANDOM_KINDS = ["regular", "small_world", "erdos_renyi", "barabasi_albert"]
 BUILT_IN_KINDS = sorted(set(TOPOLOGIES) - {"file"})
@@ -401,3 +401,27 @@ def test_networkx_is_loaded_only_by_kinds_that_draw_or_read_a_graph():
         "build_topology('regular', 12, 0, {}); assert 'networkx' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- a graph for each round -------------------------------------------------------------------------------------------
+
+
+def test_a_redrawn_graph_differs_from_round_to_round_and_the_seed_decides():
+    drawn = redrawn_topology("ring", 12, 0, {}, 5)
+    assert all(graph.degree(index) == 2 for graph in drawn.rounds for index in range(12))
+    assert len({tuple(graph.neighbours(0)) for graph in drawn.rounds}) > 1
+    again, other = redrawn_topology("ring", 12, 0, {}, 5), redrawn_topology("ring", 12, 1, {}, 5)
+    assert [graph.neighbours(3) for graph in drawn.rounds] == [graph.neighbours(3) for graph in again.rounds]
+    assert [graph.neighbours(3) for graph in drawn.rounds] != [graph.neighbours(3) for graph in other.rounds]
+
+
+def test_the_neighbours_of_a_redrawn_graph_are_those_of_any_round():
+    drawn = redrawn_topology("ring", 12, 0, {}, 5)
+    names = [f"p{index}" for index in range(12)]
+    degrees, schedule = degrees_of(drawn, 4, names)
+    assert set(degrees) == {name for round_ in schedule for name in round_} and len(schedule) == 5
+    assert all(
+        round_ == {names[other]: 2 for other in graph.neighbours(4)}
+        for round_, graph in zip(schedule, drawn.rounds, strict=True)
+    )
+    assert degrees_of(build_topology("ring", 12, 0, {}), 4, names) == ({"p3": 2, "p5": 2}, None)

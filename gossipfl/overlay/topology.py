@@ -25,7 +25,7 @@ import numpy as np
 
 from gossipfl.errors import ConfigError
 from gossipfl.overlay.graph_files import Link, numbered, read_graph
-from gossipfl.randomness import generator
+from gossipfl.randomness import derived_seed, generator
 from gossipfl.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:
@@ -113,6 +113,46 @@ class ListedTopology(Topology):
 
     def neighbours(self, index: int) -> Sequence[int]:
         return self._neighbours[index]
+
+
+class RedrawnTopology(Topology):
+    """A graph for each round, and the same ones again after the last. `neighbours` are those of any round."""
+
+    def __init__(self, rounds: Sequence[Topology]) -> None:
+        self.rounds = rounds
+        ever = [{other for drawn in rounds for other in drawn.neighbours(index)} for index in range(rounds[0].num_peers)]
+        self._neighbours = tuple(tuple(sorted(others)) for others in ever)
+
+    @property
+    def num_peers(self) -> int:
+        return len(self._neighbours)
+
+    def neighbours(self, index: int) -> Sequence[int]:
+        return self._neighbours[index]
+
+
+def redrawn_topology(kind: str, num_peers: int, seed: int, args: Mapping[str, Any], num_rounds: int) -> RedrawnTopology:
+    """`build_topology` afresh for each round, with the peers in other places each time; the seed decides."""
+    rounds = []
+    for round_ in range(1, num_rounds + 1):
+        drawn = build_topology(kind, num_peers, derived_seed(seed, "topology", round=round_), args)
+        place = generator(seed, "places", round=round_).permutation(num_peers).tolist()
+        links = ((place[index], place[other]) for index in range(num_peers) for other in drawn.neighbours(index))
+        rounds.append(ListedTopology(num_peers, links))
+    return RedrawnTopology(rounds)
+
+
+Degrees = dict[str, int]
+"""Neighbours by name, and how many each of them has."""
+
+
+def degrees_of(topology: Topology, index: int, names: Sequence[str]) -> tuple[Degrees, list[Degrees] | None]:
+    """The neighbours of a peer and, where the graph is redrawn, those of each round."""
+
+    def of(drawn: Topology) -> Degrees:
+        return {names[other]: drawn.degree(other) for other in drawn.neighbours(index)}
+
+    return of(topology), [of(drawn) for drawn in topology.rounds] if isinstance(topology, RedrawnTopology) else None
 
 
 @dataclass(frozen=True, slots=True)

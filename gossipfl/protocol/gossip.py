@@ -123,6 +123,7 @@ class GossipConfig:
     linger_s: float = 10.0
     join_timeout_s: float = 30.0
     quorum: int | None = None  # neighbours that must answer; None: half of them, rounded up
+    schedule: Sequence[Mapping[PeerId, int]] | None = None  # the neighbours of round 1, 2, ... with their degrees; then again
 
 
 @dataclass(slots=True)
@@ -166,7 +167,6 @@ class Gossip:
         self._finished_rates: list[float] = []
         self._numbers = numbers or count(1)
         self._reported: set[tuple[PeerId, str]] = set()  # in this round
-        self._order: list[PeerId] = []  # of replacements, drawn once per round
         self._began = 0.0  # training, then gathering
         self._patience_s = MIN_PATIENCE_S
         self._patience_end = 0.0
@@ -321,12 +321,19 @@ class Gossip:
             select = exploring(select, self.config.exploration)
         chosen = [select(candidates, self.config.replicas, links, rng) for _ in self.config.segments]
         if self.config.selection != "all":
-            expected = min(self.config.replicas, len(self.membership.neighbours))
+            expected = min(self.config.replicas, len(self._degrees))
             self.report.missing += sum(expected - len(peers) for peers in chosen)
         return chosen
 
     def _candidates(self) -> list[PeerId]:
-        return self.membership.candidates(at_least=self.config.replicas)
+        candidates = self.membership.candidates(at_least=self.config.replicas)
+        return candidates if self.config.schedule is None else [peer for peer in candidates if peer in self._degrees]
+
+    @property
+    def _degrees(self) -> Mapping[PeerId, int]:
+        """The neighbours of this round, and how many each of them has."""
+        schedule = self.config.schedule
+        return self.membership.degrees if schedule is None else schedule[(self.round - 1) % len(schedule)]
 
     def _open_round(self, round_: int, now: float, train_s: float) -> list[Action]:
         """Close what is left of an earlier gathering and start a new one."""
@@ -339,9 +346,6 @@ class Gossip:
         self.report = RoundReport(round_, train_s=train_s, late=late)
         self._finished_rates.clear()
         self._reported.clear()
-        neighbours = list(self.membership.neighbours)
-        generator(self.config.seed, "replacements", self.name, round_).shuffle(neighbours)
-        self._order = neighbours
         return actions
 
     def _ask(self, chosen: Sequence[Sequence[PeerId]], now: float) -> list[Action]:
@@ -432,7 +436,7 @@ class Gossip:
             case "uniform":
                 weight = 1.0
             case _:
-                weight = 1 / (1 + max(len(self.membership.neighbours), self.membership.neighbours[peer].degree))
+                weight = 1 / (1 + max(len(self._degrees), self._degrees.get(peer, 0)))
         return weight * (1 + staleness) ** -self.config.staleness_exponent if staleness else weight
 
     def _own_weight(self, contributions: Iterable[Contribution]) -> float:
@@ -578,7 +582,11 @@ class Gossip:
 
     def _replacements(self) -> list[PeerId]:
         candidates = set(self.membership.candidates(at_least=1))
-        return [peer for peer in self._order if peer in candidates]
+        if self.config.schedule is not None and not self.report.adopted:
+            candidates &= set(self._degrees)
+        neighbours = list(self.membership.neighbours)  # all, so that who is away does not shift the order of the others
+        generator(self.config.seed, "replacements", self.name, self.round).shuffle(neighbours)
+        return [peer for peer in neighbours if peer in candidates]
 
     @property
     def _is_far_behind(self) -> bool:

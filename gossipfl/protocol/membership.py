@@ -32,7 +32,6 @@ class Neighbour:
     """What a peer knows of one neighbour."""
 
     name: PeerId
-    degree: int
     answered: bool = False
     met: bool = False
     away: bool = False
@@ -96,7 +95,7 @@ class Membership:
     neighbours: dict[PeerId, Neighbour] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.neighbours = {name: Neighbour(name, degree) for name, degree in sorted(self.degrees.items())}
+        self.neighbours = {name: Neighbour(name) for name in sorted(self.degrees)}
 
     def hello(self, newest: int, wants_reply: bool) -> Hello:
         return Hello(self.layout, newest, wants_reply)

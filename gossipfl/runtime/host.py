@@ -15,7 +15,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -87,8 +87,10 @@ class GossipSettings:
                 raise ConfigError(f"{key} = {value!r} is out of bounds; give {least:g} to {most:g}")
         PROTOCOLS.get(self.protocol), AGGREGATORS.get(self.aggregation), SELECTORS.get(self.selection), codec(self.codec)
 
-    def for_peer(self, layout: Layout, num_samples: int) -> GossipConfig:
-        """What a peer's machine goes by, once its model is known."""
+    def for_peer(
+        self, layout: Layout, num_samples: int, schedule: Sequence[Mapping[PeerId, int]] | None = None
+    ) -> GossipConfig:
+        """What a peer's machine goes by, once its model is known; `schedule`: its neighbours of each round, if they change."""
         return GossipConfig(
             rounds=self.rounds,
             segments=tuple(SEGMENTATIONS[self.segmentation](layout, self.segments)),
@@ -107,6 +109,7 @@ class GossipSettings:
             linger_s=self.linger_s,
             join_timeout_s=self.join_timeout_s,
             quorum=self.quorum,
+            schedule=schedule,
         )
 
 
@@ -119,12 +122,16 @@ def build_node(
     num_samples: int,
     transport: ZmqTransport,
     tasks: SimpleQueue[Any],
+    schedule: Sequence[Mapping[PeerId, int]] | None = None,
     **callbacks: Any,
 ) -> Node:
-    """A peer's machine with its store, ready for a reactor. `degrees`: each neighbour's own number of neighbours."""
+    """A peer's machine with its store, ready for a reactor.
+
+    `degrees`: each neighbour's own number of neighbours; `schedule`: the same for each round, where they change.
+    """
     if not 1 <= num_samples <= MAX_SAMPLES:
         raise ConfigError(f"num_samples = {num_samples} of {name}; give its number of training samples, 1 to 2^40")
-    config = settings.for_peer(layout, num_samples)
+    config = settings.for_peer(layout, num_samples, schedule)
     values = codec(settings.codec)
     if values.sparse and settings.aggregation != "mean":
         raise ConfigError(
@@ -139,11 +146,12 @@ def build_node(
 
 @dataclass(frozen=True)
 class PeerJob:
-    """One peer of a process: its shard (an .npy file of indices) and its neighbours with their degrees."""
+    """One peer of a process: its shard (an .npy file of indices) and its neighbours with their degrees, also of each round."""
 
     name: PeerId
     indices: str
     degrees: dict[PeerId, int]
+    schedule: list[dict[PeerId, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -241,6 +249,7 @@ class PeerHost:
             len(learner.indices),
             self.transport,
             self.calls,
+            peer.schedule,
             on_record=self._record,
             collect=lambda item: self._collect(peer.name, item),
         )

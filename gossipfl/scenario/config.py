@@ -36,8 +36,8 @@ from gossipfl.errors import ConfigError
 from gossipfl.overlay.churn import Churn as PeerChurn
 from gossipfl.overlay.devices import Devices
 from gossipfl.overlay.links import Links, check_links
+from gossipfl.overlay.topology import RedrawnTopology, build_topology, redrawn_topology
 from gossipfl.overlay.topology import Topology as PeerTopology
-from gossipfl.overlay.topology import build_topology
 from gossipfl.registry import did_you_mean
 from gossipfl.scenario.emulation import Churn, Compute, Network, unknown_peers
 from gossipfl.scenario.problems import Problem, ScenarioError, misplaced_key, problems_of, shown
@@ -204,6 +204,7 @@ class Topology(_OpenTable):
     kind: Text = Field(
         default="full", description="full, ring, regular, file, ..., or package.module:function; its arguments beside it"
     )
+    dynamic: bool = Field(default=False, description="a graph of its own for each round, drawn by the seed")
 
 
 class Transport(Table):
@@ -317,7 +318,10 @@ class Scenario(Table):
 
     def build_topology(self) -> PeerTopology:
         """The graph of this scenario; may import networkx."""
-        return build_topology(self.topology.kind, self.peers, self.protocol_seed, self.topology.args)
+        kind, args = self.topology.kind, self.topology.args
+        if self.topology.dynamic:
+            return redrawn_topology(kind, self.peers, self.protocol_seed, args, self.rounds)
+        return build_topology(kind, self.peers, self.protocol_seed, args)
 
     def build_links(self) -> Links:
         """The emulated network of this scenario."""
@@ -411,7 +415,8 @@ def _check_topology(scenario: Scenario) -> PeerTopology:
         topology = scenario.build_topology()
     except ConfigError as error:
         raise ScenarioError([Problem("topology", str(error))]) from error
-    degrees = {index: topology.degree(index) for index in range(topology.num_peers)}
+    graphs = topology.rounds if isinstance(topology, RedrawnTopology) else [topology]
+    degrees = {index: min(graph.degree(index) for graph in graphs) for index in range(topology.num_peers)}
     linked = {index: degree for index, degree in degrees.items() if degree > 0}  # a lone peer trains alone
     if not linked:
         return topology

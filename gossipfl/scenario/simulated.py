@@ -27,6 +27,7 @@ from gossipfl.learning.models import build_model
 from gossipfl.learning.partition import class_table
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
 from gossipfl.overlay.links import Links, check_links
+from gossipfl.overlay.topology import degrees_of
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.messages import Fault, RoundReport
 from gossipfl.runtime.host import GossipSettings, round_event
@@ -159,8 +160,8 @@ class _Simulation(Watcher):
     def _machine(self, name: str) -> Any:
         names, index = self.scenario.peer_names, self.learners[name]
         number = names.index(name)
-        degrees = {names[other]: self.topology.degree(other) for other in self.topology.neighbours(number)}
-        config = replace(self.config, num_samples=len(index.indices))
+        degrees, schedule = degrees_of(self.topology, number, names)
+        config = replace(self.config, num_samples=len(index.indices), schedule=schedule)
         return PROTOCOLS.get(self.gossip.protocol)(name, degrees, config, self.numbers)
 
     def _store(self, name: str) -> SegmentStore:
