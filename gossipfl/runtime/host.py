@@ -357,7 +357,9 @@ class PeerHost:
 
     def _finish(self, hosted: _Hosted, vector: np.ndarray, error: str | None, on_event: Callable[[Event], None]) -> None:
         name = hosted.node.name
-        event: Event = {"event": "finished", "peer": name, "round": hosted.node.machine.round, "error": error}
+        node = hosted.node
+        event: Event = {"event": "finished", "peer": name, "round": node.machine.round, "error": error}
+        event |= {"time_s": round(time.monotonic() - self._started, 4), "received_from": dict(node.received_from)}
         if error is None:
             hosted.model_file = Path(self.job.out) / "models" / f"{name}.safetensors"
             save_model(hosted.model_file, self.layout, vector, peer=name)

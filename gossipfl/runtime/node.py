@@ -135,6 +135,7 @@ class Node:
         self._chunks: dict[tuple[int, Range], list[Shared]] = {}
         self._origins: dict[PeerId, dict[int, Origin]] = {name: {} for name in self.machine.membership.neighbours}
         self._traffic = Traffic()
+        self.received_from: dict[PeerId, int] = {}  # payload bytes
 
     # --- what comes in ------------------------------------------------------------------------------------------------
 
@@ -162,6 +163,7 @@ class Node:
         self._traffic.wire_bytes += incoming.num_bytes
         match message:
             case Data():
+                self.received_from[peer] = self.received_from.get(peer, 0) + message.num_bytes
                 self.handle(self._assemble(peer, message))
                 return
             case Pull():
