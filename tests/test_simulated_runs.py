@@ -56,6 +56,9 @@ def test_a_run_comes_to_the_same_models_as_over_sockets(tmp_path, gossip):
     assert virtual.summary["accuracy"] == local.summary["accuracy"]
     assert virtual.summary["bytes"]["payload"] == local.summary["bytes"]["payload"]
     assert virtual.summary["consensus_distance"]["last"] == pytest.approx(local.summary["consensus_distance"]["last"], abs=1e-9)
+    assert virtual.summary["consensus_distance"]["first"] == pytest.approx(
+        local.summary["consensus_distance"]["first"], abs=1e-9
+    )
     assert virtual.summary["scenario_sha256"] == local.summary["scenario_sha256"]
     assert (virtual.summary["clock"], local.summary["clock"]) == ("virtual", "local")
 

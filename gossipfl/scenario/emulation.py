@@ -107,7 +107,7 @@ class Stragglers(Table):
 
 
 class Compute(Table):
-    """[compute] How long peers train, in virtual time."""
+    """[compute] How long peers train."""
 
     step_time: StepTimes = Field(default=STEP, description="of one local step, such as '10ms'")
     speed: Factors = Field(default=SAME_SPEED, description="2 = twice as fast")

@@ -238,8 +238,6 @@ class Launcher:
             raise ConfigError(f"peers_per_process = {scenario.peers_per_process}, but each has a network of its own; remove it")
         if scenario.build_links().changes:
             raise ConfigError("network.trace is for the clocks virtual and local; remove it, or use one of them")
-        if not scenario.build_churn().is_empty:
-            raise ConfigError("[churn] is for the clocks virtual and local; remove it, or use one of them")
 
     def _run_number(self, folder: Path) -> int:
         text = f"{self.scenario.sha256}/{folder.resolve()}/{self.began}/{os.getpid()}"

@@ -147,7 +147,6 @@ class _Simulation(Watcher):
         self._last_round = self.gossip.rounds
         self._finished: dict[str, str | None] = {}
         self._first_distance: float | None = None
-        self._average_accuracy: float | None = None
         self._is_stopping = False
 
     def _engine_kind(self) -> str:
@@ -263,7 +262,7 @@ class _Simulation(Watcher):
                 event["accuracy_after"] = accuracy
         for _, event, vector in done:
             self._add(event)
-            if event["accuracy_after"] is not None:
+            if event["accuracy_after"] is not None or self._first_distance is None:
                 self._add_to_round(event, vector)
 
     def _add(self, event: Event) -> None:
@@ -277,19 +276,22 @@ class _Simulation(Watcher):
         """Once all peers that are there have finished the round: how far apart they are, and how good their average is."""
         sums = self._rounds.setdefault(event["round"], _Sums(np.zeros(vector.size)))
         sums.add(vector)
-        sums.accuracies.append(event["accuracy_after"])
+        if event["accuracy_after"] is not None:
+            sums.accuracies.append(event["accuracy_after"])
         if sums.num_peers < self._num_alive():
             return
         del self._rounds[event["round"]]
         distance = sums.consensus_distance
-        self._average_accuracy = self.engine.evaluate(sums.mean.astype(np.float32))
         self._first_distance = distance if self._first_distance is None else self._first_distance
+        if not sums.accuracies:
+            return
+        accuracy = self.engine.evaluate(sums.mean.astype(np.float32))
         state = {
             "event": "state",
             "round": event["round"],
             "time_s": event["time_s"],
             "consensus_distance": distance,
-            "average_accuracy": self._average_accuracy,
+            "average_accuracy": accuracy,
         }
         self.record.add(state)
         target = self.scenario.stop.target_accuracy
