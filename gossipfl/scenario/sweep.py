@@ -16,13 +16,11 @@ import csv
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import re
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +33,7 @@ from rich.table import Table
 from gossipfl.errors import ConfigError, GossipflError
 from gossipfl.learning.checkpoint import write_atomically
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
+from gossipfl.scenario.pool import processes
 
 FIGURES = {
     "accuracy_mean": ("accuracy", "mean"),
@@ -220,35 +219,20 @@ def _check_folders(runs: Sequence[SweepRun], skip_existing: bool, force: bool) -
 
 def _run_side_by_side(waiting: deque[SweepRun], jobs: int, ended: Callable[..., None]) -> None:
     """Take runs from `waiting`, `jobs` at a time, until none is left or a process dies. On Ctrl-C end the processes at once."""
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_the_parent)
     running: dict[Future[Any], SweepRun] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                running[pool.submit(_run_one, waiting[0].scenario, waiting[0].folder)] = waiting[0]
-                waiting.popleft()
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                ended(running[future], *future.result())
-                del running[future]
-        pool.shutdown()
-    except BrokenProcessPool:
-        for run in running.values():
-            ended(
-                run,
-                None,
-                "a process of the sweep died, perhaps for want of memory; go on with --skip-existing and fewer --jobs",
-            )
-        pool.shutdown(wait=False)
-    except BaseException:
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with processes(jobs) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running[pool.submit(_run_one, waiting[0].scenario, waiting[0].folder)] = waiting[0]
+                    waiting.popleft()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    ended(running[future], *future.result())
+                    del running[future]
+        except BrokenProcessPool:
+            reason = "a process of the sweep died, perhaps for want of memory; go on with --skip-existing and fewer --jobs"
+            for run in running.values():
+                ended(run, None, reason)
 
 
 def _run_one(scenario: Scenario, folder: Path) -> tuple[dict[str, Any] | None, str]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gossipfl.registry import Registry
+from gossipfl.scenario.pool import processes
 from gossipfl.scenario.runner import run
-from gossipfl.scenario.workers import ENVIRONMENT
 
 Arms = dict[str, dict[str, Any]]
 """Scenarios by name."""
@@ -72,10 +71,9 @@ def run_arms(
     arms: Arms, folder: Path, jobs: int | None = None, on_done: Callable[[str, Outcome], None] = lambda name, outcome: None
 ) -> dict[str, Outcome]:
     """Run all arms under virtual time, several at once, each in a process of its own; records are kept under `folder`."""
-    os.environ |= ENVIRONMENT
     outcomes: dict[str, Outcome] = {}
     workers = min(jobs or len(os.sched_getaffinity(0)), len(arms))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with processes(workers) as pool:
         largest_first = sorted(arms, key=lambda name: -arms[name]["peers"])
         names = {pool.submit(_run_arm, name, arms[name], folder): name for name in largest_first}
         for done in as_completed(names):
