@@ -493,3 +493,28 @@ def test_more_than_32_ranges_go_in_several_pulls():
     a = joined(others=("b",), replicas=1, segments=segments)
     sent = [action.message for action in a.handle(Trained(1, 100), 1.0) if isinstance(action, Send)]
     assert [len(pull.ranges) for pull in sent] == [32, 32, 32, 4]
+
+
+# --- those who come later ---------------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_is_known_to_come_later_is_neither_greeted_nor_waited_for():
+    a = machine(late=frozenset({"c"}))
+    greeted = {action.peer for action in a.handle(Start(), 0.0)}
+    assert greeted == {"b", "d", "e"}
+    for other in sorted(greeted):
+        actions = a.handle(Received(other, Hello("L", 0, False)), 0.0)
+    assert actions == [Train(1)]
+    assert "c" not in pulls(a.handle(Trained(1, 100), 1.0))
+    a.handle(Received("c", Hello("L", 0, False)), 1.5)
+    assert a.membership.neighbours["c"].is_live
+
+
+def test_a_peer_whose_neighbours_all_come_later_begins_at_once():
+    assert machine(late=frozenset(OTHERS)).handle(Start(), 0.0) == [Train(1)]
+
+
+def test_a_peer_that_everybody_greeted_before_its_start_trains_once():
+    a = machine()
+    told = [action for other in OTHERS for action in a.handle(Received(other, Hello("L", 0, False)), 0.0)]
+    assert [*told, *a.handle(Start(), 0.1)] == [Train(1)]

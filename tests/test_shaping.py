@@ -396,7 +396,7 @@ def run(folder: Path, clock: str, *overrides: str) -> gossipfl.RunResult:
 
 @pytest.mark.processes
 def test_a_shaped_run_equals_the_run_under_virtual_time_and_takes_no_less(tmp_path):
-    overrides = (*LINKS, "compute.step_time=0.1")
+    overrides = (*LINKS, "compute.step_time=100ms")
     local, virtual = (run(tmp_path, clock, *overrides).summary for clock in ("local", "virtual"))
     assert local["models_sha256"] == virtual["models_sha256"]
     assert local["bytes"]["payload"] == virtual["bytes"]["payload"]
@@ -436,7 +436,8 @@ def test_churn_of_peers_without_a_process_of_their_own_is_an_error_that_tells_wh
 
 @pytest.mark.processes
 def test_peers_by_hand_are_shaped_alike(tmp_path):
-    overrides = [*SMALL, "peers=2", "gossip.replicas=1", "network.pair=10Mbit", "network.latency=20ms", "compute.step_time=0.1"]
+    emulated = ["network.pair=10Mbit", "network.latency=20ms", "compute.step_time=100ms"]
+    overrides = [*SMALL, "peers=2", "gossip.replicas=1", *emulated]
     roster = tmp_path / "roster.toml"
     roster.write_text("[peers]\n" + "".join(f'p{index} = "{free_address()}"\n' for index in range(2)))
     sets = [word for override in overrides for word in ("--set", override)]
@@ -467,7 +468,7 @@ def test_peers_are_killed_come_back_and_come_late_when_told(tmp_path):
         'churn.rejoin=[{peer="p1", at="4s"}]',
         'churn.join=[{peer="p3", at="0.4s"}]',
     )
-    more = ("rounds=10", "peers_per_process=1", "compute.step_time=0.2", "gossip.patience=1", "gossip.join_timeout_s=2")
+    more = ("rounds=20", "peers_per_process=1", "compute.step_time=200ms", "gossip.patience=1", "gossip.join_timeout_s=2")
     result = run(tmp_path, "local", *more, *churn)
     events = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
     rounds = {name: [e["time_s"] for e in events if e["event"] == "round" and e["peer"] == name] for name in ("p1", "p2", "p3")}

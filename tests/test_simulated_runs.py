@@ -140,9 +140,8 @@ def test_a_killed_peer_is_missed_and_one_that_comes_back_adopts_the_newest_model
 
 def test_a_late_joiner_is_not_there_before_its_time(tmp_path):
     churn = {"join": [{"peer": "p4", "at": "1s"}]}
-    result = run(
-        tmp_path / "run", rounds=10, churn=churn, compute={"step_time": "100ms"}, gossip={"join_timeout_s": 0.2, "quorum": 2}
-    )
+    result = run(tmp_path / "run", rounds=10, churn=churn, compute={"step_time": "100ms"})
+    assert min(event["time_s"] for event in events(result, "round")) < 0.4, "nobody waited for it"
     assert min(event["time_s"] for event in events(result, "round") if event["peer"] == "p4") > 1.0
     assert {event["peer"] for event in events(result, "finished") if event["error"] is None} == {f"p{i}" for i in range(5)}
 

@@ -123,6 +123,7 @@ class GossipConfig:
     linger_s: float = 10.0
     join_timeout_s: float = 30.0
     quorum: int | None = None  # neighbours that must answer; None: half of them, rounded up
+    late: frozenset[PeerId] = frozenset()  # neighbours that are not there at the start
     schedule: Sequence[Mapping[PeerId, int]] | None = None  # the neighbours of round 1, 2, ... with their degrees; then again
 
 
@@ -158,7 +159,7 @@ class Gossip:
         self.round = 0
         self.last_round = config.rounds
         quorum = math.ceil(len(degrees) / 2) if config.quorum is None else config.quorum
-        self.membership = Membership(name, config.layout, degrees, quorum)
+        self.membership = Membership(name, config.layout, degrees, quorum, config.late)
         self.desk = PullDesk(config.versions_kept)
         self.report = RoundReport(0)
         self._segment_of = {range_: index for index, range_ in enumerate(config.segments)}
@@ -255,8 +256,10 @@ class Gossip:
         if not self.membership.neighbours:
             lone = Fault(0, self.name, "lone", f"{self.name} has no neighbours and trains alone")
             return [Report(lone), *self._train(1, now)]
+        if self.phase is not Phase.JOINING:
+            return []  # all whom it waits for had greeted it before it was told to begin
         self._give_up_at = now + self.config.join_timeout_s
-        return self._greet(now)
+        return self._greet(now) if self.membership.unanswered else self._begin(now)
 
     def _greet(self, now: float) -> list[Action]:
         self._wake_at = now + HELLO_INTERVAL_S

@@ -86,16 +86,20 @@ class Neighbour:
 
 @dataclass
 class Membership:
-    """The neighbours of the peer `name`. `degrees` gives each neighbour's own number of neighbours."""
+    """The neighbours of the peer `name`. `degrees` gives each neighbour's own number of neighbours.
+
+    Those in `late` are known to come later: nobody greets them or waits for them before they say Hello.
+    """
 
     name: PeerId
     layout: str
     degrees: Mapping[PeerId, int]
     quorum: int
+    late: frozenset[PeerId] = frozenset()
     neighbours: dict[PeerId, Neighbour] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.neighbours = {name: Neighbour(name) for name in sorted(self.degrees)}
+        self.neighbours = {name: Neighbour(name, away=name in self.late) for name in sorted(self.degrees)}
 
     def hello(self, newest: int, wants_reply: bool) -> Hello:
         return Hello(self.layout, newest, wants_reply)
@@ -113,7 +117,7 @@ class Membership:
     @property
     def contacts(self) -> list[Neighbour]:
         """The neighbours to greet on joining: those that follow in the order of names, so that nobody is greeted by all."""
-        names = list(self.neighbours)
+        names = [name for name in self.neighbours if name not in self.late]
         first = bisect(names, self.name)
         return [self.neighbours[name] for name in (names[first:] + names[:first])[:MAX_CONTACTS]]
 

@@ -15,7 +15,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -88,9 +88,16 @@ class GossipSettings:
         PROTOCOLS.get(self.protocol), AGGREGATORS.get(self.aggregation), SELECTORS.get(self.selection), codec(self.codec)
 
     def for_peer(
-        self, layout: Layout, num_samples: int, schedule: Sequence[Mapping[PeerId, int]] | None = None
+        self,
+        layout: Layout,
+        num_samples: int,
+        schedule: Sequence[Mapping[PeerId, int]] | None = None,
+        late: Iterable[PeerId] = (),
     ) -> GossipConfig:
-        """What a peer's machine goes by, once its model is known; `schedule`: its neighbours of each round, if they change."""
+        """What a peer's machine goes by, once its model is known.
+
+        `schedule`: its neighbours of each round, if they change; `late`: peers that are not there at the start.
+        """
         return GossipConfig(
             rounds=self.rounds,
             segments=tuple(SEGMENTATIONS[self.segmentation](layout, self.segments)),
@@ -110,6 +117,7 @@ class GossipSettings:
             join_timeout_s=self.join_timeout_s,
             quorum=self.quorum,
             schedule=schedule,
+            late=frozenset(late),
         )
 
 
@@ -123,6 +131,7 @@ def build_node(
     transport: ZmqTransport,
     tasks: SimpleQueue[Any],
     schedule: Sequence[Mapping[PeerId, int]] | None = None,
+    late: Iterable[PeerId] = (),
     **callbacks: Any,
 ) -> Node:
     """A peer's machine with its store, ready for a reactor.
@@ -131,7 +140,7 @@ def build_node(
     """
     if not 1 <= num_samples <= MAX_SAMPLES:
         raise ConfigError(f"num_samples = {num_samples} of {name}; give its number of training samples, 1 to 2^40")
-    config = settings.for_peer(layout, num_samples, schedule)
+    config = settings.for_peer(layout, num_samples, schedule, late)
     values = codec(settings.codec)
     if values.sparse and settings.aggregation != "mean":
         raise ConfigError(
@@ -174,6 +183,7 @@ class Job:
     scenario: str = ""
     emulation: dict[str, Any] | None = None  # see `shaping.Emulation`
     namespace: str | None = None  # see `namespaces.enter`
+    late: list[PeerId] = field(default_factory=list)  # peers that are not there at the start
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Job:
@@ -250,6 +260,7 @@ class PeerHost:
             self.transport,
             self.calls,
             peer.schedule,
+            self.job.late,
             on_record=self._record,
             collect=lambda item: self._collect(peer.name, item),
         )

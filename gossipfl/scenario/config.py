@@ -331,6 +331,12 @@ class Scenario(Table):
         """The emulated devices of this scenario."""
         return self.compute.build(self.peers, self.protocol_seed)
 
+    @property
+    def late_peers(self) -> list[str]:
+        """Those that are not there at the start."""
+        churn = self.build_churn()
+        return [name for index, name in enumerate(self.peer_names) if not churn.initially_online(index)]
+
     def build_churn(self) -> PeerChurn:
         """Who comes and goes in this scenario, and when."""
         return self.churn.build(self.peers, self.protocol_seed)

@@ -142,7 +142,7 @@ class Launcher:
         def replace(index: int) -> WorkerHandle:
             number, peers = len(self.processes), groups[index]
             (worker,) = self._launch([peers], folder / "log" / f"{peers[0]}-{number}")
-            worker.send(jobs[index] | {"bind": roster[peers[0]]})
+            worker.send(jobs[index] | {"bind": roster[peers[0]], "late": []})
             return worker
 
         self.presence = Presence(scenario.build_churn(), self.workers, start, replace)
@@ -203,6 +203,7 @@ class Launcher:
             jobs.append({"name": peer, "indices": indices, "degrees": degrees, "schedule": schedule})
         return peer_settings(scenario) | {
             "emulation": emulation(scenario, kernel_rates=self._is_in_namespaces),
+            "late": [] if peers[0] in scenario.late_peers else scenario.late_peers,  # a late one waits for who is there
             "namespace": self.namespaces.path(peers[0]) if self.namespaces else None,
             "peers": jobs,
             "run": self._run_number(folder),

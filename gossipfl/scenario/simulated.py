@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -126,8 +127,9 @@ class _Simulation(Watcher):
         self.num_steps = [training.num_steps(len(shard)) for shard in shards]
         self.learners = {name: Learner(name, shard) for name, shard in zip(names, shards, strict=True)}
         self.topology = scenario.build_topology()
-        self.config = self.gossip.for_peer(self.layout, 1)
+        self.config, self.late = self.gossip.for_peer(self.layout, 1), frozenset(scenario.late_peers)
         self.numbers = count(1)
+        self._has_begun = False
         self.simulator = Simulator(
             names,
             self._machine,
@@ -160,7 +162,8 @@ class _Simulation(Watcher):
         names, index = self.scenario.peer_names, self.learners[name]
         number = names.index(name)
         degrees, schedule = degrees_of(self.topology, number, names)
-        config = replace(self.config, num_samples=len(index.indices), schedule=schedule)
+        late = frozenset() if name in self.late or self._has_begun else self.late  # who comes later waits for whoever is there
+        config = replace(self.config, num_samples=len(index.indices), schedule=schedule, late=late)
         return PROTOCOLS.get(self.gossip.protocol)(name, degrees, config, self.numbers)
 
     def _store(self, name: str) -> SegmentStore:
@@ -176,9 +179,11 @@ class _Simulation(Watcher):
         engine = self.cohort.description()
         self.record.write("scenario.toml", tomli_w.dumps(scenario.resolved() | {"engine": engine}))
         self._plan_presence()
+        self._has_begun = True
         self.observer.started(self.record.folder, self.initial.size)
         startup_s, started = time.time() - self.began, time.monotonic()
         is_interrupted = False
+        handler = _interrupt_on_terminate()
         try:
             if scenario.stop.duration is not None:
                 simulator.run(until=scenario.stop.duration)
@@ -187,6 +192,9 @@ class _Simulation(Watcher):
             self._tell()
         except KeyboardInterrupt:
             is_interrupted = True
+        finally:
+            if handler is not None:
+                signal.signal(signal.SIGTERM, handler)
         result = self._conclude(startup_s, time.monotonic() - started, engine, is_interrupted)
         self.observer.ended(result)
         return result
@@ -339,6 +347,14 @@ class _Simulation(Watcher):
         )
         self.record.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return RunResult(summary, folder)
+
+
+def _interrupt_on_terminate() -> Any:
+    """Have SIGTERM end the run as Ctrl-C does; the handler there was, None where only the main thread may say so."""
+    try:
+        return signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    except ValueError:
+        return None
 
 
 def _check_memory(scenario: Scenario, parameters: int) -> None:

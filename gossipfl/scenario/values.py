@@ -91,15 +91,21 @@ def _duration(value: Any) -> float:
     return seconds
 
 
+def _with_unit(value: Any) -> float | None:
+    """Seconds in text that says what they are: 5 may mean milliseconds to one and seconds to another. 0 needs no unit."""
+    says_unit = isinstance(value, str) and value.strip()[-1:].isalpha()
+    return _seconds(value) if says_unit or (_is_number(value) and value == 0) else None
+
+
 def _delay(value: Any) -> float:
-    seconds = _seconds(value)
+    seconds = _with_unit(value)
     if seconds is None or not 0 <= seconds < math.inf:
         raise ValueError("must be a time of at least 0, with its unit, such as '50ms'")
     return seconds
 
 
 def _step_time(value: Any) -> float:
-    seconds = _seconds(value)
+    seconds = _with_unit(value)
     if seconds is None or not 0 < seconds < math.inf:
         raise ValueError("must be a time above 0, with its unit, such as '10ms'")
     return seconds
