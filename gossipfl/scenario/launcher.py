@@ -52,6 +52,8 @@ SILENCE_S = 60.0
 STOP_S = 2.0
 """What Ctrl-C leaves the workers to end in order; within 3 s everything has stopped."""
 MEMORY_SAMPLE_S = 0.5
+HEARS_S = 0.5
+"""How long a command may take to be obeyed on a busy machine."""
 WORKER_MIB = 260
 EXIT_INTERRUPTED = 130
 
@@ -362,9 +364,14 @@ class Launcher:
         return bool(present) and set(present) <= set(accuracies) and float(np.mean(list(accuracies.values()))) >= (target or 0)
 
     def _stop_soon(self, record: RunRecord) -> None:
-        """End after a round that no peer can have passed: peers are at most two rounds ahead of what they have told."""
+        """End after a round that no peer has passed by the time it hears of it, `HEARS_S` from now.
+
+        Peers are at most two rounds ahead of what they have told.
+        """
         if math.isinf(self.stop_round):
-            self.stop_round = 2 + max((event["round"] for event in record.events if event["event"] == "round"), default=0)
+            told = max((event["round"] for event in record.events if event["event"] == "round"), default=0)
+            per_second = told / max(time.monotonic() - self.started_at, 0.1)
+            self.stop_round = told + 2 + math.ceil(HEARS_S * per_second)
             for worker in self.workers:
                 worker.send({"do": "stop_after", "round": self.stop_round})
 
