@@ -397,15 +397,15 @@ class ShapedTransport(ZmqTransport):
             if self._index[name] == change.index:
                 downlink.capacity = change.downlink
 
-    def _take_chunk(self, link: Link, incoming: Incoming) -> None:
+    def _take_chunk(self, link: Link, incoming: Incoming, num_bytes: int) -> None:
         sender, receiver = self._index.get(incoming.sender), self._index.get(incoming.recipient)
         if sender is None or receiver is None:
-            super()._take_chunk(link, incoming)
+            super()._take_chunk(link, incoming, num_bytes)
             return
         downlink = self._downlinks.get(incoming.recipient)
         if downlink is None:
             downlink = self._downlinks[incoming.recipient] = Downlink(self._down[receiver], self._let_through)
-        num_bytes, now = _payload_bytes(incoming), time.monotonic()
+        now = time.monotonic()
         began_at = now - num_bytes / min(self._up[sender], self._network.pair(sender, receiver))  # or before
         downlink.put(incoming, num_bytes, began_at, now)
 

@@ -365,6 +365,7 @@ class ZmqTransport:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def _read_link(self, link: Link) -> None:
+        link.last_used = time.monotonic()
         for _ in range(BATCH):
             try:
                 frames = _receive(link.socket)
@@ -379,20 +380,17 @@ class ZmqTransport:
                 return
             if incoming is None:
                 continue
-            link.last_used = time.monotonic()
-            if not isinstance(incoming.message, _ANSWERS) or self._routes.get(incoming.sender) != link.address:
-                if isinstance(incoming.message, Credit):
-                    link.allowed = min(link.allowed, incoming.message.num_bytes)
-                else:
-                    self.dropped += 1
-                continue
-            if isinstance(incoming.message, _CHUNKED):
-                self._take_chunk(link, incoming)
+            message = incoming.message
+            if isinstance(message, Credit):
+                link.allowed = min(link.allowed, message.num_bytes)
+            elif not isinstance(message, _ANSWERS) or self._routes.get(incoming.sender) != link.address:
+                self.dropped += 1
+            elif isinstance(message, _CHUNKED):
+                self._take_chunk(link, incoming, len(message.payload))
             else:
                 self._happened.append(incoming)
 
-    def _take_chunk(self, link: Link, incoming: Incoming) -> None:
-        num_bytes = len(incoming.message.payload)  # type: ignore[union-attr]
+    def _take_chunk(self, link: Link, incoming: Incoming, num_bytes: int) -> None:
         link.allowed -= num_bytes
         link.uncredited += num_bytes
         if link.allowed <= link.window // 2:
