@@ -1,0 +1,126 @@
+"""The vocabulary of inference: what is known of a served model and of a device, and what a plan says.
+
+The served model is a derived version of a trained one (batch norm folded into its convolutions), one flat vector with a layout of
+its own: for each layer its weight, then its bias. A cut `p` puts layers 1..p on the device and the rest on the server; p = 0 is
+all on the server, p = L all on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Range = tuple[int, int]
+"""Half-open range `(start, stop)` of the served vector."""
+Shape = tuple[int, ...]
+"""Of one sample, without the batch."""
+ON_DEVICE, ON_SERVER = "device", "server"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProfile:
+    """A convolution or linear layer of the served model, with all that follows it up to the next one."""
+
+    name: str
+    kind: Literal["conv2d", "linear"]
+    weight: Range
+    bias: Range | None
+    channels: int
+    """Output channels: groups of the weight that are scaled on their own."""
+    macs: int
+    """Multiply-accumulates per sample."""
+    live: tuple[Shape, ...]
+    """The tensors that later layers need: what goes up where the model is cut after this layer. Of the last: the scores."""
+
+    @property
+    def num_weights(self) -> int:
+        return self.weight[1] - self.weight[0]
+
+    @property
+    def group(self) -> int:
+        """Weights per channel."""
+        return self.num_weights // self.channels
+
+    @property
+    def num_live(self) -> int:
+        return sum(math.prod(shape) for shape in self.live)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProfile:
+    """The served model as a chain of layers (L of them)."""
+
+    layers: tuple[LayerProfile, ...]
+    input_shape: Shape
+    num_classes: int
+
+    def num_cut(self, cut: int) -> int:
+        """Values that go up where the model is cut after `cut` layers; the input for 0, nothing for all."""
+        if cut == len(self.layers):
+            return 0
+        return self.layers[cut - 1].num_live if cut else math.prod(self.input_shape)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """An edge device and its link, as its request names them.
+
+    `speed` is relative to the machine that calibrated (0.1: ten times slower). What is minimised is
+    time_weight * seconds + energy_weight * the device's joules + price_weight * the server's seconds.
+    """
+
+    name: str = "device"
+    speed: float = 1.0
+    memory_bytes: int = 1 << 30
+    uplink: float = math.inf  # bytes/s
+    downlink: float = math.inf  # bytes/s
+    latency_s: float = 0.0  # one way
+    compute_w: float = 1.0
+    transmit_w: float = 1.0
+    time_weight: float = 1.0  # per second
+    energy_weight: float = 0.0  # per joule
+    price_weight: float = 0.0  # per server second
+    requests: int = 1
+    """Requests expected for each download of the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Layers `[start, stop)` on one device, pulled with these codecs (one for each layer)."""
+
+    device: str
+    start: int
+    stop: int
+    codecs: tuple[str, ...]
+    engine: str = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What one request is predicted to cost; bytes of weights are spread over the requests expected."""
+
+    latency_s: float
+    device_s: float
+    server_s: float
+    transfer_s: float
+    energy_j: float
+    cost: float
+    weight_bytes: int
+    activation_bytes: int
+    memory_bytes: int
+    accuracy_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Stages in the order of the layers (QPART: two, or one where all is at one place), and how the cut goes up."""
+
+    version: int
+    stages: tuple[Stage, ...]
+    cut: int
+    weight_bits: tuple[int, ...]
+    """Of the device's layers."""
+    activation_bits: int
+    """Of the cut's values; 0 where nothing is cut."""
+    prediction: Prediction
