@@ -23,6 +23,10 @@ class DataError(ConfigError):
     """A data set is missing, unreadable or too small for what is asked of it."""
 
 
+class PlanError(ConfigError):
+    """A model cannot be cut, or no plan keeps within what is allowed."""
+
+
 class RunError(GossipflError):
     """A run could not be carried out: too few peers joined or finished, a process died, a port is taken."""
 

@@ -1,8 +1,8 @@
 """The vocabulary of inference: what is known of a served model and of a device, and what a plan says.
 
-The served model is a derived version of a trained one (batch norm folded into its convolutions), one flat vector with a layout of
-its own: for each layer its weight, then its bias. A cut `p` puts layers 1..p on the device and the rest on the server; p = 0 is
-all on the server, p = L all on the device.
+The served model is a derived version of a trained one (batch norm folded into its convolutions), one flat vector with a layout
+of its own: for each layer its weight, then its bias. A cut `p` puts layers 1..p on the device and the rest on the server; p = 0
+is all on the server, p = L all on the device.
 """
 
 from __future__ import annotations
