@@ -10,7 +10,7 @@ import numpy as np
 from gossipfl.inference.planning.profile import Shape
 
 Tier = Literal["reduced", "full", "unverified"]
-"""reduced: the quantized model, sure enough; full: the full model; unverified: the quantized model, for want of the full one."""
+"""reduced: the quantized model, sure enough; full: the full model; unverified: the quantized one, for want of the full one."""
 
 
 @dataclass(frozen=True, slots=True)
