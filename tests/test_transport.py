@@ -25,7 +25,22 @@ from sockets import (
 
 from gossipfl.errors import ConfigError, GossipflError, RunError
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import Collect, Credit, Data, Hello, Later, Leave, Pull, Record, Refuse
+from gossipfl.protocol.messages import (
+    Activation,
+    Collect,
+    Credit,
+    Data,
+    Failed,
+    Hello,
+    Later,
+    Leave,
+    Offer,
+    PlanRequest,
+    Pull,
+    Record,
+    Refuse,
+    Result,
+)  # fmt: skip
 from gossipfl.runtime import transport as transport_module
 from gossipfl.runtime.transport import FIRST_WINDOW_BYTES, MAX_WINDOW_BYTES, LinkDown, LinkUp, ZmqTransport
 
@@ -251,6 +266,88 @@ def test_closing_does_not_wait_for_who_does_not_read(pair):
     began = time.monotonic()
     b.transport.close(0.1)
     assert time.monotonic() - began < DEADLINE_S / 2
+
+
+# --- what is asked with a payload -------------------------------------------------------------------------------------
+
+
+def activation(request, total, cut=1):
+    """The chunks of an activation of `total` random bytes."""
+    return [Activation(request, 1, cut, 8, 1, c.offset, total, payload=c.payload) for c in chunks(request, total)]
+
+
+def uploaded(end):
+    return [message for message in end.messages if isinstance(message, Activation)]
+
+
+def test_an_activation_arrives_whole_and_in_order_with_what_was_asked_before_it(pair):
+    a, b = pair
+    sent = activation(2, 9 * 2**20 + 5)
+    a.transport.send("a", "b", PlanRequest(1, payload=b'{"a": 1}'))
+    for chunk in sent:
+        a.transport.send("a", "b", chunk)
+    until([a, b], lambda: len(b.messages) == 1 + len(sent))
+    assert b.messages == [PlanRequest(1), *sent] and bytes(b.messages[0].payload) == b'{"a": 1}'
+    assert b"".join(bytes(m.payload) for m in uploaded(b)) == b"".join(bytes(m.payload) for m in sent)
+    assert a.transport.bytes_unsent("b") == 0 and a.transport.dropped == b.transport.dropped == 0
+
+
+def test_offers_results_and_failures_return_on_the_connection_that_asked(pair):
+    a, b = pair
+    origin = asked(a, b)
+    scores = chunks(3, 12 * 2**20)
+    b.transport.queue(origin, "b", "a", [Offer(2, 0, 2, payload=b"{}")])
+    b.transport.queue(origin, "b", "a", [Result(3, 1, 0.5, c.offset, c.total, payload=c.payload) for c in scores])
+    b.transport.send("b", "a", Failed(4, "busy", "too much to do"), origin)
+    until([a, b], lambda: len(a.messages) == 2 + len(scores))
+    results = [message for message in a.messages if isinstance(message, Result)]
+    assert b"".join(bytes(message.payload) for message in results) == payload_of(scores)
+    assert Offer(2, 0, 2) in a.messages and Failed(4, "busy", "too much to do") in a.messages
+
+
+def test_a_control_message_overtakes_an_activation_that_waits(pair):
+    a, b = pair
+    for chunk in activation(1, 40 * 2**20):  # more than the sockets take at once
+        a.transport.send("a", "b", chunk)
+    a.transport.send("a", "b", Leave(1))
+    until([a, b], lambda: Leave(1) in b.messages and len(uploaded(b)) == 160)
+    assert b.messages[-1] != Leave(1)
+
+
+def test_what_waits_for_a_peer_that_is_not_there_is_bounded_and_can_be_taken_back(ends):
+    a = ends("tcp://127.0.0.1:0")
+    a.transport.connect("b", free_address())
+    for request in range(3):
+        for chunk in activation(request, wire.MAX_TENSOR_BYTES):
+            a.transport.send("a", "b", chunk)
+    assert a.transport.bytes_unsent("b") == 2 * wire.MAX_TENSOR_BYTES == transport_module.MAX_UNSENT_BYTES
+    assert a.transport.dropped == wire.MAX_TENSOR_BYTES // CHUNK
+    a.transport.cancel("b", 0)
+    a.transport.cancel("unheard of", 0)
+    assert a.transport.bytes_unsent("b") == wire.MAX_TENSOR_BYTES and a.transport.bytes_unsent("unheard of") == 0
+
+
+@pytest.mark.parametrize("kind", NETWORKED)
+def test_what_waits_to_be_sent_is_lost_with_its_connection(kind, ends):
+    a, b = ends(new_address(kind)), ends(new_address(kind))
+    a.transport.connect("b", b.address)
+    asked(a, b)
+    for chunk in activation(1, wire.MAX_TENSOR_BYTES):
+        a.transport.send("a", "b", chunk)
+    assert a.transport.bytes_unsent("b"), "b does not read"
+    b.transport.close()
+    until(a, lambda: any(isinstance(link, LinkDown) for link in a.links))
+    assert a.transport.bytes_unsent("b") == 0
+
+
+@pytest.mark.parametrize(
+    "answer", [Offer(1, 0, 1, payload=b"x"), Result(1, 1, 0.0, 0, 1, payload=b"x"), Failed(1, "busy", "x")]
+)
+def test_answers_of_inference_do_not_come_in_on_a_connection_that_asked_nothing(answer, ends, attackers):
+    b = ends("tcp://127.0.0.1:0")
+    attackers(b.address).send(wire.encode(b.transport.run, "x", "b", answer), getattr(answer, "payload", b""))
+    until(b, lambda: b.transport.dropped == 1)
+    assert b.received == []
 
 
 # --- links ------------------------------------------------------------------------------------------------------------

@@ -13,19 +13,33 @@ from hypothesis import strategies as st
 from gossipfl.errors import RemoteProtocolError
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
+    FULL_BITS,
     MAX_RANGES,
+    Activation,
     Collect,
     Credit,
     Data,
+    Failed,
     Hello,
     Later,
     Leave,
     Message,
+    Offer,
+    PlanRequest,
     Pull,
     Record,
     Refuse,
+    Result,
 )  # fmt: skip
-from gossipfl.protocol.wire import MAX_HEADER_BYTES, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, Envelope
+from gossipfl.protocol.wire import (
+    MAX_HEADER_BYTES,
+    MAX_NAME_BYTES,
+    MAX_OFFER_BYTES,
+    MAX_PAYLOAD_BYTES,
+    MAX_REASON_BYTES,
+    MAX_TENSOR_BYTES,
+    Envelope,
+)
 
 LARGEST = 2**62
 quick = settings(deadline=None, max_examples=80)
@@ -49,6 +63,17 @@ def chunks(draw) -> Data:
     return Data(request, version, newest, num_samples, draw(ranges), offset, total, len(payload), payload=payload)
 
 
+@st.composite
+def parts(draw, class_, most, *fields):
+    """A chunk of a payload of at most `most` bytes."""
+    payload = draw(st.binary(min_size=1, max_size=100))
+    total = draw(st.integers(len(payload), most))
+    offset = draw(st.integers(0, total - len(payload)))
+    return class_(draw(counts), *(draw(field) for field in fields), offset, total, payload=payload)
+
+
+ascii_reasons = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=MAX_REASON_BYTES)
+other_reasons = st.text(st.characters(codec="utf-8"), min_size=1, max_size=MAX_REASON_BYTES // 4)
 MESSAGES = {
     Hello: st.builds(Hello, names, counts, st.booleans()),
     Pull: st.builds(
@@ -61,6 +86,11 @@ MESSAGES = {
     Credit: st.builds(Credit, counts),
     Collect: st.builds(Collect, counts, names, counts),
     Record: st.builds(Record, counts, counts, st.integers(-1, LARGEST), payload=st.binary(max_size=100)),
+    PlanRequest: st.builds(PlanRequest, counts, payload=st.binary(max_size=100)),
+    Offer: parts(Offer, MAX_OFFER_BYTES),
+    Activation: parts(Activation, MAX_TENSOR_BYTES, counts, counts, st.integers(1, FULL_BITS), counts),
+    Result: parts(Result, MAX_TENSOR_BYTES, counts, seconds),
+    Failed: st.builds(Failed, counts, names, ascii_reasons | other_reasons),
 }
 
 
@@ -143,7 +173,14 @@ VALID = {
     "credit": [5],
     "collect": [1, "events", 0],
     "record": [1, 0, -1],
+    "plan_request": [1],
+    "offer": [1, 0, 40],
+    "activation": [1, 2, 3, 8, 10, 0, 40],
+    "result": [1, 2, 0.5, 0, 40],
+    "failed": [1, "busy", "64 requests wait already"],
 }
+CLASSES = {"plan_request": PlanRequest} | {class_.__name__.lower(): class_ for class_ in MESSAGES}
+WITH_PAYLOAD = ("data", "record", "plan_request", "offer", "activation", "result")
 NOT_A_COUNT = [-1, LARGEST + 1, 2**64 - 1, 1.0, True, None, "1", b"1", [], [1]]
 NOT_A_TOTAL = [-2, *NOT_A_COUNT[1:]]
 NOT_A_NAME = ["", "x" * (MAX_NAME_BYTES + 1), b"x", 1, None, True, ["x"]]
@@ -151,6 +188,8 @@ NOT_A_FLAG = [0, 1, None, "true", []]
 NOT_SECONDS = [-1, -0.5, float("nan"), float("inf"), -float("inf"), 1e9 + 1, True, None, "1", []]
 NOT_A_RANGE = [[0], [0, 1, 2], [5, 5], [6, 5], [-1, 5], [0, LARGEST + 1], [0.0, 5], [False, 5], ["0", "5"], "05", 5, None, []]
 NOT_RANGES = [[], [[0, 1]] * (MAX_RANGES + 1), [0, 1], [[0, 1], None], "ranges", None, *([[0, 1], bad] for bad in NOT_A_RANGE)]
+NOT_BITS = [0, -1, FULL_BITS + 1, 8.0, True, None, "8", []]
+NOT_A_REASON = ["", "x" * (MAX_REASON_BYTES + 1), "é" * (MAX_REASON_BYTES // 2 + 1), b"x", 1, None, ["x"]]
 NOT = {
     "hello": [NOT_A_NAME, NOT_A_COUNT, NOT_A_FLAG],
     "pull": [NOT_A_COUNT, NOT_A_COUNT, NOT_A_COUNT, NOT_RANGES, NOT_A_NAME, NOT_SECONDS, NOT_A_COUNT],
@@ -161,6 +200,11 @@ NOT = {
     "credit": [NOT_A_COUNT],
     "collect": [NOT_A_COUNT, NOT_A_NAME, NOT_A_COUNT],
     "record": [NOT_A_COUNT, NOT_A_COUNT, NOT_A_TOTAL],
+    "plan_request": [NOT_A_COUNT],
+    "offer": [NOT_A_COUNT] * 3,
+    "activation": [NOT_A_COUNT, NOT_A_COUNT, NOT_A_COUNT, NOT_BITS, NOT_A_COUNT, NOT_A_COUNT, NOT_A_COUNT],
+    "result": [NOT_A_COUNT, NOT_A_COUNT, NOT_SECONDS, NOT_A_COUNT, NOT_A_COUNT],
+    "failed": [NOT_A_COUNT, NOT_A_NAME, NOT_A_REASON],
 }
 FIELDS = [(kind, position) for kind, fields in NOT.items() for position in range(len(fields))]
 UNKNOWN = "from_a_later_version"
@@ -171,7 +215,7 @@ def header_of(kind="leave", body=None, *, version=1, run=7, sender="a", recipien
 
 
 def payload_of(kind) -> bytes:
-    return bytes(40) if kind == "data" else b""
+    return bytes(40) if kind in ("data", "offer", "activation", "result") else b""
 
 
 def refused(frames, message=None) -> None:
@@ -183,7 +227,7 @@ def refused(frames, message=None) -> None:
 @pytest.mark.parametrize("kind", VALID)
 def test_what_the_garbage_below_is_made_of_is_valid(kind):
     envelope = wire.decode([header_of(kind), payload_of(kind)])
-    assert type(envelope.message).__name__.lower() == kind
+    assert type(envelope.message) is CLASSES[kind]
     assert len(NOT[kind]) == len(VALID[kind])
 
 
@@ -321,7 +365,7 @@ def test_lists_nested_as_deep_as_the_header_allows_are_refused(field):
     refused([header, b""])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in VALID if kind not in ("data", "record")])
+@pytest.mark.parametrize("kind", [kind for kind in VALID if kind not in WITH_PAYLOAD])
 def test_a_payload_where_none_belongs_is_refused(kind):
     refused([header_of(kind), b"x"], f"{kind} carries no payload")
 
@@ -344,6 +388,32 @@ def test_a_payload_where_none_belongs_is_refused(kind):
 def test_data_whose_numbers_disagree_with_the_payload_or_that_brings_nothing_is_refused(offset, total, num_bytes, payload):
     body = [1, 2, 2, 100, [0, 10], offset, total, num_bytes]
     refused([header_of("data", body), payload], f"data: {len(payload)} payload bytes at {offset} of {total}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("offer", MAX_OFFER_BYTES), ("activation", MAX_TENSOR_BYTES), ("result", MAX_TENSOR_BYTES)]
+)
+def test_a_chunk_of_more_than_its_kind_may_be_or_beyond_its_end_is_refused(kind, most):
+    """Of a total that is too large, before anybody takes memory for it."""
+    fields = VALID[kind][:-2]
+    assert wire.decode([header_of(kind, [*fields, most - 40, most]), bytes(40)]).message.total == most
+    for offset, total, payload in (
+        (0, most + 1, 40),
+        (most - 39, most, 40),
+        (0, 39, 40),
+        (0, 40, 0),
+        (40, 40, 0),
+        (LARGEST, 40, 1),
+    ):
+        refused([header_of(kind, [*fields, offset, total]), bytes(payload)], f"{kind}: {payload} payload bytes at {offset} of")
+
+
+@pytest.mark.parametrize("character", ["x", "é", "中", "😀"])
+def test_the_longest_reason_fits_the_header_in_any_script(character):
+    name = character * (MAX_NAME_BYTES // len(character.encode()))
+    failed = Failed(LARGEST, name, character * (MAX_REASON_BYTES // len(character.encode())))
+    header = wire.encode(LARGEST, name, name, failed)
+    assert wire.decode([header, b""]) == Envelope(LARGEST, name, name, failed)
 
 
 def test_a_kind_that_is_not_known_here_is_no_error():

@@ -19,6 +19,8 @@ MAX_RANGES = 32
 """Ranges that one Pull may name: keeps the header within its limit."""
 NEWEST = 0
 """As `Pull.version`: whatever is newest. As `Pull.oldest`: any age will do, do not make me wait."""
+FULL_BITS = 32
+"""Of values that travel as they are computed."""
 
 
 # --- messages: between peers ------------------------------------------------------------------------------------------
@@ -119,7 +121,80 @@ class Record:
     payload: Any = field(default=None, compare=False, repr=False)
 
 
-Message = Hello | Pull | Data | Later | Refuse | Leave | Credit | Collect | Record
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """How should I run this model? The payload (JSON) tells the device and its budget."""
+
+    request: int
+    payload: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One chunk of the answer to a PlanRequest (JSON): a version, a plan for it, and the digests of what it needs."""
+
+    request: int
+    offset: int
+    total: int
+    payload: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """One chunk of what `samples` samples have come to after `cut` layers (0: the inputs): run the rest of `version` on it.
+
+    `bits` for each value: `FULL_BITS` for float32, fewer for that many planes of it.
+    """
+
+    request: int
+    version: int
+    cut: int
+    bits: int
+    samples: int
+    offset: int
+    total: int
+    payload: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One chunk of the scores that an Activation came to (f32); `seconds` is what computing them took."""
+
+    request: int
+    version: int
+    seconds: float
+    offset: int
+    total: int
+    payload: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """No answer will come: `kind` is a short stable word, `reason` (at most 240 bytes) is for people."""
+
+    request: int
+    kind: str
+    reason: str
+
+
+Chunk = Data | Record | Offer | Result
+"""What answers are made of."""
+Message = (
+    Hello
+    | Pull
+    | Data
+    | Later
+    | Refuse
+    | Leave
+    | Credit
+    | Collect
+    | Record
+    | PlanRequest
+    | Offer
+    | Activation
+    | Result
+    | Failed
+)
 
 
 # --- events: what a machine hears -------------------------------------------------------------------------------------

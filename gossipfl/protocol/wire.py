@@ -1,7 +1,7 @@
 """The bytes of a message: two frames, a msgpack header and a raw payload. Nothing that comes in is trusted.
 
     frame 1, at most 1 KiB   [version, run, kind, sender, recipient, body, identity, hash, signature]
-    frame 2, at most 256 KiB the payload of Data and Record, empty for all others
+    frame 2, at most 256 KiB the payload of Data, Record and what inference sends, empty for all others
 
 `body` lists the message's fields in the order of its dataclass (`messages.py`), without the payload. `run` is a number that
 the peers of one run share, so that a straggler of another run is not listened to. The last three are reserved, nil for now.
@@ -21,24 +21,34 @@ import msgpack
 
 from gossipfl.errors import RemoteProtocolError
 from gossipfl.protocol.messages import (
+    FULL_BITS,
     MAX_RANGES,
+    Activation,
     Collect,
     Credit,
     Data,
+    Failed,
     Hello,
     Later,
     Leave,
     Message,
+    Offer,
     PeerId,
+    PlanRequest,
     Pull,
     Record,
     Refuse,
+    Result,
 )
 
 WIRE_VERSION = 1
 MAX_HEADER_BYTES = 1024
 MAX_PAYLOAD_BYTES = 256 * 1024
 MAX_NAME_BYTES = 64
+MAX_REASON_BYTES = 240
+MAX_TENSOR_BYTES = 64 * 1024 * 1024
+"""Of an activation, and of a result, in all its chunks."""
+MAX_OFFER_BYTES = 4 * 1024 * 1024
 _MAX_INT = 2**62
 
 Buffer = bytes | bytearray | memoryview
@@ -102,6 +112,13 @@ def _message(kind: str, body: Any, payload: Buffer) -> Message:
         return message
     if class_ is Record:
         return Record(*(*body, payload))
+    if class_ in _MAX_TOTAL_BYTES:
+        message = class_(*(*body, payload))
+        if not 0 < len(payload) <= message.total - message.offset or message.total > _MAX_TOTAL_BYTES[class_]:
+            raise RemoteProtocolError(f"{kind}: {len(payload)} payload bytes at {message.offset} of {message.total}")
+        return message
+    if class_ is PlanRequest:
+        return PlanRequest(*(*body, payload))
     if len(payload):
         raise RemoteProtocolError(f"{kind} carries no payload, {len(payload)} bytes came")
     return class_(*body)
@@ -142,6 +159,16 @@ def _fits(name: str) -> bool:
     return len(name.encode("utf-8", "replace")) <= MAX_NAME_BYTES
 
 
+def _is_reason(value: object) -> bool:
+    return (
+        type(value) is str and 0 < len(value) <= MAX_REASON_BYTES and len(value.encode("utf-8", "replace")) <= MAX_REASON_BYTES
+    )
+
+
+def _is_bits(value: object) -> bool:
+    return type(value) is int and 0 < value <= FULL_BITS
+
+
 def _is_flag(value: object) -> bool:
     return type(value) is bool
 
@@ -172,7 +199,13 @@ _CHECKS: dict[type, tuple[str, tuple[Check, ...]]] = {
     Credit: ("credit", (_is_count,)),
     Collect: ("collect", (_is_count, _is_name, _is_count)),
     Record: ("record", (_is_count, _is_count, _is_total)),
+    PlanRequest: ("plan_request", (_is_count,)),
+    Offer: ("offer", (_is_count, _is_count, _is_count)),
+    Activation: ("activation", (_is_count, _is_count, _is_count, _is_bits, _is_count, _is_count, _is_count)),
+    Result: ("result", (_is_count, _is_count, _is_seconds, _is_count, _is_count)),
+    Failed: ("failed", (_is_count, _is_name, _is_reason)),
 }
+_MAX_TOTAL_BYTES: dict[type, int] = {Offer: MAX_OFFER_BYTES, Activation: MAX_TENSOR_BYTES, Result: MAX_TENSOR_BYTES}
 
 
 def _names(class_: type) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ import zmq
 
 from gossipfl.overlay.devices import Devices
 from gossipfl.overlay.links import Change, Constant, Links, PairValues
-from gossipfl.protocol.messages import Credit, Data, Message, PeerId, Record
+from gossipfl.protocol.messages import Chunk, Credit, Data, Message, PeerId, Record
 from gossipfl.protocol.wire import MAX_PAYLOAD_BYTES
 from gossipfl.randomness import generator
 from gossipfl.runtime.transport import MAX_WINDOW_BYTES, Happening, Inbound, Incoming, Link, Origin, ZmqTransport
@@ -129,7 +129,7 @@ class Flow:
     pair: float  # bytes/s at most
     window: int  # payload bytes that may be with the receiver, not let through
     credit: int = 0  # what of the window is left; a chunk may overdraw it
-    queue: deque[Data | Record] = field(default_factory=deque)
+    queue: deque[Chunk] = field(default_factory=deque)
     left: float = 0.0  # bytes of the first chunk
     rate: float = 0.0  # bytes/s
 
@@ -143,7 +143,7 @@ class Uplink:
     `depart(flow, chunk, at)` is called when the last byte of a chunk has left. Times are in seconds of any clock.
     """
 
-    def __init__(self, capacity: float, depart: Callable[[Flow, Data | Record, float], None]) -> None:
+    def __init__(self, capacity: float, depart: Callable[[Flow, Chunk, float], None]) -> None:
         self.capacity = capacity
         self.next_time = math.inf
         self._depart = depart
@@ -151,7 +151,7 @@ class Uplink:
         self._first: Flow | None = None  # of those that flow, the one whose chunk is through next
         self._since = 0.0  # when `left` of each flow was so
 
-    def put(self, flow: Flow, chunks: Iterable[Data | Record], now: float) -> None:
+    def put(self, flow: Flow, chunks: Iterable[Chunk], now: float) -> None:
         """Send these chunks behind what the flow has queued already."""
         self._settle(now)
         flow.queue.extend(chunks)
@@ -293,7 +293,7 @@ class ShapedTransport(ZmqTransport):
         else:
             put()
 
-    def queue(self, origin: Origin, sender: PeerId, recipient: PeerId, chunks: Iterable[Data | Record]) -> None:
+    def queue(self, origin: Origin, sender: PeerId, recipient: PeerId, chunks: Iterable[Chunk]) -> None:
         if recipient not in self._index:
             super().queue(origin, sender, recipient, chunks)
             return
@@ -325,10 +325,10 @@ class ShapedTransport(ZmqTransport):
         """Two chunks at least, so that one comes in while the other is let through."""
         return int(min(max(2 * MAX_PAYLOAD_BYTES, WINDOW_S * self._down[self._index[receiver]]), MAX_WINDOW_BYTES))
 
-    def _left(self, flow: Flow, chunk: Data | Record, at: float) -> None:
+    def _left(self, flow: Flow, chunk: Chunk, at: float) -> None:
         self._launch(flow.sender, flow.receiver, at, partial(self._put, flow, chunk))
 
-    def _put(self, flow: Flow, chunk: Data | Record) -> None:
+    def _put(self, flow: Flow, chunk: Chunk) -> None:
         """On the socket, at last."""
         if self._flows.get((flow.origin, flow.sender, flow.receiver)) is not flow:
             return  # its connection has broken

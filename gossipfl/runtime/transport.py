@@ -7,6 +7,8 @@ ZeroMQ queues count messages, not bytes, so what is in flight is bounded here: a
 on a connection and then as much as the receiver's Credits allow. The receiver's window follows the rate of the connection (a
 quarter of a second's worth), so that small messages are not stuck behind seconds of payload.
 
+What is asked with a payload (an Activation) is bounded where it leaves: by `MAX_UNSENT_BYTES` and what the connection takes.
+
 A Credit that comes the other way says what the sender may still send, where the two might disagree: when it begins to serve on
 a connection (perhaps anew, having forgotten it), and when it has waited for long.
 
@@ -33,7 +35,21 @@ import zmq.utils.monitor
 
 from gossipfl.errors import RemoteProtocolError, RunError
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import Credit, Data, Later, Message, PeerId, Record, Refuse
+from gossipfl.protocol.messages import (
+    Activation,
+    Chunk,
+    Credit,
+    Data,
+    Failed,
+    Later,
+    Message,
+    Offer,
+    PeerId,
+    PlanRequest,
+    Record,
+    Refuse,
+    Result,
+)
 from gossipfl.runtime.addresses import bind_failure, check_address, check_loopback, in_use, is_listened_at
 
 logger = logging.getLogger(__name__)
@@ -48,6 +64,8 @@ RETRY_S = 0.005
 SWEEP_S = 5.0
 """How often those who take nothing of what is queued for them are asked whether they are still there."""
 HIGH_WATER_MARK = 64
+MAX_UNSENT_BYTES = 2 * wire.MAX_TENSOR_BYTES
+"""Payload that waits for one connection to take it; what is sent beyond it is lost."""
 HANDSHAKE_S = 3.0
 MAX_REMEMBERED = 4096
 """Incoming connections whose credit, or whose ban, is remembered."""
@@ -57,9 +75,11 @@ BATCH = 16
 # Plain numbers: combining the enumeration's members takes longer than a receive.
 _POLLIN, _POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 _DONTWAIT, _SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
-_CHUNKED = (Data, Record)
-_ANSWERS = (Data, Record, Later, Refuse)
+_CHUNKED = (Data, Record, Offer, Result)
+_ANSWERS = (Data, Record, Later, Refuse, Offer, Result, Failed)
 """Come in on the connection that asked, and there only."""
+_UPLOADS = (PlanRequest, Activation)
+"""Ask with a payload."""
 
 Origin = bytes
 """The connection that a message came in on; answers go back to it."""
@@ -103,6 +123,8 @@ class Link:
     socket: zmq.Socket
     monitor: zmq.Socket
     outbox: deque[bytes] = field(default_factory=deque)
+    uploads: deque[tuple[PeerId, int, bytes, wire.Buffer]] = field(default_factory=deque)  # behind all of the outbox
+    unsent: int = 0  # payload bytes of the uploads
     last_used: float = 0.0
     allowed: int = FIRST_WINDOW_BYTES  # payload bytes that may still come
     window: int = FIRST_WINDOW_BYTES
@@ -114,7 +136,7 @@ class Link:
 class Inbound:
     """An incoming connection: what is queued for it, and how many payload bytes it may still be sent."""
 
-    queue: deque[tuple[PeerId, PeerId, Data | Record]] = field(default_factory=deque)
+    queue: deque[tuple[PeerId, PeerId, Chunk]] = field(default_factory=deque)
     requests: dict[tuple[PeerId, int], int] = field(default_factory=dict)  # payload bytes still queued
     allowed: int = FIRST_WINDOW_BYTES
     moved_at: float = field(default_factory=time.monotonic)
@@ -164,7 +186,10 @@ class ZmqTransport:
         self._routes[peer] = address
 
     def send(self, sender: PeerId, recipient: PeerId, message: Message, origin: Origin | None = None) -> None:
-        """Send a message without payload, on the connection `origin` if given. What cannot be sent is lost."""
+        """Send a message, on the connection `origin` if given and then without payload. What cannot be sent is lost.
+
+        The payload of a PlanRequest or an Activation is not copied: it must stay as it is until it has left.
+        """
         if origin is not None:
             self._send_back(origin, sender, recipient, message)
             return
@@ -174,13 +199,33 @@ class ZmqTransport:
             return
         link = self._links.get(address) or self._open(address)
         link.last_used = time.monotonic()
-        link.outbox.append(wire.encode(self.run, sender, recipient, message))
+        header = wire.encode(self.run, sender, recipient, message)
+        if isinstance(message, _UPLOADS):
+            if link.unsent + len(message.payload) > MAX_UNSENT_BYTES:
+                self.dropped += 1
+                return
+            link.uploads.append((recipient, message.request, header, message.payload))
+            link.unsent += len(message.payload)
+        else:
+            link.outbox.append(header)
         while len(link.outbox) > HIGH_WATER_MARK * 4:
             link.outbox.popleft()
             self.dropped += 1
         self._flush(link)
 
-    def queue(self, origin: Origin, sender: PeerId, recipient: PeerId, chunks: Iterable[Data | Record]) -> None:
+    def bytes_unsent(self, recipient: PeerId) -> int:
+        """Payload bytes that wait for the connection to this peer's endpoint."""
+        link = self._links.get(self._routes.get(recipient, ""))
+        return link.unsent if link else 0
+
+    def cancel(self, recipient: PeerId, request: int) -> None:
+        """Forget what waits to be sent to this peer with the payload of this request."""
+        link = self._links.get(self._routes.get(recipient, ""))
+        if link is not None and link.uploads:
+            link.uploads = deque(upload for upload in link.uploads if upload[:2] != (recipient, request))
+            link.unsent = sum(len(payload) for *_, payload in link.uploads)
+
+    def queue(self, origin: Origin, sender: PeerId, recipient: PeerId, chunks: Iterable[Chunk]) -> None:
         """Queue the chunks of an answer; they go out as the connection takes them, each zero-copy."""
         if origin not in self._inbound:
             if len(self._inbound) >= MAX_REMEMBERED:
@@ -264,7 +309,7 @@ class ZmqTransport:
             os.close(self._wake_write)
 
     def _is_unsent(self) -> bool:
-        return any(link.outbox for link in self._links.values()) or any(i.queue for i in self._inbound.values())
+        return any(link.outbox or link.uploads for link in self._links.values()) or any(i.queue for i in self._inbound.values())
 
     # --- sockets ------------------------------------------------------------------------------------------------------
 
@@ -313,13 +358,20 @@ class ZmqTransport:
 
     def _flush(self, link: Link) -> None:
         """Send what waits for this link; what does not go waits for the socket to become writable."""
-        while link.outbox:
-            try:
+        send = link.socket.send
+        try:
+            while link.outbox:
                 link.socket.send_multipart((link.outbox[0], b""), _DONTWAIT)
-            except zmq.Again:
-                self._poller.modify(link.socket, _POLLIN | _POLLOUT)
-                return
-            link.outbox.popleft()
+                link.outbox.popleft()
+            while link.uploads:
+                _, _, header, payload = link.uploads[0]
+                send(header, _DONTWAIT | _SNDMORE)
+                send(payload, _DONTWAIT, copy=False)
+                link.uploads.popleft()
+                link.unsent -= len(payload)
+        except zmq.Again:
+            self._poller.modify(link.socket, _POLLIN | _POLLOUT)
+            return
         self._poller.modify(link.socket, _POLLIN)
 
     def _send_back(self, origin: Origin, sender: PeerId, recipient: PeerId, message: Message) -> None:
@@ -484,6 +536,8 @@ class ZmqTransport:
                 self._happened.append(LinkUp(self._peers_at(link.address)))
             elif event == zmq.Event.DISCONNECTED:
                 link.allowed, link.window, link.uncredited = FIRST_WINDOW_BYTES, FIRST_WINDOW_BYTES, 0
+                link.uploads.clear()  # who asked hears of it
+                link.unsent = 0
                 self._happened.append(LinkDown(self._peers_at(link.address), "the connection broke"))
 
     def _peers_at(self, address: str) -> tuple[PeerId, ...]:
