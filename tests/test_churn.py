@@ -99,6 +99,7 @@ def test_a_trace_tells_who_is_there_also_before_its_first_row(tmp_path):
     ("rows", "message"),
     [
         ("0,p0,yes", "line 2: could not convert string to float: 'yes'; give numbers"),
+        ("", "line 1: no row comes after the header; give one like '12.5,p0,1', or leave the trace out"),
         ("0,p0,0.5", "line 2: online = 0.5 must be 0 or 1"),
         ("0,p9,1", "line 2: there is no peer 'p9'; peers are p0 to p3"),
         ("3,p0,1\n2,p0,0", "line 3: time_s = 2 comes after 3; sort the rows by time"),

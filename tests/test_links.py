@@ -160,6 +160,14 @@ def test_a_matrix_that_does_not_fit_is_refused_with_its_line_and_a_remedy(tmp_pa
     assert message in message_of(LinksConfig(pair_matrix=written(tmp_path, text)))
 
 
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
+def test_a_latency_that_is_no_time_is_refused_with_its_line_and_column(tmp_path, value):
+    path = written(tmp_path, f"0,50\n{value},0\n")
+    assert f"{path} line 2: '{value}' in column 1 must be at least 0, and finite" in message_of(
+        LinksConfig(latency_matrix=path)
+    )
+
+
 def test_a_file_that_is_not_there_is_refused_by_its_path(tmp_path):
     assert "gone.csv cannot be read: " in message_of(LinksConfig(latency_matrix=str(tmp_path / "gone.csv")))
 
@@ -231,6 +239,11 @@ def test_a_trace_without_a_period_cannot_repeat(tmp_path):
 )
 def test_a_row_that_cannot_be_right_is_refused_with_its_line_and_a_remedy(tmp_path, rows, message):
     assert message in message_of(LinksConfig(trace=written(tmp_path, f"time_s,peer,uplink,downlink\n{rows}\n")))
+
+
+def test_a_trace_without_rows_is_refused_with_its_line_and_an_example(tmp_path):
+    path = written(tmp_path, "# rates\ntime_s,peer,uplink,downlink\n\n")
+    assert f"{path} line 2: no row comes after the header; give one like '12.5,p0,1,1'" in message_of(LinksConfig(trace=path))
 
 
 @pytest.mark.parametrize("text", ["", "0,p0,1,1\n", "time_s,peer,online\n"])

@@ -2,7 +2,7 @@
 
 | file | content |
 |---|---|
-| matrix | N rows of N numbers, sender by receiver; the diagonal may hold anything |
+| matrix | N rows of N numbers, sender by receiver; the diagonal may hold anything; a rate may be `inf`, no limit |
 | trace | a header `time_s,peer,...`, then rows sorted by time, such as `12.5,p3,10,50` |
 
 What follows a `#` is a comment; lines without anything else are left out.
@@ -28,8 +28,9 @@ class Row(NamedTuple):
     values: list[float]
 
 
-def read_matrix(path: str, num_peers: int, scale: float) -> np.ndarray:
+def read_matrix(path: str, num_peers: int, scale: float, *, takes_inf: bool = False) -> np.ndarray:
     """f64[N, N]: the numbers of a file times `scale`, the diagonal 0. ConfigError names the line that cannot be right."""
+    allowed = "at least 0, or inf" if takes_inf else "at least 0, and finite"
     rows = list(_lines(path))
     matrix = np.zeros((num_peers, num_peers), dtype=np.float64)
     for index, (line, words) in enumerate(rows):
@@ -43,8 +44,8 @@ def read_matrix(path: str, num_peers: int, scale: float) -> np.ndarray:
             numbers = np.array(words, dtype=np.float64)
         except ValueError as error:
             raise ConfigError(f"{path} line {line}: {error}; a matrix holds numbers") from None
-        if len(wrong := np.flatnonzero(~(numbers >= 0))):
-            raise ConfigError(f"{path} line {line}: {words[wrong[0]]!r} in column {wrong[0] + 1} must be at least 0")
+        if len(wrong := np.flatnonzero(~(numbers >= 0) | (np.isinf(numbers) & ~takes_inf))):
+            raise ConfigError(f"{path} line {line}: {words[wrong[0]]!r} in column {wrong[0] + 1} must be {allowed}")
         matrix[index] = numbers * scale
     if not rows:
         raise ConfigError(f"{path} is empty; {num_peers} peers need a matrix of {num_peers} x {num_peers}")
@@ -53,7 +54,8 @@ def read_matrix(path: str, num_peers: int, scale: float) -> np.ndarray:
 
 def read_trace(path: str, columns: Sequence[str], num_peers: int) -> Iterator[Row]:
     """The rows of a trace with the columns `time_s`, `peer` and `columns`. ConfigError names the line that cannot be right."""
-    header, time_s = ["time_s", "peer", *columns], 0.0
+    header, time_s, has_rows = ["time_s", "peer", *columns], 0.0, False
+    example = ",".join(["12.5", "p0", *("1" for _ in columns)])
     lines = _lines(path)
     line, words = next(lines, (1, []))
     if words != header:
@@ -73,6 +75,11 @@ def read_trace(path: str, columns: Sequence[str], num_peers: int) -> Iterator[Ro
         if not words[1].startswith("p") or not number.isdecimal() or int(number) >= num_peers:
             raise ConfigError(f"{path} line {line}: there is no peer {words[1]!r}; peers are p0 to p{num_peers - 1}")
         yield Row(line, time_s, int(number), values)
+        has_rows = True
+    if not has_rows:
+        raise ConfigError(
+            f"{path} line {line}: no row comes after the header; give one like {example!r}, or leave the trace out"
+        )
 
 
 def _lines(path: str) -> Iterator[tuple[int, list[str]]]:

@@ -114,7 +114,7 @@ class LinksConfig:
     latency: Distribution = AT_ONCE  # seconds from one peer to another
     jitter_s: float = 0.0  # greatest further delay of a message
     loss: float = 0.0  # share of the messages that never arrive
-    pair_matrix: str | None = None  # CSV of N x N, Mbit/s, instead of `pair`; 0 = no link
+    pair_matrix: str | None = None  # CSV of N x N, Mbit/s, instead of `pair`; 0 = no link, inf = no limit
     latency_matrix: str | None = None  # CSV of N x N, ms, instead of `latency`
     trace: str | None = None  # CSV of time_s,peer,uplink,downlink, Mbit/s
     trace_repeat: bool = False  # begin the trace again after its last row, instead of keeping its last values
@@ -204,7 +204,7 @@ def build_links(config: LinksConfig, num_peers: int, seed: int) -> Links:
     for rates, own in ((uplink, config.peer_uplink), (downlink, config.peer_downlink)):
         for index, rate in own.items():
             rates[index] = rate
-    pair = read_matrix(config.pair_matrix, num_peers, BYTES_PER_MBIT) if config.pair_matrix else config.pair
+    pair = read_matrix(config.pair_matrix, num_peers, BYTES_PER_MBIT, takes_inf=True) if config.pair_matrix else config.pair
     latency = read_matrix(config.latency_matrix, num_peers, 1e-3) if config.latency_matrix else config.latency
     changes = _read_changes(config.trace, num_peers) if config.trace else []
     if config.trace_repeat and changes and changes[-1].time_s == 0:

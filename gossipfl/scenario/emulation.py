@@ -51,7 +51,9 @@ class Network(Table):
     latency: Delays = Field(default=AT_ONCE, description="from one peer to another, such as '50ms'")
     jitter: DelayS = Field(default=0.0, description="up to so much is added to each latency, uniformly")
     loss: Share = Field(default=0.0, description="share of the messages that never arrive, such as 0.02 or '2%'")
-    pair_matrix: ExistingFile | None = Field(default=None, description="CSV of peers x peers, Mbit/s; 0 = no link")
+    pair_matrix: ExistingFile | None = Field(
+        default=None, description="CSV of peers x peers, Mbit/s; 0 = no link, inf = no limit"
+    )
     latency_matrix: ExistingFile | None = Field(default=None, description="CSV of peers x peers, ms")
     trace: ExistingFile | None = Field(default=None, description="CSV of time_s,peer,uplink,downlink, Mbit/s")
     trace_repeat: bool = Field(default=False, description="begin the trace again after its last row")
