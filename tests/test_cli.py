@@ -305,6 +305,7 @@ def test_a_peer_that_the_scenario_does_not_have_is_refused(by_hand, tmp_path):
         ("gossip.codec=int9", "unknown codec 'int9'"),
         ("data.kind=digts", "unknown data set 'digts'"),
         ("gossip.replicas=5", "gossip.replicas = 5 exceeds the 2 neighbours of p0"),
+        ("gossip.protocol=gosip", "gossip.protocol: unknown protocol 'gosip'"),
         ("data.kind=idx", "data.path is not set"),
         ("data.partition.alpah=3", "has no argument 'alpah'"),
         ("model_args.hiden=3", "has no argument 'hiden'"),
@@ -314,6 +315,13 @@ def test_a_scenario_that_is_wrong_is_refused_by_a_peer_too(override, part, by_ha
     done = gossipfl(*by_hand, "--set", override, "--out", "mine", cwd=tmp_path)
     check_refused(done, part)
     assert not (tmp_path / "mine").exists()  # so that the mended command finds its folder free
+
+
+def test_a_peer_whose_protocol_draws_for_everybody_needs_everybody_linked(by_hand, tmp_path):
+    words = ["--set", "gossip.protocol=epidemic", "--set", "topology.kind=star", "--set", "gossip.replicas=1"]
+    done = gossipfl(*by_hand, *words, "--out", "mine", cwd=tmp_path)
+    check_refused(done, "topology.kind = 'star' gives p1 1 neighbours", "set topology.kind = 'full'")
+    assert not (tmp_path / "mine").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- two outputs

@@ -353,6 +353,10 @@ def test_a_value_that_cannot_be_right_is_refused_with_its_key_and_a_remedy(setti
         ({"topology": {"kind": "rnig"}}, "unknown topology 'rnig'; did you mean 'ring'?"),
         ({"topology": {"kind": "regular", "degree": 8}}, "topology.degree = 8 needs at least 9 peers, there are 8; lower it"),
         ({"topology": {"kind": "ring", "rewire": 1}}, "unknown key 'topology.rewire' of topology 'ring'; accepted: none"),
+        (
+            {"topology": {"kind": "file", "path": "no.edges", "dynamic": True}},
+            "topology.dynamic = True draws a graph for each round, and topology.kind = 'file' gives one; remove dynamic",
+        ),
         ({"topology": {"kind": "file", "path": "no.edges"}}, "topology.path = 'no.edges' does not exist; give the path"),
     ],
 )
@@ -480,9 +484,17 @@ def test_an_override_of_a_matrix_takes_the_place_of_the_rate_of_pairs_and_back(t
         ({"uplink": 100}, 'network.uplink = 100 has no unit; say "100Mbit" (per second), or "100MB" if bytes are meant'),
         ({"uplink": "100"}, "network.uplink = '100' has no unit; say \"100Mbit\""),
         ({"uplink": "0Mbit"}, "network.uplink = '0Mbit' must be above 0; leave the key out where there is no limit"),
-        ({"uplink": "-1Mbit"}, "network.uplink = '-1Mbit' must be a rate with its unit, such as '100Mbit'"),
-        ({"pair": "10Mbits"}, "network.pair = '10Mbits' must be a rate with its unit"),
-        ({"downlink": True}, "network.downlink = True must be a rate with its unit"),
+        ({"uplink": "-1Mbit"}, "network.uplink = '-1Mbit' must be a rate above 0 with its unit, such as '100Mbit'"),
+        ({"uplink": -5}, "network.uplink = -5 must be a rate above 0 with its unit"),
+        ({"uplink": math.nan}, "network.uplink = nan must be a rate above 0 with its unit"),
+        ({"pair": "nan"}, "network.pair = 'nan' must be a rate above 0 with its unit"),
+        ({"pair": "10Mbits"}, "network.pair = '10Mbits' must be a rate above 0 with its unit"),
+        ({"downlink": True}, "network.downlink = True must be a rate above 0 with its unit"),
+        ({"latency": math.inf}, "network.latency = inf must be a time of at least 0"),
+        (
+            {"latency": {"kind": "uniform", "low": "1ms", "high": math.inf}},
+            "has high = inf, which must be a time of at least 0",
+        ),
         ({"latency": "50 m"}, "network.latency = '50 m' must be a time of at least 0, with its unit, such as '50ms'"),
         ({"latency": -1}, "network.latency = -1 must be a time of at least 0"),
         ({"jitter": math.nan}, "network.jitter = nan must be a time of at least 0"),
@@ -652,6 +664,12 @@ def test_a_foreign_name_leads_to_ours_inside_tables_too():
         ({"trace": "x.csv"}, "unknown key 'trace'; did you mean 'network.trace' or 'churn.trace'?"),
         ({"latency": "1s"}, "unknown key 'latency'; did you mean 'network.latency'?"),
         ({"learning_rat": 3}, "unknown key 'learning_rat'; did you mean 'training.learning_rate'?"),
+        ({"num_cleints": 3}, "unknown key 'num_cleints'; did you mean 'num_clients', which is called 'peers' here?"),
+        ({"comm_roud": 3}, "unknown key 'comm_roud'; did you mean 'comm_round', which is called 'rounds' here?"),
+        (
+            {"gossip": {"compresion": "int8"}},
+            "unknown key 'gossip.compresion'; did you mean 'compression', which is called 'gossip.codec' here?",
+        ),
         ({"seed": {"zzz": 3}}, "unknown key 'seed.zzz'; known in [seed]: data, model, protocol"),
     ],
 )
@@ -710,7 +728,8 @@ def test_the_quickstart_names_only_what_exists():
     [
         ("data.kind=digts", "unknown data set 'digts'; did you mean 'digits'?"),
         ("data.partition.kind=dirichelt", "unknown partition 'dirichelt'; did you mean 'dirichlet'?"),
-        ("gossip.aggregation=mediam", "unknown aggregation rule 'mediam'; did you mean 'median'?"),
+        ("gossip.aggregation=mediam", "gossip.aggregation: unknown aggregation rule 'mediam'; did you mean 'median'?"),
+        ("gossip.protocol=gosip", "gossip.protocol: unknown protocol 'gosip'; did you mean 'gossip'?"),
     ],
 )
 def test_a_name_that_no_registry_knows_is_refused_with_a_suggestion(override, message):

@@ -68,12 +68,16 @@ def test_what_is_missing_is_named_with_what_to_use_instead(monkeypatch, attribut
 
 @needs_root
 @pytest.mark.parametrize(
-    "changes",
-    [{"transport": {"kind": "ipc"}}, {"peers_per_process": 2}],
+    ("changes", "message"),
+    [
+        ({"transport": {"kind": "ipc"}}, "transport.kind = 'ipc'; set transport.kind = 'tcp', or use --clock local"),
+        ({"transport": {"kind": "inproc"}}, "set transport.kind = 'tcp', or use --clock local"),
+        ({"peers_per_process": 2}, "peers_per_process = 2, but each has a network of its own; remove it"),
+    ],
     ids=str,
 )
-def test_what_it_cannot_do_is_refused_before_anything_starts(changes, tmp_path):
-    with pytest.raises(ConfigError):
+def test_what_it_cannot_do_is_refused_before_anything_starts(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
         gossipfl.run(RUN | changes, clock="netns", out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

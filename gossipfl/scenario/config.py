@@ -38,7 +38,7 @@ from gossipfl.overlay.devices import Devices
 from gossipfl.overlay.links import Links, check_links
 from gossipfl.overlay.topology import RedrawnTopology, build_topology, redrawn_topology
 from gossipfl.overlay.topology import Topology as PeerTopology
-from gossipfl.registry import did_you_mean
+from gossipfl.registry import Registry, did_you_mean
 from gossipfl.scenario.emulation import Churn, Compute, Network, unknown_peers
 from gossipfl.scenario.problems import Problem, ScenarioError, misplaced_key, problems_of, shown
 from gossipfl.scenario.sources import apply_overrides, line_of, read_toml, resolve_paths, scenario_file
@@ -205,6 +205,15 @@ class Topology(_OpenTable):
         default="full", description="full, ring, regular, file, ..., or package.module:function; its arguments beside it"
     )
     dynamic: bool = Field(default=False, description="a graph of its own for each round, drawn by the seed")
+
+    @model_validator(mode="after")
+    def _can_be_redrawn(self) -> Topology:
+        if self.dynamic and self.kind == "file":
+            raise ValueError(
+                "topology.dynamic = True draws a graph for each round, and topology.kind = 'file' gives one; "
+                "remove dynamic, or choose a kind that is drawn, such as 'regular'"
+            )
+        return self
 
 
 class Transport(Table):
@@ -402,17 +411,25 @@ def check_names(scenario: Scenario) -> None:
     from gossipfl.learning.partition import PARTITIONERS
     from gossipfl.protocol.baselines import PROTOCOLS
 
-    DATASETS.get(scenario.data.kind)
-    PARTITIONERS.get(scenario.data.partition.kind)
-    AGGREGATORS.get(scenario.gossip.aggregation)
-    PROTOCOLS.get(scenario.gossip.protocol)
+    gossip = scenario.gossip
+    tables: Sequence[tuple[str, Registry[Any], str]] = [
+        ("data.kind", DATASETS, scenario.data.kind),
+        ("data.partition.kind", PARTITIONERS, scenario.data.partition.kind),
+        ("gossip.aggregation", AGGREGATORS, gossip.aggregation),
+        ("gossip.protocol", PROTOCOLS, gossip.protocol),
+    ]
+    for key, table, name in tables:
+        try:
+            table.get(name)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from error
     names_own_module = any(":" in name for name in (scenario.model, scenario.data.kind, scenario.training.step or ""))
-    for kind, name, known in (
-        ("model", scenario.model, BUILT_IN_MODELS),
-        ("codec", scenario.gossip.codec.partition(":")[0], BUILT_IN_CODECS),
+    for key, kind, name, known in (
+        ("model", "model", scenario.model, BUILT_IN_MODELS),
+        ("gossip.codec", "codec", gossip.codec.partition(":")[0], BUILT_IN_CODECS),
     ):
         if name not in known and not names_own_module:
-            raise ConfigError(f"unknown {kind} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+            raise ConfigError(f"{key}: unknown {kind} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 
 def _check_topology(scenario: Scenario) -> PeerTopology:

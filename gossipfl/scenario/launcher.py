@@ -235,8 +235,13 @@ class Launcher:
         """ConfigError for what the clock netns cannot do."""
         scenario = self.scenario
         check_available(scenario.peers)
-        if in_process or scenario.transport.kind != "tcp":
-            raise ConfigError("clock = 'netns' runs processes that talk over tcp; use --clock local")
+        if scenario.transport.kind != "tcp":
+            raise ConfigError(
+                f"clock = 'netns' runs processes that talk over tcp, and transport.kind = {scenario.transport.kind!r}; "
+                "set transport.kind = 'tcp', or use --clock local"
+            )
+        if in_process:
+            raise ConfigError("clock = 'netns' runs processes, and objects of your own stay in this one; use --clock local")
         if scenario.peers_per_process not in (None, 1):
             raise ConfigError(f"peers_per_process = {scenario.peers_per_process}, but each has a network of its own; remove it")
         if scenario.build_links().changes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -220,10 +220,17 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
     if elsewhere:
         return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
     siblings = {name: candidate for name, candidate in by_leaf if candidate.rpartition(".")[0] == table}
+    theirs = _closest(plain, CALLED_HERE)
+    if theirs and theirs == _closest(plain, [theirs, *(name for name, _ in by_leaf)]):
+        return f"; did you mean {theirs!r}, which is called {CALLED_HERE[theirs]!r} here?"
     for pool in (siblings, dict(reversed(by_leaf))):  # a slip in this table is likelier than a slip and the wrong table
-        if close := difflib.get_close_matches(plain, pool, n=1):
-            return f"; did you mean {pool[close[0]]!r}?"
+        if close := _closest(plain, pool):
+            return f"; did you mean {pool[close]!r}?"
     return f"; known {f'in [{table}]' if table else 'here'}: {', '.join(siblings)}"
+
+
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def _plain(name: str) -> str:

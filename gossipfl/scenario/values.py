@@ -126,12 +126,14 @@ def _rate(value: Any) -> float:
     """Bytes per second of text such as "100Mbit", "2MB", "2MiB/s" or "10Mbps"; bits are meant by `bit` and `b`."""
     if value in ("unlimited", "inf", math.inf):
         return math.inf
-    text = value.strip() if isinstance(value, str) else ""
-    if _is_number(value) or re.fullmatch(_NUMBER, text):
+    text = str(value).strip() if isinstance(value, str) or _is_number(value) else ""
+    if re.fullmatch(_NUMBER, text) and float(text) > 0:
         raise ValueError(f'has no unit; say "{value}Mbit" (per second), or "{value}MB" if bytes are meant')
     match = _RATE.fullmatch(text)
     if match is None:
-        raise ValueError("must be a rate with its unit, such as '100Mbit', '500kbit' or '2MB' (per second), or 'unlimited'")
+        raise ValueError(
+            "must be a rate above 0 with its unit, such as '100Mbit', '500kbit' or '2MB' (per second), or 'unlimited'"
+        )
     number, prefix, unit = match.groups()
     factor = _BINARY.get(prefix) or _DECIMAL[prefix if prefix in _DECIMAL else prefix.swapcase()]
     bytes_per_s = float(number) * factor / (1 if unit == "B" else 8)
