@@ -9,6 +9,7 @@
 | `int4[:block]`   | 4 ceil(n / block) + ceil(n / 2) | half a level: 1/14 of the largest magnitude of the block       |
 | `topk[:ratio]`   | k (2 or 4) + 4 k                | all but the k = ceil(ratio n) most important values            |
 | `randomk[:ratio]`| k (2 or 4) + 4 k                | all but k values drawn at random                               |
+| `planes[:A-B[:G]]`| 4 n / G + (B - A) ceil(n / 8)  | 1/2^B of the largest magnitude of the G values (see `planes`)  |
 
 All numbers are little-endian. A quantized payload is the float32 scales, then the levels (see `quantization`). A sparse
 payload is the k indices in rising order (uint16 while n <= 65,536, else uint32), then the k values in float32.
@@ -372,3 +373,6 @@ def _split(payload: np.ndarray, count: int, first: np.dtype, second: np.dtype) -
     """Views of the first `count` numbers of a payload and of those after them."""
     cut = count * first.itemsize
     return payload[:cut].view(first), payload[cut:].view(second)
+
+
+from gossipfl.segments import planes as _planes  # noqa: E402, F401 (registers itself; needs the names above)
