@@ -134,7 +134,7 @@ class VirtualHost(Simulator):
             super().kill(name, at)
 
     def _silence(self, peer: SimulatedPeer) -> None:
-        peer.is_away = True
+        peer.is_there, peer.is_away = False, True
         self._training.pop(peer, None)
         self._num_active -= 1
 
@@ -158,7 +158,7 @@ class VirtualHost(Simulator):
         super()._send(peer, to, message)
 
     def _deliver(self, sender: SimulatedPeer, receiver: SimulatedPeer, message: Message, num_bytes: int) -> None:
-        if not (sender.is_away or receiver.is_away or receiver.is_finished) and receiver.is_started:
+        if not sender.is_away and receiver.is_there:
             self.log.append((round(self.clock.now, 9), sender.name, receiver.name, message))
             if isinstance(message, Data):
                 frame = sender.name, receiver.name, message.version, message.range, message.offset

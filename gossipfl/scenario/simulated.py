@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import tomli_w
 
 from gossipfl.aggregation import AGGREGATORS
-from gossipfl.errors import ConfigError
 from gossipfl.learning.central import train_centrally
 from gossipfl.learning.checkpoint import save_model
 from gossipfl.learning.cohort import CohortEngine, choose_cohort
@@ -34,8 +32,9 @@ from gossipfl.protocol.messages import Fault, RoundReport
 from gossipfl.runtime.host import GossipSettings, round_event
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.launcher import peer_settings
+from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
-from gossipfl.scenario.records import Event, RunRecord, models_sha256, new_folder, remove_files, summarize
+from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, summarize
 from gossipfl.scenario.results import Observer, RunResult
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.store import SegmentStore
@@ -56,14 +55,19 @@ def simulate(
     topology, links = scenario.build_topology(), scenario.build_links()
     check_links(links, topology)
     dataset = objects["dataset"] or open_dataset(prepare(scenario))
-    folder = new_folder(out, scenario.name, force)
-    record = RunRecord(folder)
+    folder = RunFolder(out, scenario.name, force)
+    record = RunRecord(folder.path)
     try:
         record.write("scenario.toml", scenario.to_toml())
-        return _Simulation(scenario, record, observer, dataset, objects, began, links).run()
-    except ConfigError:
-        remove_files(folder)  # nothing has run
+        simulation = _Simulation(scenario, record, observer, dataset, objects, began, links)
+        simulation.plan_presence()
+    except BaseException:
+        record.close()
+        folder.give_up()
         raise
+    folder.keep()
+    try:
+        return simulation.run()
     finally:
         record.close()
 
@@ -114,15 +118,16 @@ class _Simulation(Watcher):
             scenario.model, dataset.input_shape, dataset.num_classes, scenario.model_args, scenario.model_seed
         )
         self.engine = Engine(model, training, dataset, objects["step"])
+        check_memory(scenario, self.engine.layout.size)
         if training.fast_math:
             self.engine.try_fast_math()
         shards = deal(scenario, dataset)
         self.cohort: CohortEngine = choose_cohort(self.engine, self._engine_kind(), scenario.peers)
         table = class_table(dataset.y_train, shards, dataset.num_classes) if dataset.num_classes <= 20 else None
         observer.data_ready(scenario, table)
-        names = scenario.peer_names
+        self.names = names = scenario.peer_names
+        self.index_of = {name: index for index, name in enumerate(names)}
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()
-        _check_memory(scenario, self.initial.size)
         self.devices = scenario.build_devices()
         self.num_steps = [training.num_steps(len(shard)) for shard in shards]
         self.learners = {name: Learner(name, shard) for name, shard in zip(names, shards, strict=True)}
@@ -159,11 +164,9 @@ class _Simulation(Watcher):
     # --- what the simulator is made of --------------------------------------------------------------------------------
 
     def _machine(self, name: str) -> Any:
-        names, index = self.scenario.peer_names, self.learners[name]
-        number = names.index(name)
-        degrees, schedule = degrees_of(self.topology, number, names)
+        degrees, schedule = degrees_of(self.topology, self.index_of[name], self.names)
         late = frozenset() if name in self.late or self._has_begun else self.late  # who comes later waits for whoever is there
-        config = replace(self.config, num_samples=len(index.indices), schedule=schedule, late=late)
+        config = replace(self.config, num_samples=len(self.learners[name].indices), schedule=schedule, late=late)
         return PROTOCOLS.get(self.gossip.protocol)(name, degrees, config, self.numbers)
 
     def _store(self, name: str) -> SegmentStore:
@@ -178,8 +181,6 @@ class _Simulation(Watcher):
         scenario, simulator = self.scenario, self.simulator
         engine = self.cohort.description()
         self.record.write("scenario.toml", tomli_w.dumps(scenario.resolved() | {"engine": engine}))
-        self._plan_presence()
-        self._has_begun = True
         self.observer.started(self.record.folder, self.initial.size)
         startup_s, started = time.time() - self.began, time.monotonic()
         is_interrupted = False
@@ -199,12 +200,14 @@ class _Simulation(Watcher):
         self.observer.ended(result)
         return result
 
-    def _plan_presence(self) -> None:
+    def plan_presence(self) -> None:
+        """Have those begin who are there, and the others come and go."""
         churn = self.scenario.build_churn()
         for index, name in enumerate(self.scenario.peer_names):
             if churn.initially_online(index):
                 self.simulator.start(name)
         self.simulator.follow(iter(churn.changes(math.inf)))
+        self._has_begun = True
 
     def _stop_soon(self) -> None:
         if not self._is_stopping:
@@ -275,10 +278,7 @@ class _Simulation(Watcher):
 
     def _add(self, event: Event) -> None:
         self.record.add(event)
-        self.observer.event(event, self._num_alive())
-
-    def _num_alive(self) -> int:
-        return sum(not peer.is_away and peer.error is None for peer in self.simulator.peers.values())
+        self.observer.event(event, self.simulator.num_alive)
 
     def _add_to_round(self, event: Event, vector: np.ndarray) -> None:
         """Once all peers that are there have finished the round: how far apart they are, and how good their average is."""
@@ -286,7 +286,7 @@ class _Simulation(Watcher):
         sums.add(vector)
         if event["accuracy_after"] is not None:
             sums.accuracies.append(event["accuracy_after"])
-        if sums.num_peers < self._num_alive():
+        if sums.num_peers < self.simulator.num_alive:
             return
         del self._rounds[event["round"]]
         distance = sums.consensus_distance
@@ -355,18 +355,6 @@ def _interrupt_on_terminate() -> Any:
         return signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     except ValueError:
         return None
-
-
-def _check_memory(scenario: Scenario, parameters: int) -> None:
-    """ConfigError, with the number of peers that would fit, where the stored versions and mixed vectors do not."""
-    per_peer = (scenario.gossip.versions_kept + 1) * parameters * 4
-    available = psutil.virtual_memory().available
-    needed = scenario.peers * per_peer
-    if needed > available:
-        raise ConfigError(
-            f"peers = {scenario.peers} with {parameters:,} parameters need about {needed / 2**30:,.1f} GiB and "
-            f"{available / 2**30:,.1f} GiB are free; {available // per_peer} peers would fit, or lower gossip.versions_kept"
-        )
 
 
 def _peak_mib() -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any
@@ -13,8 +12,8 @@ class VirtualClock:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._times: list[float] = []  # a heap; much happens at one time, and is kept in a queue
-        self._planned: dict[float, deque[tuple[Callable[..., None], tuple[Any, ...]]]] = {}
+        self._times: list[float] = []  # a heap; much happens at one time, and is kept in a list
+        self._planned: dict[float, list[tuple[Callable[..., None], tuple[Any, ...]]]] = {}
 
     def at(self, time_s: float, call: Callable[..., None], *args: Any) -> None:
         """Plan `call(*args)`; what is planned for the past happens now."""
@@ -22,9 +21,10 @@ class VirtualClock:
             time_s = self.now
         planned = self._planned.get(time_s)
         if planned is None:
-            planned = self._planned[time_s] = deque()
+            self._planned[time_s] = [(call, args)]
             heappush(self._times, time_s)
-        planned.append((call, args))
+        else:
+            planned.append((call, args))
 
     @property
     def next_time(self) -> float | None:
@@ -33,9 +33,9 @@ class VirtualClock:
 
     def advance(self) -> None:
         """Move on to what is planned next, and do all that is planned for that time, by then or meanwhile."""
-        self.now = self._times[0]
-        planned = self._planned[self.now]
-        while planned:
-            call, args = planned.popleft()
-            call(*args)
+        self.now = now = self._times[0]
+        while planned := self._planned[now]:
+            self._planned[now] = []  # for what these plan for now
+            for call, args in planned:
+                call(*args)
         del self._planned[heappop(self._times)]

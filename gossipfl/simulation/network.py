@@ -48,7 +48,8 @@ class Network:
 
     def __init__(self, links: Links, clock: VirtualClock, rng: np.random.Generator) -> None:
         self._links, self._clock, self._rng = links, clock, rng
-        self._uplink, self._downlink = links.uplink.copy(), links.downlink.copy()
+        self._uplink, self._downlink = links.uplink.tolist(), links.downlink.tolist()
+        self._up_share, self._down_share = [0.0] * links.num_peers, [0.0] * links.num_peers  # of a flow there
         self._flows: dict[tuple[int, int], Flow] = {}
         self._sending: list[dict[Flow, None]] = [{} for _ in range(links.num_peers)]
         self._receiving: list[dict[Flow, None]] = [{} for _ in range(links.num_peers)]
@@ -98,15 +99,33 @@ class Network:
         if not self._touched:
             return
         if self.is_exact:
-            flows = [flow for flows in self._sending for flow in flows]
-            rates = fair_rates(flows, self._uplink, self._downlink).tolist()
+            self._share_fairly()
         else:
-            flows = list({flow: None for peer in self._touched for flow in (*self._sending[peer], *self._receiving[peer])})
-            rates = [self._share(flow) for flow in flows]
+            self._share_evenly()
         self._touched.clear()
+
+    def _share_fairly(self) -> None:
+        flows = [flow for flows in self._sending for flow in flows]
+        rates = fair_rates(flows, np.array(self._uplink), np.array(self._downlink)).tolist()
         for flow, rate in zip(flows, rates, strict=True):
             if rate != flow.rate:
                 self._set_rate(flow, rate)
+
+    def _share_evenly(self) -> None:
+        up_share, down_share = self._up_share, self._down_share
+        for peer in self._touched:
+            up_share[peer] = self._uplink[peer] / (len(self._sending[peer]) or 1)
+            down_share[peer] = self._downlink[peer] / (len(self._receiving[peer]) or 1)
+        for peer in self._touched:
+            for flows in (self._sending[peer], self._receiving[peer]):
+                for flow in flows:
+                    rate, down = up_share[flow.sender], down_share[flow.receiver]
+                    if down < rate:
+                        rate = down
+                    if flow.pair < rate:
+                        rate = flow.pair
+                    if rate != flow.rate:
+                        self._set_rate(flow, rate)
 
     # --- flows --------------------------------------------------------------------------------------------------------
 
@@ -118,11 +137,6 @@ class Network:
 
     def _touch(self, flow: Flow) -> None:
         self._touched[flow.sender] = self._touched[flow.receiver] = None
-
-    def _share(self, flow: Flow) -> float:
-        up = self._uplink[flow.sender] / len(self._sending[flow.sender])
-        down = self._downlink[flow.receiver] / len(self._receiving[flow.receiver])
-        return float(min(up, down, flow.pair))
 
     def _set_rate(self, flow: Flow, rate: float) -> None:
         now = self._clock.now

@@ -107,7 +107,8 @@ class SimulatedPeer:
     """Whether nobody else may see the vector that training starts from, so that it is trained in place."""
     loss: float = float("nan")
     wake_at: float | None = None
-    is_started: bool = False
+    is_there: bool = False
+    """Begun, not killed since, and not finished."""
     is_away: bool = False
     is_finished: bool = False
     error: str | None = None
@@ -171,6 +172,7 @@ class Simulator:
         }
         self._by_index = list(self.peers.values())
         self._num_active = len(self.peers)
+        self.num_alive = len(self.peers)  # neither killed nor ended by an error
 
     # --- driving ------------------------------------------------------------------------------------------------------
 
@@ -219,7 +221,7 @@ class Simulator:
         self.follow(changes)
 
     def _start(self, peer: SimulatedPeer) -> None:
-        if (peer.is_started and not peer.is_away) or peer.is_finished:
+        if peer.is_there or peer.is_finished:
             return
         if peer.is_away:
             peer.machine, peer.store = self._make_machine(peer.name), self._make_store(peer.name)
@@ -227,18 +229,20 @@ class Simulator:
             peer.wake_at, peer.is_away = None, False
             peer.decoded.clear()
             self._num_active += 1
-        peer.is_started = True
+            self.num_alive += 1
+        peer.is_there = True
         for other in self._neighbours(peer):
             self.network.send(peer.index, other.index, self._handle, other, PeerUp(peer.name))
         self._handle(peer, Start())
 
     def _kill(self, peer: SimulatedPeer) -> None:
-        if peer.is_away or peer.is_finished or not peer.is_started:
+        if not peer.is_there:
             return
-        peer.is_away = True
+        peer.is_there, peer.is_away = False, True
         self._training.pop(peer, None)
         peer.task = None
         self._num_active -= 1
+        self.num_alive -= 1
         self._disconnect(peer)
 
     def _disconnect(self, peer: SimulatedPeer) -> None:
@@ -251,13 +255,13 @@ class Simulator:
         """Those that have begun and not finished: the others have no connection to be told of."""
         for name in peer.machine.membership.neighbours:
             other = self.peers[name]
-            if other.is_started and not other.is_away and not other.is_finished:
+            if other.is_there:
                 yield other
 
     # --- the shell of a machine ---------------------------------------------------------------------------------------
 
     def _handle(self, peer: SimulatedPeer, event: Event) -> None:
-        if peer.is_away or peer.is_finished or not peer.is_started:
+        if not peer.is_there:
             return
         now = self.clock.now
         actions = peer.machine.handle(event, now)
@@ -318,8 +322,9 @@ class Simulator:
 
     def _finish(self, peer: SimulatedPeer, error: str | None) -> None:
         peer.error = error
+        self.num_alive -= error is not None
         self.vector(peer)
-        peer.is_finished = True
+        peer.is_there, peer.is_finished = False, True
         self._num_active -= 1
         self._watcher.finished(peer)
         self._disconnect(peer)
@@ -332,15 +337,16 @@ class Simulator:
         self.network.send(peer.index, receiver.index, self._deliver, peer, receiver, message, len(header))
 
     def _deliver(self, sender: SimulatedPeer, receiver: SimulatedPeer, message: Message, num_bytes: int) -> None:
-        if receiver.is_away or receiver.is_finished or not receiver.is_started:
+        if not receiver.is_there:
             return
         self.num_messages += 1
-        receiver.traffic.wire_bytes += num_bytes
-        if isinstance(message, Data):
+        traffic = receiver.traffic
+        traffic.wire_bytes += num_bytes
+        if type(message) is Data:
             received_from = receiver.received_from
             received_from[sender.name] = received_from.get(sender.name, 0) + message.num_bytes
         else:
-            receiver.traffic.control_bytes += num_bytes
+            traffic.control_bytes += num_bytes
         self._handle(receiver, Received(sender.name, message))
 
     def _serve(self, peer: SimulatedPeer, to: PeerId, pull: Pull, version: int) -> None:
