@@ -1,7 +1,7 @@
 """The tensors alive at a cut, as the bytes that go up: per sample and tensor its centre, then planes of what is left.
 
-Values after a ReLU lie on one side of zero; measured from their centre they use every level of the code. Each sample is scaled on
-its own, so an answer does not depend on what else is in its batch.
+Values after a ReLU lie on one side of zero; measured from their centre they use every level of the code. Each sample is scaled
+on its own, so an answer does not depend on what else is in its batch.
 """
 
 from __future__ import annotations

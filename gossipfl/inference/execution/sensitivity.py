@@ -1,10 +1,10 @@
 """How much the scores change when one layer's weights, or the values at one cut, are quantized and nothing else is.
 
 Zhou, Moosavi-Dezfooli, Cheung and Frossard, "Adaptive Quantization for Deep Neural Network" (AAAI 2018, arXiv 1712.01048), on
-which QPART builds: the squared change of the scores falls fourfold with each bit, `energy * 4^-bits`, and the changes of several
-layers add up. Robustness is the change that a layer alone may cause before REFERENCE_CHANGE of the classes change, over the mean
-squared distance from the scores to the nearest change of class, `(z_1 - z_2)^2 / 2`. We count changed classes where the paper
-counts lost accuracy, which takes labels and is noisier.
+which QPART builds: the squared change of the scores falls fourfold with each bit, `energy * 4^-bits`, and the changes of
+several layers add up. Robustness is the change that a layer alone may cause before REFERENCE_CHANGE of the classes change, over
+the mean squared distance from the scores to the nearest change of class, `(z_1 - z_2)^2 / 2`. We count changed classes where
+the paper counts lost accuracy, which takes labels and is noisier.
 
 Everything is measured end to end, so that residual links and what follows a layer are in it.
 """
