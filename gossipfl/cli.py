@@ -18,9 +18,10 @@ import click
 from rich.console import Console
 
 from gossipfl._version import __version__
-from gossipfl.errors import GossipflError
+from gossipfl.errors import ConfigError, GossipflError
 
 _EPILOG = "Exit codes: 0 done, 1 the run failed, 2 wrong usage or scenario, 130 interrupted."
+CLOCKS = ["virtual", "local", "netns"]
 F = Callable[..., Any]
 
 
@@ -67,7 +68,7 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace the folder of an earlier run.")
 @click.option(
     "--clock",
-    type=click.Choice(["virtual", "local", "netns"]),
+    type=click.Choice(CLOCKS),
     help="virtual: emulated network, virtual time; local: real processes and sockets; netns: in network namespaces, as root "
     "(default: the scenario's).",
 )
@@ -294,11 +295,13 @@ def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_jso
 @main.command(epilog=_EPILOG)
 @click.argument("scenario")
 @_set
-@click.option("--clock", type=click.Choice(["virtual", "local"]), help="As of `gossipfl run` (default: the scenario's).")
+@click.option("--clock", type=click.Choice(CLOCKS), help="As of `gossipfl run` (default: the scenario's).")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan to stdout as JSON and nothing else.")
 @_errors_are_messages
 def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: bool) -> None:
     """Tell what a SCENARIO will take before it is run: bytes, time, memory, and which link or device is the bottleneck.
+
+    Where memory is short, the plan ends with the message and the exit code that the run would end with.
 
     \b
     gossipfl plan combo
@@ -313,6 +316,8 @@ def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: 
         click.echo(json.dumps(asdict(made)))
     else:
         print_plan(Console(), made)
+    if made.too_large:
+        raise ConfigError(f"the run would be refused: {made.too_large}")
 
 
 @main.command(epilog=_EPILOG)
@@ -324,7 +329,7 @@ def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: 
 @click.option("--skip-existing", is_flag=True, help="Go on where an earlier sweep into this folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the folders of earlier runs.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Virtual runs side by side (default: one per core).")
-@click.option("--clock", type=click.Choice(["virtual", "local"]), help="As of `gossipfl run` (default: the scenario's).")
+@click.option("--clock", type=click.Choice(CLOCKS), help="As of `gossipfl run` (default: the scenario's).")
 @_quiet
 @_errors_are_messages
 def sweep(

@@ -236,6 +236,20 @@ def test_an_existing_folder_is_replaced_only_with_force_and_only_if_it_is_a_runs
     check_refused(gossipfl(*run, tmp_path / "file", "--force", cwd=tmp_path), "is not the folder of a run")
 
 
+@pytest.mark.parametrize("words", [(), ("--clock", "virtual"), ("--set", "transport.kind=inproc")], ids=str)
+def test_the_record_that_force_would_replace_stays_where_the_new_run_does_not_come_about(words, tmp_path):
+    run = ["run", "quickstart", *SMALL, "--set", "data.partition.alpah=3", *words]
+    assert gossipfl(*run, cwd=tmp_path).code == 2 and not (tmp_path / "runs").exists()
+    record = tmp_path / "runs" / "quickstart"
+    record.mkdir(parents=True)
+    (record / "scenario.toml").write_text("precious")
+    done = gossipfl(*run, "--force", cwd=tmp_path)
+    assert done.code == 2 and "did you mean 'alpha'?" in done.stderr
+    assert [path.name for path in record.parent.iterdir()] == ["quickstart"]
+    assert [path.name for path in record.iterdir()] == ["scenario.toml"]
+    assert (record / "scenario.toml").read_text() == "precious"
+
+
 # ------------------------------------------------------------------------------------------------------------ peers by hand
 
 

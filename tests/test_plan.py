@@ -185,6 +185,29 @@ def test_the_command_prints_json_and_no_time_for_this_machines_own_clock():
     assert set(made["timing"]["costs"]) == {"compute", "uplink", "downlink", "pair", "latency"}
 
 
+def test_a_run_that_does_not_fit_is_planned_and_ends_as_the_run_itself_would(tmp_path, monkeypatch):
+    monkeypatch.setattr("gossipfl.scenario.memory.available_bytes", lambda: 2**30)
+    large = ("quickstart", "--clock", "virtual", "--set", "peers=64", "--set", "model_args.hidden=[1500, 1500]")
+    code, shown, error = run(*large)
+    # 2,364,010 float32 values, 4 versions and 2 more models of each peer; of 1 GiB Python and torch leave 774 MiB.
+    told = "peers = 64 with 2,364,010 parameters need about 3.6 GiB and 1.0 GiB are free; 14 peers would fit"
+    assert code == 2 and "memory needed / free" in shown and f"gossipfl: the run would be refused: {told}" in error
+    code, shown, _ = run(*large, "--json")
+    assert code == 2 and told in json.loads(shown)["too_large"]
+    ran = CliRunner().invoke(main, ["run", *large, "--out", str(tmp_path / "runs" / "large")])
+    assert ran.exit_code == 2 and ran.stdout == "" and ran.stderr.startswith(f"gossipfl: {told}")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_clock_can_be_planned():
+    for clock, processes in (("virtual", 1), ("local", 2), ("netns", 8)):
+        code, shown, _ = run("quickstart", "--json", "--clock", clock, "--set", "peers_per_process=4")
+        made = json.loads(shown)
+        assert code == 0 and made["clock"] == clock and made["too_large"] is None
+        models = 4 + 2 + (0 if clock == "virtual" else 2)
+        assert made["memory_bytes"] == 8 * models * MLP * 4 + processes * 250 * 2**20
+
+
 def test_a_scenario_that_is_wrong_is_refused():
     code, shown, error = run("quickstart", "--set", "gossip.codec=int9")
     assert code == 2 and shown == "" and "did you mean 'int8'?" in error

@@ -32,8 +32,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import gossipfl
+from gossipfl.errors import ConfigError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario import load_scenario
+from gossipfl.scenario.results import Observer
 from gossipfl.segments.codecs import codec
 
 REPOSITORY = Path(__file__).parents[1]
@@ -466,6 +468,20 @@ def test_a_worker_that_is_told_a_bad_model_ends_the_run_with_its_message(launch)
     assert code == 2 and stdout == ""
     assert "gossipfl: model 'mlp' has no argument 'hiden'; did you mean 'hidden'?" in stderr and "Traceback" not in stderr
     assert run.workers() == []
+
+
+@pytest.mark.parametrize("clock", ["local", "virtual"])
+def test_a_run_that_memory_does_not_hold_is_refused_before_anything_is_shown_or_left(clock, tmp_path, monkeypatch):
+    monkeypatch.setattr("gossipfl.scenario.memory.available_bytes", lambda: 2**20)
+    shown: list[str] = []
+
+    class Shown(Observer):
+        def data_ready(self, scenario: Any, table: Any) -> None:
+            shown.append("data")
+
+    with pytest.raises(ConfigError, match=r"peers = 4 with 9,610 parameters need about .* GiB are free; 0 peers would fit"):
+        gossipfl.run("quickstart", overrides=INPROC, clock=clock, out=tmp_path / "runs" / "large", observer=Shown())
+    assert shown == [] and not (tmp_path / "runs").exists()
 
 
 # --------------------------------------------------------------------------------------------------- ends and evaluations

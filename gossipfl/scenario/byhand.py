@@ -30,7 +30,7 @@ from gossipfl.registry import did_you_mean
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
 from gossipfl.scenario.launcher import emulation, fidelity, peer_settings
 from gossipfl.scenario.preparation import deal, prepare
-from gossipfl.scenario.records import RunRecord, check_free, final_models, new_folder, remove_files, summarize
+from gossipfl.scenario.records import RunFolder, RunRecord, check_free, final_models, remove_files, summarize
 from gossipfl.scenario.results import RunResult
 
 Say = Callable[[str], None]
@@ -103,8 +103,8 @@ def run_peer(
     prepared = prepare(scenario)
     number, names = scenario.peer_names.index(name), scenario.peer_names
     indices = deal(scenario, open_dataset(prepared))[number]
-    folder = new_folder(out, f"{scenario.name}-{name}", force)
-    record = RunRecord(folder)
+    place = RunFolder(out, f"{scenario.name}-{name}", force)
+    folder, record = place.path, RunRecord(place.path)
     record.write("scenario.toml", scenario.to_toml())
     shard = folder / "shard.npy"
     np.save(shard, indices)
@@ -125,8 +125,9 @@ def run_peer(
         host = PeerHost(job)
     except GossipflError:
         record.close()
-        remove_files(folder)  # nothing has run
+        place.give_up()
         raise
+    place.keep()
     problem: str | None = None
 
     def hear(event: dict[str, Any]) -> None:
@@ -191,8 +192,8 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
             f"none of {', '.join(roster.peers)} answered within {timeout_s:g} s; are they running, with this roster?"
         )
     scenario = load_scenario(tomllib.loads(next(iter(gathered.values()))["scenario"].decode()))
-    folder = new_folder(out, scenario.name, force)
-    record = RunRecord(folder)
+    place = RunFolder(out, scenario.name, force)
+    folder, record = place.path, RunRecord(place.path)
     record.write("scenario.toml", scenario.to_toml())
     record.write("roster.toml", roster_path.read_text())
     events = [json.loads(line) for items in gathered.values() for line in items["events"].decode().splitlines()]
@@ -221,6 +222,7 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
     summary |= fidelity(scenario, record.events, say)
     record.write("summary.json", json.dumps(summary, indent=1) + "\n")
     record.close()
+    place.keep()
     say(f"collected {len(well)} of {len(roster.peers)} peers in {time.monotonic() - began:.1f} s")
     return RunResult(summary, folder)
 

@@ -25,7 +25,6 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import psutil
 import tomli_w
 
 from gossipfl import errors
@@ -38,11 +37,12 @@ from gossipfl.runtime.addresses import check_loopback
 from gossipfl.runtime.namespaces import Namespaces, check_available
 from gossipfl.runtime.shaping import Emulation
 from gossipfl.scenario.config import Scenario, check_names
+from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.presence import Presence, check_churn
-from gossipfl.scenario.records import Event, RunRecord, final_models, new_folder, remove_files, summarize
+from gossipfl.scenario.records import Event, RunFolder, RunRecord, final_models, remove_files, summarize
 from gossipfl.scenario.results import Observer, RunResult
-from gossipfl.scenario.workers import Inbox, ProcessWorker, ThreadWorker, WorkerHandle, launch
+from gossipfl.scenario.workers import Inbox, ProcessWorker, ThreadWorker, WorkerHandle, groups_of, launch
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,6 @@ STOP_S = 2.0
 MEMORY_SAMPLE_S = 0.5
 HEARS_S = 0.5
 """How long a command may take to be obeyed on a busy machine."""
-WORKER_MIB = 260
 EXIT_INTERRUPTED = 130
 
 
@@ -85,40 +84,43 @@ class Launcher:
         check_names(self.scenario)
         check_links(self.scenario.build_links(), self.scenario.build_topology())
         in_process = any(value is not None for value in objects.values()) or self.scenario.transport.kind == "inproc"
-        groups = self._groups(in_process)
+        groups = groups_of(self.scenario, in_process)
         check_churn(self.scenario.build_churn(), groups, in_process)
         if self._is_in_namespaces:
             self._check_namespaces(in_process)
         elif self.scenario.transport.kind == "tcp":
             check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
         self._check_file_descriptors()
-        folder = new_folder(out, self.scenario.name, force)
-        record = RunRecord(folder)
+        folder = RunFolder(out, self.scenario.name, force)
+        record = RunRecord(folder.path)
         record.write("scenario.toml", self.scenario.to_toml())
         handlers = self._catch_signals()
         try:
             with tempfile.TemporaryDirectory(prefix="gossipfl-") as sockets:
                 self.sockets = Path(sockets)
-                return self._run(record, groups, in_process, objects)
+                return self._run(folder, record, groups, in_process, objects)
         except (ConfigError, KeyboardInterrupt):
             self._stop_workers()
-            remove_files(folder)  # nothing has run
+            folder.give_up()
             raise
         finally:
             self._stop_workers()
+            folder.keep()
             if self.namespaces is not None:
                 self.namespaces.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             record.close()
 
-    def _run(self, record: RunRecord, groups: list[list[str]], in_process: bool, objects: dict[str, Any]) -> RunResult:
+    def _run(
+        self, place: RunFolder, record: RunRecord, groups: list[list[str]], in_process: bool, objects: dict[str, Any]
+    ) -> RunResult:
         scenario, folder = self.scenario, record.folder
         if in_process:
             self.workers = [ThreadWorker(groups[0], self.inbox, **objects)]
         else:  # they import torch while the data is prepared
             self.workers += self._launch(groups, folder / "log")
-        data, shards = self._prepare_data(folder, objects["dataset"])
+        data, shards, table = self._prepare_data(folder, objects["dataset"])
         if self._is_in_namespaces:
             topology = scenario.build_topology()
             neighbours = [topology.neighbours(index) for index in range(scenario.peers)]
@@ -128,7 +130,9 @@ class Launcher:
             worker.send(job)
         ready = self._await_ready()
         first = ready[0]
-        self._check_memory(first["parameters"])
+        check_memory(scenario, first["parameters"])
+        place.keep()
+        self.observer.data_ready(scenario, table)
         if first["has_statistics"]:
             self.observer.note(f"the model has BatchNorm: its statistics are {_BUFFERS[scenario.training.buffers]}")
         roster = {peer: event["address"] for worker, event in zip(self.workers, ready, strict=True) for peer in worker.peers}
@@ -158,24 +162,14 @@ class Launcher:
 
     # --- before -------------------------------------------------------------------------------------------------------
 
-    def _groups(self, in_process: bool) -> list[list[str]]:
-        """The peers of each process: one process per core, unless the scenario says how many peers share one."""
-        names = self.scenario.peer_names
-        size = self.scenario.peers_per_process or math.ceil(len(names) / len(os.sched_getaffinity(0)))
-        if in_process:
-            size = len(names)
-        if self._is_in_namespaces:
-            size = 1
-        return [names[first : first + size] for first in range(0, len(names), size)]
-
     def _launch(self, groups: Sequence[list[str]], logs: Path) -> list[ProcessWorker]:
         logs.mkdir(exist_ok=True)
         workers, process = launch(groups, self.inbox, logs)
         self.processes.append(process)
         return workers
 
-    def _prepare_data(self, folder: Path, dataset: Dataset | None) -> tuple[Path, list[Path]]:
-        """Convert the data once, deal it to the peers, and keep each peer's indices in a file."""
+    def _prepare_data(self, folder: Path, dataset: Dataset | None) -> tuple[Path, list[Path], np.ndarray | None]:
+        """Convert the data once, deal it to the peers, keep each peer's indices in a file; also the table of classes."""
         scenario = self.scenario
         if dataset is not None:
             prepared = folder / "data"
@@ -185,14 +179,13 @@ class Launcher:
         opened = open_dataset(prepared)
         shards = deal(scenario, opened)
         table = class_table(opened.y_train, shards, opened.num_classes) if opened.num_classes <= 20 else None
-        self.observer.data_ready(scenario, table)
         paths = []
         for name, shard in zip(scenario.peer_names, shards, strict=True):
             path = folder / "shards" / f"{name}.npy"
             path.parent.mkdir(exist_ok=True)
             np.save(path, shard)
             paths.append(path)
-        return prepared, paths
+        return prepared, paths, table
 
     def _job(self, index: int, peers: list[str], folder: Path, data: Path, shards: list[Path]) -> Event:
         scenario = self.scenario
@@ -273,18 +266,6 @@ class Launcher:
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
         elif needed > hard:
             raise RunError(f"{self.scenario.peers} peers need {needed} file descriptors, {hard} are allowed; see ulimit -n")
-
-    def _check_memory(self, parameters: int) -> None:
-        """Stored versions, the mixed vector and the copies in flight of all peers, and what torch takes per process."""
-        gossip = self.scenario.gossip
-        copies = gossip.versions_kept + 1 + min(gossip.replicas, max(self.scenario.peers - 1, 1))
-        needed_mib = self.scenario.peers * copies * parameters * 4 / 2**20
-        available_mib = psutil.virtual_memory().available / 2**20
-        if needed_mib > available_mib:
-            raise RunError(
-                f"{self.scenario.peers} peers with {parameters:,} parameters need about {needed_mib:,.0f} MiB and "
-                f"{available_mib:,.0f} MiB are free; lower peers or gossip.versions_kept"
-            )
 
     # --- during -------------------------------------------------------------------------------------------------------
 

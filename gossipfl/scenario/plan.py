@@ -18,12 +18,10 @@ begin their next round on links that slow ones still use: where uplinks are scar
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -39,9 +37,10 @@ from gossipfl.randomness import generator
 from gossipfl.runtime.host import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.launcher import peer_settings
+from gossipfl.scenario.memory import available_bytes, needed_bytes, why_too_large
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.topology_view import explain
-from gossipfl.segments.codecs import SparseCodec, codec
+from gossipfl.segments.codecs import codec
 
 FOLLOWED_DRAWS = 200_000
 """Of neighbours for a segment, 10 us each: as many rounds are followed as they last, but `MIN_FOLLOWED` at least."""
@@ -52,8 +51,6 @@ LAST_OF_SEVERAL = 0.8
 """Of ten messages there and back, with two uniform delays each, the last has about 1.6 times the greatest delay."""
 NAMED_PEERS = 1_000
 """Up to so many, neighbours are drawn from in the order of their names, as the run does; of more, the chances are the same."""
-PROCESS_BYTES = 250 * 2**20
-"""What Python and torch take in each process, beside the peers."""
 ALIKE = 1.05
 """Peers within this factor of the median are not named."""
 DRAWN_ALIKE = 1.5
@@ -105,6 +102,7 @@ class Plan:
     total_bytes: int  # of all peers and rounds
     memory_bytes: int
     available_bytes: int
+    too_large: str | None  # what the run would be refused with, for want of memory
     topology: GraphFigures
     timing: Timing | None  # None for a run on this machine's own clock
     notes: tuple[str, ...]
@@ -141,8 +139,9 @@ def make_plan(scenario: Scenario) -> Plan:
         received_bytes=_spread(exchange.received),
         sent_bytes=_spread(exchange.sent),
         total_bytes=scenario.rounds * round(float(exchange.received.sum())),
-        memory_bytes=_memory_bytes(scenario, layout.num_bytes, is_virtual),
-        available_bytes=psutil.virtual_memory().available,
+        memory_bytes=needed_bytes(scenario, layout.size),
+        available_bytes=available_bytes(),
+        too_large=why_too_large(scenario, layout.size),
         topology=measure(topology),
         timing=_Clockwork(scenario, exchange, num_steps).timing() if is_virtual else None,
         notes=tuple(_notes(scenario)),
@@ -349,25 +348,6 @@ def _cost(seconds: np.ndarray, alike: float = ALIKE) -> Cost:
     if seconds[worst] > alike * float(np.median(seconds)):
         return Cost(float(seconds[worst]), f"p{worst}")
     return Cost(float(seconds.mean()), None)
-
-
-# ------------------------------------------------------------------------------------------------------------------ memory
-
-
-def _memory_bytes(scenario: Scenario, model_bytes: int, is_virtual: bool) -> int:
-    """The models that are held at once: stored versions, the one in training, the mixed one, and copies of others."""
-    gossip = scenario.gossip
-    copies = gossip.versions_kept + 2
-    if is_virtual:
-        processes = 1
-        copies += gossip.versions_kept if gossip.codec != "float32" else 0  # what each version decodes to
-    else:
-        size = scenario.peers_per_process or math.ceil(scenario.peers / len(os.sched_getaffinity(0)))
-        processes = 1 if scenario.transport.kind == "inproc" else math.ceil(scenario.peers / size)
-        copies += min(gossip.replicas, scenario.peers - 1)
-    if isinstance(codec(gossip.codec), SparseCodec):
-        copies += 2  # the accumulator of what was not sent yet
-    return scenario.peers * copies * model_bytes + processes * PROCESS_BYTES
 
 
 # ------------------------------------------------------------------------------------------------------------------- notes

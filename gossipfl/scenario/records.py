@@ -10,6 +10,7 @@ runs/<name>/scenario.toml   resolved: every default, and the engine, memory layo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -62,28 +63,51 @@ def _is_free(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
-def new_folder(out: Path | None, name: str, force: bool) -> Path:
-    """The folder for a run: `out`, or the first free of runs/<name>, runs/<name>-2, ... ConfigError if `out` exists."""
-    if out is None:
-        candidates = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
-        folder = Path("runs") / name if force else next(path for path in candidates if not path.exists())
-    else:
-        folder = out
-    check_free(folder, force)
-    if not _is_free(folder):
-        _remove_run(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {folder} cannot be made: {error.strerror}; choose another folder") from error
-    return folder
+class RunFolder:
+    """The folder for a run that is about to begin: `out`, or the first free of runs/<name>, runs/<name>-2, ...
+
+    ConfigError if `out` exists. With `force` it may; the record that was there stays aside until `keep`, and is back after
+    `give_up`, which leaves nothing else behind.
+    """
+
+    def __init__(self, out: Path | None, name: str, force: bool) -> None:
+        self.path = folder = _free_place(name, force) if out is None else out
+        check_free(folder, force)
+        self._replaced = None if _is_free(folder) else _moved_aside(folder)
+        self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {folder} cannot be made: {error.strerror}; choose another folder") from error
+
+    def keep(self) -> None:
+        """The run begins: what it replaces goes."""
+        if self._replaced is not None:
+            remove_files(self._replaced)
+            self._replaced = None
+
+    def give_up(self) -> None:
+        """The run does not come about: all is as it was."""
+        remove_files(self.path)
+        if self._replaced is not None:
+            self._replaced.rename(self.path)
+        elif not self._made:
+            self.path.mkdir()  # it was there, and empty
+        with contextlib.suppress(OSError):  # somebody else has put something there
+            for parent in self._made[1:]:
+                parent.rmdir()
 
 
-def _remove_run(folder: Path) -> None:
-    """Remove a run's folder, and nothing that is none."""
+def _free_place(name: str, force: bool) -> Path:
+    candidates = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    return Path("runs") / name if force else next(path for path in candidates if not path.exists())
+
+
+def _moved_aside(folder: Path) -> Path:
+    """Where the record of a run now is; nothing else is moved."""
     if not (folder / "scenario.toml").exists() and not (folder / "events.jsonl").exists():
         raise ConfigError(f"--out {folder} is not the folder of a run, so --force does not replace it; choose another folder")
-    shutil.rmtree(folder)
+    return folder.rename(folder.with_name(f".{folder.name}-replaced-{os.getpid()}"))
 
 
 def final_models(folder: Path, names: Sequence[str]) -> dict[str, Any]:

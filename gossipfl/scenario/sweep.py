@@ -16,7 +16,6 @@ import csv
 import io
 import itertools
 import json
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from gossipfl.errors import ConfigError, GossipflError
 from gossipfl.learning.checkpoint import write_atomically
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
 from gossipfl.scenario.pool import processes
+from gossipfl.scenario.workers import num_cores
 
 FIGURES = {
     "accuracy_mean": ("accuracy", "mean"),
@@ -199,9 +199,8 @@ def run_sweep(
         if run not in waiting:
             ended(run, finished[run.name])
     virtual = deque(run for run in waiting if run.scenario.resolved_clock == "virtual")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     while virtual:  # again where a process died and took its pool with it
-        _run_side_by_side(virtual, min(jobs or cores, len(virtual)), ended)
+        _run_side_by_side(virtual, min(jobs or num_cores(), len(virtual)), ended)
     for run in waiting:
         if run.scenario.resolved_clock != "virtual":
             ended(run, *_run_one(run.scenario, run.folder))

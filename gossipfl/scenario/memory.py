@@ -1,0 +1,60 @@
+"""The memory that a run takes, worked out before it begins: what a plan tells, and what a run is refused for."""
+
+from __future__ import annotations
+
+import psutil
+
+from gossipfl.errors import ConfigError
+from gossipfl.scenario.config import Scenario
+from gossipfl.scenario.workers import groups_of
+from gossipfl.segments.codecs import SparseCodec, codec
+
+PROCESS_BYTES = 250 * 2**20
+"""What Python and torch take in each process, beside the peers."""
+
+
+def needed_bytes(scenario: Scenario, parameters: int) -> int:
+    """What all peers hold at once, and the processes that they live in, for a model of so many float32 values."""
+    return scenario.peers * _peer_bytes(scenario, parameters) + _num_processes(scenario) * PROCESS_BYTES
+
+
+def available_bytes() -> int:
+    """What this machine can give without swapping."""
+    return psutil.virtual_memory().available
+
+
+def why_too_large(scenario: Scenario, parameters: int) -> str | None:
+    """What to tell of a run that does not fit this machine, with the number of peers that would; None if it does."""
+    needed, available = needed_bytes(scenario, parameters), available_bytes()
+    if needed <= available:
+        return None
+    processes = _num_processes(scenario) * PROCESS_BYTES
+    fitting = max(0, available - processes) // _peer_bytes(scenario, parameters)
+    return (
+        f"peers = {scenario.peers} with {parameters:,} parameters need about {needed / 2**30:,.1f} GiB and "
+        f"{available / 2**30:,.1f} GiB are free; {fitting} peers would fit, or lower gossip.versions_kept"
+    )
+
+
+def check_memory(scenario: Scenario, parameters: int) -> None:
+    """ConfigError where the run does not fit this machine."""
+    if reason := why_too_large(scenario, parameters):
+        raise ConfigError(reason)
+
+
+def _peer_bytes(scenario: Scenario, parameters: int) -> int:
+    """The models of one peer: stored versions, the one in training, the mixed one, and copies of others."""
+    gossip = scenario.gossip
+    copies = gossip.versions_kept + 2
+    if scenario.resolved_clock == "virtual":
+        copies += gossip.versions_kept if gossip.codec != "float32" else 0  # what each version decodes to
+    else:
+        copies += min(gossip.replicas, scenario.peers - 1)
+    if isinstance(codec(gossip.codec), SparseCodec):
+        copies += 2  # the accumulator of what was not sent yet
+    return copies * parameters * 4
+
+
+def _num_processes(scenario: Scenario) -> int:
+    in_process = scenario.resolved_clock == "virtual" or scenario.transport.kind == "inproc"
+    return len(groups_of(scenario, in_process))
