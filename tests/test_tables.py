@@ -1,0 +1,170 @@
+"""Activations at a cut, the noise of each layer's quantization, and tables of bits, on a small model of real data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from gossipfl.errors import CodecError
+from gossipfl.inference.execution.activations import EXACT_BITS, decode_live, encode_live, num_bytes
+from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.execution.sensitivity import BITS, measure, quantized
+from gossipfl.inference.execution.tables import LEVELS, make_tables, payload_bits, planned_scores, smallest_samples
+from gossipfl.learning.datasets import load_dataset
+from gossipfl.learning.models import build_model
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def live_of(seed: int, samples: int = 3) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [np.maximum(rng.standard_normal((samples, *shape), np.float32), 0) for shape in ((4, 5, 5), (7,))]
+
+
+SHAPES = [(4, 5, 5), (7,)]
+
+
+@given(st.integers(0, 1000), st.sampled_from([2, 5, 8, 16]))
+def test_each_value_comes_back_within_half_a_level_of_its_samples_range(seed, bits):
+    live = live_of(seed)
+    back = decode_live(encode_live(live, bits), SHAPES, 3, bits)
+    for values, found in zip(live, back, strict=True):
+        rows = values.reshape(3, -1)
+        half_level = (rows.max(1) - rows.min(1)) / 2 / 2**bits
+        assert (np.abs(found.reshape(3, -1) - rows) <= half_level[:, None] + 1e-6).all()
+
+
+@pytest.mark.parametrize("bits", [2, 7, 16, EXACT_BITS])
+def test_the_bytes_of_a_cut_are_known_beforehand(bits):
+    assert len(encode_live(live_of(0), bits)) == num_bytes(SHAPES, 3, bits)
+
+
+def test_32_bits_are_the_values_themselves():
+    live = live_of(1)
+    assert all(map(np.array_equal, live, decode_live(encode_live(live, EXACT_BITS), SHAPES, 3, EXACT_BITS)))
+
+
+def test_a_sample_comes_back_the_same_whatever_else_is_in_its_batch():
+    live = live_of(2)
+    together = decode_live(encode_live(live, 4), SHAPES, 3, 4)
+    for sample in range(3):
+        alone = decode_live(encode_live([values[sample : sample + 1] for values in live], 4), SHAPES, 1, 4)
+        assert all(np.array_equal(one[0], all_[sample]) for one, all_ in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("spoil", [lambda raw: raw[:-1], lambda raw: raw + b"\0", lambda raw: b""])
+def test_another_number_of_bytes_is_refused(spoil):
+    with pytest.raises(CodecError, match="samples at a cut that takes"):
+        decode_live(spoil(encode_live(live_of(0), 4)), SHAPES, 3, 4)
+
+
+@pytest.mark.parametrize("bits", [4, EXACT_BITS])
+def test_what_is_not_finite_is_refused(bits):
+    raw = bytearray(encode_live(live_of(0), bits))
+    raw[:4] = np.float32(np.nan).tobytes()
+    with pytest.raises(CodecError, match="finite"):
+        decode_live(bytes(raw), SHAPES, 3, bits)
+
+
+# --- a trained model --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A chain of the 64-128-10 network, its vector, and the digits it was not trained on in two halves."""
+    dataset = load_dataset("digits", None, 0.5, 0)
+    model = build_model("mlp", dataset.input_shape, dataset.num_classes, seed=0)
+    x, y = torch.from_numpy(dataset.x_train), torch.from_numpy(dataset.y_train)
+    for step in range(150):
+        batch = slice(32 * step % len(x), 32 * step % len(x) + 32)
+        gradients = torch.autograd.grad(F.cross_entropy(model(x[batch]), y[batch]), list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.sub_(gradient, alpha=0.2)
+    chain = Chain.of(model, dataset.input_shape)
+    halves = [(dataset.x_test[part::2], dataset.y_test[part::2]) for part in (0, 1)]
+    return chain, chain.vector(), dataset.x_train[:256], halves
+
+
+@pytest.fixture(scope="module")
+def sensitivity(trained):
+    chain, vector, fit, _ = trained
+    return measure(chain, vector, fit)
+
+
+def test_the_noise_of_a_layer_falls_fourfold_with_each_bit(sensitivity):
+    for curve in (*sensitivity.weights, *sensitivity.cuts):
+        for bits, squared in zip(BITS, curve.squared_change, strict=True):
+            assert 0.4 < squared * 4.0**bits / curve.energy < 2.5
+
+
+def test_the_noise_of_several_layers_adds_up_where_it_is_small(trained, sensitivity):
+    chain, vector, fit, _ = trained
+    exact, noisy = (planned_scores(chain, vector, 2, ((16, 16), 0), fit), planned_scores(chain, vector, 2, ((6, 6), 0), fit))
+    predicted = sum(curve.energy for curve in sensitivity.weights) * 4.0**-6
+    assert 0.6 < ((exact - noisy) ** 2).sum(1).mean() / predicted < 1.6
+
+
+def test_only_the_weights_of_the_devices_layers_are_quantized(trained):
+    chain, vector, _, _ = trained
+    changed = np.flatnonzero(quantized(chain, vector, (3,)) != vector)
+    start, stop = chain.profile.layers[0].weight
+    assert changed.size and start <= changed.min() and changed.max() < stop
+
+
+def test_nothing_is_quantized_where_all_is_at_the_server_and_the_input_goes_up_exactly(trained):
+    chain, vector, fit, _ = trained
+    (scores,) = chain.stage(0, 2, vector)(torch.from_numpy(fit))
+    assert np.allclose(planned_scores(chain, vector, 0, ((), 0), fit), scores.detach().numpy(), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tables(trained, sensitivity):
+    chain, vector, _, ((x, y), _) = trained
+    return make_tables(chain, vector, sensitivity, x, y)
+
+
+def test_every_row_keeps_within_its_level_and_a_greater_loss_takes_no_more_bits(trained, tables):
+    chain = trained[0]
+    for cut in range(3):
+        rows = [(level, tables[level][cut]) for level in tables if cut in tables[level]]
+        assert all(row.harm <= level for level, row in rows)
+        bits = [payload_bits(chain, cut, (row.weight_bits, row.activation_bits))[0] for _, row in rows]
+        assert bits == sorted(bits, reverse=True)
+
+
+def test_the_allowed_loss_holds_on_samples_that_calibration_did_not_see(trained, tables):
+    chain, vector, _, (_, (x, y)) = trained
+    full = (planned_scores(chain, vector, 0, ((), 0), x).argmax(1) == y).mean()
+    for level, cuts in tables.items():
+        for cut, row in cuts.items():
+            found = planned_scores(chain, vector, cut, (row.weight_bits, row.activation_bits), x).argmax(1)
+            # The mean harm is at most the level; what these samples show of it has this standard error.
+            assert full - (found == y).mean() <= level + 3 * (level / len(y)) ** 0.5
+
+
+def test_levels_that_so_few_samples_cannot_vouch_for_are_left_out(trained, sensitivity):
+    chain, vector, _, ((x, y), _) = trained
+    found = make_tables(chain, vector, sensitivity, x[:60], y[:60])
+    assert list(found) == [level for level in LEVELS if smallest_samples(level) <= 60] == [0.02, 0.05]
+
+
+def test_without_labels_a_change_of_class_is_harm(trained, sensitivity):
+    chain, vector, _, ((x, y), _) = trained
+    with_labels, without = (make_tables(chain, vector, sensitivity, x, labels) for labels in (y, None))
+    for level in without:
+        for cut, row in without[level].items():
+            assert sum(row.weight_bits) >= sum(with_labels[level][cut].weight_bits)
+
+
+def test_the_bits_of_a_request_are_those_of_its_codecs(trained):
+    chain, vector, fit, _ = trained
+    (first, second), cut = chain.profile.layers, 1
+    bits, full = payload_bits(chain, cut, ((4,), 5))
+    assert full == 32 * (64 * 128 + 128 + 128)
+    assert bits == (4 * 64 * 128 + 32 * 128) + 32 * 128 + 8 * num_bytes([(128,)], 1, 5)
+    assert second.macs == 1280 and first.group == 64
