@@ -1,0 +1,332 @@
+"""The device's machine: sees every question through to an answer, beside fetching the versions to answer it with.
+
+    WAITING   no version is ready: one is                    -> as below
+    HEAD      the device's layers run: they have             -> ASKED where there are more layers, else RESOLVED or ASKED
+    ASKED     a server runs the rest: its scores are here    -> RESOLVED where the margins are large enough, else ASKED
+    ASKED     ... or the full model on those unsure          -> RESOLVED
+    FREE      no server can be asked now: one can            -> ASKED
+
+A question is answered by one version from beginning to end. New ones go to the newest that is ready; an old one is unloaded
+when its last question is answered. A reduced answer is accepted from the threshold's margin on; the other samples go to the
+full model. Whoever is silent, refuses, fails or goes away is left alone for a while and the next server is asked, until the
+question's deadline. Where no server is left, what the reduced model said is the answer, marked unverified, if `on_no_server`
+says so.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from gossipfl.inference.planning.device_words import (
+    Action,
+    Event,
+    Fail,
+    Forget,
+    Found,
+    HeadDone,
+    Loaded,
+    Question,
+    Resolve,
+    RunHead,
+    Tier,
+    Unload,
+    Upload,
+)
+from gossipfl.inference.planning.fetching import DeviceConfig, Fetcher
+from gossipfl.inference.planning.holders import Holders
+from gossipfl.inference.planning.offers import FULL_BITS, Failure, Manifest
+from gossipfl.inference.planning.profile import ModelProfile
+from gossipfl.protocol.messages import Failed, Later, Message, PeerDown, PeerId, PeerUp, Received, Rejected, Result, Start, Wake
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    HEAD = "head"
+    ASKED = "asked"
+    FREE = "free"
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A question in the works."""
+
+    question: Question
+    phase: Phase = Phase.WAITING
+    manifest: Manifest | None = None
+    tier: Tier = "reduced"
+    unsure: tuple[int, ...] = ()
+    requests: dict[int, PeerId] = field(default_factory=dict)  # of this tier, also those given up
+    peer: PeerId | None = None
+    silent_at: float = 0.0
+    failed: set[PeerId] = field(default_factory=set)  # in this tier
+    lacking: set[PeerId] = field(default_factory=set)  # servers that do not have its version
+    last_failure: str = "no server has answered yet"
+
+
+class Asker:
+    """Of one model. `servers` are the peers that may hold it; `profile` is the device's own."""
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        servers: Sequence[PeerId],
+        profile: ModelProfile,
+        numbers: Iterator[int] | None = None,
+    ) -> None:
+        self.config = config
+        self._numbers = numbers or iter(lambda: 1 + secrets.randbelow(2**61), None)
+        self._holders = Holders(servers)
+        self.fetcher = Fetcher(config, self._holders, profile, self._numbers)
+        self._in_use: Counter[int] = Counter()
+        self._questions: dict[int, _Asked] = {}
+        self._by_request: dict[int, _Asked] = {}
+
+    # --- driving ------------------------------------------------------------------------------------------------------
+
+    @property
+    def next_deadline(self) -> float | None:
+        fetching = self.fetcher.next_deadline
+        times = [] if fetching is None else [fetching]
+        for asked in self._questions.values():
+            times.append(asked.question.deadline)
+            if asked.phase is Phase.ASKED:
+                times.append(asked.silent_at)
+            elif asked.phase is Phase.FREE:
+                times.append(self._holders.next_free(asked.lacking))
+        return min(times, default=None)
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        match event:
+            case Question():
+                self._questions[event.number] = asked = _Asked(event)
+                return self._begin(asked, now) if self.fetcher.active else self._settled(now)
+            case HeadDone(number, margins, error):
+                return self._head_done(number, margins, error, now)
+            case Received(peer, message) if peer in self._holders:
+                actions = self.fetcher.receive(peer, message, now)
+                return self._receive(peer, message, now) if actions is None else actions + self._settled(now)
+            case Rejected(peer, request, reason) if peer in self._holders:
+                return self._rejected(peer, request, reason, now)
+            case Wake():
+                return self._wake(now)
+            case Found(version, have):
+                return self.fetcher.found(version, have, now)
+            case Loaded(version, error):
+                actions = self.fetcher.loaded_now(version, error, now)
+                return actions + self._settled(now) + self._unload()
+            case PeerDown(peer) if peer in self._holders:
+                return self._down(peer, now)
+            case PeerUp(peer) if peer in self._holders:
+                self._holders.up(peer, now)
+                return self._wake(now)
+            case Start():
+                return self.fetcher.ask_for_plan(now)
+        return []
+
+    def _receive(self, peer: PeerId, message: Message, now: float) -> list[Action]:
+        asked = self._by_request.get(getattr(message, "request", 0))
+        if asked is None or asked.requests.get(message.request) != peer:  # type: ignore[union-attr]
+            return []
+        match message:
+            case Result():
+                return self._result(asked, peer, message, now)
+            case Failed(_, kind, reason) if asked.peer == peer:
+                return self._failed(asked, peer, kind, reason, now)
+            case Later() if asked.peer == peer:
+                asked.silent_at = now + self._patience_s(asked, now)
+        return []
+
+    def _wake(self, now: float) -> list[Action]:
+        actions = self.fetcher.wake(now)
+        for asked in list(self._questions.values()):
+            if asked.question.deadline <= now:
+                actions += self._give_up(asked, "deadline", f"no answer in time: {asked.last_failure}")
+            elif asked.phase is Phase.ASKED and asked.silent_at <= now:
+                assert asked.peer is not None
+                actions.append(self._holders.blame(asked.peer, "silent", "no answer to an activation", now))
+                actions += self._ask_another(asked, f"{asked.peer} is silent", now)
+            elif asked.phase is Phase.FREE:
+                actions += self._ask(asked, now)
+        return actions
+
+    def _down(self, peer: PeerId, now: float) -> list[Action]:
+        """Whatever was asked of it is lost."""
+        actions: list[Action] = [self._holders.blame(peer, "gone", "the connection broke", now)]
+        self._holders.down(peer)
+        actions += self.fetcher.down(peer, now)
+        for asked in list(self._questions.values()):
+            if asked.phase is Phase.ASKED and asked.peer == peer:
+                actions += self._ask_another(asked, f"the connection to {peer} broke", now)
+        return actions
+
+    def _rejected(self, peer: PeerId, request: int, reason: str, now: float) -> list[Action]:
+        """What came for this request is not what was asked for."""
+        actions: list[Action] = [self._holders.blame(peer, "rejected", reason, now)]
+        fetched = self.fetcher.rejected(peer, request, reason, now)
+        if fetched is not None:
+            return actions + fetched + self._settled(now)
+        asked = self._by_request.get(request)
+        if asked is not None and asked.peer == peer and request in asked.requests:
+            actions += self._ask_another(asked, f"{peer}: {reason}", now)
+        return actions
+
+    # --- versions -----------------------------------------------------------------------------------------------------
+
+    def _settled(self, now: float) -> list[Action]:
+        """Those who wait for a version begin with it, or hear why there is none."""
+        waiting = [asked for asked in self._questions.values() if asked.phase is Phase.WAITING]
+        if self.fetcher.is_hopeless and self.fetcher.error is not None:
+            kind, reason = self.fetcher.error
+            return [action for asked in waiting for action in self._give_up(asked, kind, reason)]
+        active = self.fetcher.active
+        return [action for asked in waiting if active and active is not asked.manifest for action in self._begin(asked, now)]
+
+    def _begin(self, asked: _Asked, now: float) -> list[Action]:
+        """With the newest version, or the one that is wanted, forgetting what another one may have said."""
+        wanted, loaded = asked.question.version, self.fetcher.loaded
+        manifest = self.fetcher.active if wanted is None else loaded.get(wanted)
+        if manifest is None:
+            here = ", ".join(map(str, sorted(loaded)))
+            return self._give_up(asked, Failure.VERSION, f"version {wanted} is not here; ask for {here} or for the newest")
+        actions = self._leave(asked)
+        self._in_use[manifest.version] += 1
+        asked.manifest, asked.tier, asked.unsure = manifest, "reduced", ()
+        asked.failed, asked.lacking = set(), set()
+        if manifest.cut:
+            asked.phase = Phase.HEAD
+            return [*actions, RunHead(asked.question.number, manifest.version)]
+        if manifest.sends_everything:
+            asked.tier, asked.unsure = "full", tuple(range(asked.question.samples))
+        return [*actions, *self._ask(asked, now)]
+
+    def _leave(self, asked: _Asked) -> list[Action]:
+        """The question is done with its version."""
+        actions = self._drop_requests(asked)
+        if asked.manifest is not None:
+            self._in_use[asked.manifest.version] -= 1
+            asked.manifest = None
+            actions += self._unload()
+        return actions
+
+    def _unload(self) -> list[Action]:
+        """The versions that nobody uses, but for the newest."""
+        active, loaded = self.fetcher.active, self.fetcher.loaded
+        unused = [version for version in loaded if not self._in_use[version] and loaded[version] is not active]
+        for version in unused:
+            del loaded[version], self._in_use[version]
+        return [Unload(version) for version in unused]
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    def _head_done(self, number: int, margins: tuple[float, ...] | None, error: str | None, now: float) -> list[Action]:
+        asked = self._questions.get(number)
+        if asked is None or asked.phase is not Phase.HEAD:
+            return []
+        if error is not None:
+            return self._give_up(asked, Failure.COMPUTE, error)
+        return self._decide(asked, margins, now) if margins is not None else self._ask(asked, now)
+
+    def _decide(self, asked: _Asked, margins: tuple[float, ...], now: float) -> list[Action]:
+        """The reduced scores are there: whose margin is large enough is answered, the others go to the full model."""
+        assert asked.manifest is not None
+        threshold = asked.manifest.threshold
+        asked.unsure = tuple(index for index, margin in enumerate(margins) if not margin >= threshold)
+        if not asked.unsure:
+            return self._resolve(asked)
+        actions = self._drop_requests(asked)
+        asked.tier, asked.failed = "full", set()
+        return [*actions, *self._ask(asked, now)]
+
+    def _resolve(self, asked: _Asked, is_verified: bool = True) -> list[Action]:
+        assert asked.manifest is not None
+        number = asked.question.number
+        del self._questions[number]
+        # the answer first: what it is made of may go with the version
+        return [Resolve(number, asked.manifest, asked.unsure, is_verified), *self._leave(asked)]
+
+    def _has_spoken(self, asked: _Asked) -> bool:
+        """Whether there is an answer of the reduced model and it will do where there is no other."""
+        is_reduced = asked.tier == "full" and asked.manifest is not None and not asked.manifest.sends_everything
+        return is_reduced and self.config.on_no_server == "unverified"
+
+    def _give_up(self, asked: _Asked, kind: str, reason: str) -> list[Action]:
+        if self._has_spoken(asked) and kind != Failure.INPUT:
+            return self._resolve(asked, is_verified=False)
+        del self._questions[asked.question.number]
+        return [Fail(asked.question.number, kind, reason), *self._leave(asked)]
+
+    def _ask(self, asked: _Asked, now: float) -> list[Action]:
+        """Send a server what this tier needs, or wait until one can be asked."""
+        manifest = asked.manifest
+        assert manifest is not None
+        if asked.lacking and self._holders.are_all(asked.lacking):
+            return self._restart(asked, now)
+        if self._has_spoken(asked) and self._holders.are_hopeless(asked.failed | asked.lacking):
+            return self._give_up(asked, "no_server", asked.last_failure)
+        peer = self._holders.choose(now, asked.lacking | asked.failed) or self._holders.choose(now, asked.lacking)
+        if peer is None:
+            asked.phase, asked.peer = Phase.FREE, None
+            return []
+        request = next(self._numbers)
+        asked.phase, asked.peer, asked.requests[request] = Phase.ASKED, peer, peer
+        asked.silent_at = now + self._patience_s(asked, now)
+        self._by_request[request] = asked
+        is_full = asked.tier == "full"
+        cut, bits = (0, FULL_BITS) if is_full else (manifest.cut, manifest.plan.activation_bits)
+        samples = asked.unsure if is_full and len(asked.unsure) < asked.question.samples else None
+        return [Upload(asked.question.number, peer, request, manifest.version, cut, bits, asked.tier, samples)]
+
+    def _ask_another(self, asked: _Asked, failure: str, now: float) -> list[Action]:
+        """What has been asked so far is given up, but its answer is still welcome."""
+        asked.last_failure = failure
+        if asked.peer is not None:
+            asked.failed.add(asked.peer)
+        return self._ask(asked, now)
+
+    def _patience_s(self, asked: _Asked, now: float) -> float:
+        """No more than half of what is left, where somebody else could be asked."""
+        assert asked.manifest is not None
+        left = asked.question.deadline - now
+        expected = asked.question.samples * asked.manifest.plan.prediction.latency_s
+        return min(self.config.patience_s + 4 * expected, left / 2 if len(self._holders) > 1 else left)
+
+    def _failed(self, asked: _Asked, peer: PeerId, kind: str, reason: str, now: float) -> list[Action]:
+        failure = f"{peer}: {reason}"
+        match kind:
+            case Failure.INPUT:
+                return self._give_up(asked, kind, reason)
+            case Failure.BUSY:
+                asked.last_failure = failure
+                self._holders.is_busy(peer, now)
+                return self._ask(asked, now)
+            case Failure.VERSION:
+                asked.lacking.add(peer)
+                asked.last_failure = failure
+                return self._ask(asked, now)
+        return [self._holders.blame(peer, kind, reason, now), *self._ask_another(asked, failure, now)]
+
+    def _restart(self, asked: _Asked, now: float) -> list[Action]:
+        """No server has its version any more: with the newest one from the beginning, or as soon as there is one."""
+        assert asked.manifest is not None
+        if asked.question.version is not None:
+            return self._give_up(asked, Failure.VERSION, f"no server has version {asked.manifest.version} any more")
+        asked.phase, asked.peer = Phase.WAITING, None
+        return self._settled(now)
+
+    def _result(self, asked: _Asked, peer: PeerId, result: Result, now: float) -> list[Action]:
+        """Also of a server that was given up before: what it says is as good."""
+        if asked.manifest is None or result.version != asked.manifest.version:
+            return []
+        self._holders.praise(peer)
+        return self._resolve(asked) if asked.tier == "full" else self._decide(asked, result.payload, now)
+
+    def _drop_requests(self, asked: _Asked) -> list[Action]:
+        actions: list[Action] = [Forget(peer, request) for request, peer in asked.requests.items()]
+        for request in asked.requests:
+            del self._by_request[request]
+        asked.requests.clear()
+        return actions

@@ -1,0 +1,148 @@
+"""The words between the device's machine and its shell: what it hears, and what it has done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gossipfl.inference.planning.offers import Manifest
+from gossipfl.protocol.messages import Message, PeerDown, PeerId, PeerUp, Received, Rejected, Start, Wake
+
+Tier = Literal["reduced", "full"]
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Somebody wants the scores of so many samples by `deadline`; of `version`, or None of the newest."""
+
+    number: int
+    samples: int
+    deadline: float
+    version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A LookUp: these pieces (digests) are in the cache, whole."""
+
+    version: int
+    have: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A Load: the version's stage is ready, or why not."""
+
+    version: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadDone:
+    """A RunHead: the device's layers have run. `margins` of each sample where they are all there are; `error`: they failed."""
+
+    number: int
+    margins: tuple[float, ...] | None = None
+    error: str | None = None
+
+
+Event = Start | Question | Found | Loaded | HeadDone | Received | Rejected | PeerUp | PeerDown | Wake
+"""The payload of a Received Offer is its Manifest, of Data nothing, of a Result the margins of its samples. All are checked;
+Offer and Result are heard of once, when they are whole."""
+
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message; of a PlanRequest the payload is an Ask."""
+
+    peer: PeerId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """Say which of its pieces are in the cache; report Found."""
+
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Nothing more is wanted of this request of ours: drop what has come of it and what has not left yet."""
+
+    peer: PeerId
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """All pieces are in the cache: build the stage beside the one in use; report Loaded."""
+
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunHead:
+    """Run the device's layers on the question's samples; report HeadDone."""
+
+    number: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Send these samples of a question (None: all) as they are after `cut` layers, in chunks of an Activation."""
+
+    number: int
+    peer: PeerId
+    request: int
+    version: int
+    cut: int
+    bits: int
+    tier: Tier
+    samples: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """The question is answered: the `unsure` samples by the full model, the others by the reduced one.
+
+    Where it is not verified, the unsure ones, too, are answered by the reduced model, for want of a server.
+    """
+
+    number: int
+    manifest: Manifest
+    unsure: tuple[int, ...] = ()
+    is_verified: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """There is no answer. `kind`: "plan" and "input" are the caller's to mend."""
+
+    number: int
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Something went wrong with a server and was survived."""
+
+    peer: PeerId
+    kind: str
+    detail: str
+
+
+Action = Send | LookUp | Forget | Load | Unload | RunHead | Upload | Resolve | Fail | Report

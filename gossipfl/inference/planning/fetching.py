@@ -1,0 +1,297 @@
+"""Versions on their way in: a plan is asked for, what it names is pulled, its stage is built, and then it is the one in use.
+
+    an Offer came         -> LookUp, and a plan is asked for again: the server answers when there is a newer version
+    what is missing known -> Pull it, of the server that offered it first
+    all pieces are here   -> Load
+    the stage is built    -> the version is `active`
+
+A server that is silent, refuses, sends something else than was asked for, or goes away, is left alone for a while; what is
+missing is pulled from another. A newer offer takes the place of one whose pieces are still pulled.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gossipfl.inference.planning.device_words import Action, Forget, Load, LookUp, Send
+from gossipfl.inference.planning.holders import FIRST_BACKOFF_S, MAX_BACKOFF_S, Holders
+from gossipfl.inference.planning.offers import Ask, Failure, Manifest, missing
+from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile
+from gossipfl.protocol.messages import MAX_RANGES, Data, Failed, Later, Message, Offer, PeerId, PlanRequest, Pull, Refuse
+from gossipfl.protocol.transfers import Transfer
+
+MAX_REJECTIONS = 3
+"""Times that each server may send pieces that are none before their version is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """`patience_s`: silence of a server before another is asked; `wait_s`: how long a server may wait for a newer version."""
+
+    device: DeviceProfile = field(default_factory=DeviceProfile)
+    max_accuracy_loss: float | None = None
+    on_no_server: Literal["unverified", "fail"] = "unverified"
+    patience_s: float = 5.0
+    wait_s: float = 60.0
+
+
+@dataclass(slots=True)
+class _PlanAsked:
+    request: int
+    peer: PeerId
+    is_parked: bool = False
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A version on its way in."""
+
+    manifest: Manifest
+    offered_by: PeerId
+    is_loading: bool = False
+    transfers: dict[int, Transfer] = field(default_factory=dict)
+    postponed: list[Pull] = field(default_factory=list)  # nobody can be asked for it now
+    rejections: Counter[PeerId] = field(default_factory=Counter)
+    lacking: set[PeerId] = field(default_factory=set)
+
+
+class Fetcher:
+    """The half of the device's machine that keeps it up to date."""
+
+    def __init__(self, config: DeviceConfig, holders: Holders, profile: ModelProfile, numbers: Iterator[int]) -> None:
+        self.active: Manifest | None = None
+        """What new questions are answered by."""
+        self.loaded: dict[int, Manifest] = {}
+        """All versions whose stage is ready."""
+        self.error: tuple[str, str] | None = None
+        """Kind and reason why there is no (newer) version; None while all is well."""
+        self._config, self._holders, self._profile, self._numbers = config, holders, profile, numbers
+        self._candidate: _Candidate | None = None
+        self._next: tuple[Manifest, PeerId] | None = None  # offered while another was loading
+        self._plan: _PlanAsked | None = None
+        self._plan_due: float | None = None  # when the answer is overdue, or a plan is asked for again
+
+    @property
+    def next_deadline(self) -> float | None:
+        times = [] if self._plan_due is None else [self._plan_due]
+        candidate = self._candidate
+        if candidate is not None:
+            times += [transfer.deadline for transfer in candidate.transfers.values()]
+            if candidate.postponed:
+                times.append(self._holders.next_free(candidate.lacking))
+        return min(times, default=None)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """No version is in use or on its way, nobody is being asked for one, and `error` says why."""
+        return self.error is not None and self.active is None and self._candidate is None and self._plan is None
+
+    def receive(self, peer: PeerId, message: Message, now: float) -> list[Action] | None:
+        """None if the message is no answer to what was asked here."""
+        candidate = self._candidate
+        request = getattr(message, "request", 0)
+        if self._plan is not None and (self._plan.request, self._plan.peer) == (request, peer):
+            match message:
+                case Offer():
+                    return self._offered(peer, message.payload, now)
+                case Later():
+                    self._holders.praise(peer)
+                    self._plan.is_parked, self._plan_due = True, now + self._config.wait_s + self._config.patience_s
+                case Failed(_, kind, reason):
+                    return self._plan_failed(peer, kind, reason, now)
+            return []
+        if candidate is not None and request in candidate.transfers and candidate.transfers[request].peer == peer:
+            match message:
+                case Data():
+                    return self._data(candidate, message, now)
+                case Later():
+                    candidate.transfers[request].flows(now, self._config.patience_s, self._config.patience_s)
+                case Refuse():
+                    return self._refused(candidate, request, now)
+            return []
+        return None
+
+    def wake(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        if self._plan_due is not None and self._plan_due <= now:
+            plan, self._plan = self._plan, None
+            if plan is not None:
+                actions.append(Forget(plan.peer, plan.request))
+                if not plan.is_parked:
+                    actions.append(self._holders.blame(plan.peer, "silent", "no answer to a plan request", now))
+            actions += self.ask_for_plan(now)
+        candidate = self._candidate
+        if candidate is not None:
+            for request, transfer in list(candidate.transfers.items()):
+                if transfer.deadline <= now:
+                    actions.append(self._holders.blame(transfer.peer, "silent", "no more of what was pulled", now))
+                    actions += self._pull_elsewhere(candidate, request, now)
+            actions += self._pull_postponed(candidate, now)
+        return actions
+
+    def down(self, peer: PeerId, now: float) -> list[Action]:
+        """Whatever was asked of it is lost."""
+        actions: list[Action] = []
+        if self._plan is not None and self._plan.peer == peer:
+            self._plan = None
+            actions += self.ask_for_plan(now)
+        candidate = self._candidate
+        if candidate is not None:
+            for request in [request for request, transfer in candidate.transfers.items() if transfer.peer == peer]:
+                actions += self._pull_elsewhere(candidate, request, now)
+        return actions
+
+    def rejected(self, peer: PeerId, request: int, reason: str, now: float) -> list[Action] | None:
+        """What came for this request is not what was asked for; None if nothing was, here."""
+        if self._plan is not None and (self._plan.request, self._plan.peer) == (request, peer):
+            self.error, self._plan = (Failure.OFFER, f"{peer}: {reason}"), None
+            return self.ask_for_plan(now)
+        candidate = self._candidate
+        if candidate is None or request not in candidate.transfers or candidate.transfers[request].peer != peer:
+            return None
+        candidate.rejections[peer] += 1
+        spoilt = [server for server, times in candidate.rejections.items() if times >= MAX_REJECTIONS]
+        if self._holders.are_all({*spoilt, *candidate.lacking}):
+            self.error = Failure.OFFER, f"{peer}: {reason}"
+            return [*self._drop_candidate(), *self._ask_for_plan_at(now + MAX_BACKOFF_S)]
+        return self._pull_elsewhere(candidate, request, now)
+
+    # --- plans --------------------------------------------------------------------------------------------------------
+
+    def ask_for_plan(self, now: float) -> list[Action]:
+        """Of the next server; where none may be asked now, when one may."""
+        peer = self._holders.choose(now)
+        if peer is None:
+            self._plan_due = self._holders.next_free()
+            return []
+        config, held = self._config, self._newest
+        ask = Ask(config.device, config.max_accuracy_loss, held, config.wait_s if held else 0.0)
+        request = next(self._numbers)
+        self._plan, self._plan_due = _PlanAsked(request, peer), now + config.patience_s
+        return [Send(peer, PlanRequest(request, payload=ask))]
+
+    def _ask_for_plan_at(self, time_s: float) -> list[Action]:
+        plan, self._plan, self._plan_due = self._plan, None, time_s
+        return [Forget(plan.peer, plan.request)] if plan else []
+
+    @property
+    def _newest(self) -> int:
+        """Version of the newest offer taken up."""
+        offers = (self.active, self._candidate and self._candidate.manifest, self._next and self._next[0])
+        return max((offer.version for offer in offers if offer), default=0)
+
+    def _plan_failed(self, peer: PeerId, kind: str, reason: str, now: float) -> list[Action]:
+        self._plan = None
+        if kind == Failure.PLAN:  # another server would say the same
+            self.error = kind, reason
+            return self._ask_for_plan_at(now + MAX_BACKOFF_S)
+        if kind == Failure.MODEL:
+            self.error = kind, reason
+        return [self._holders.blame(peer, kind, reason, now), *self.ask_for_plan(now)]
+
+    def _offered(self, peer: PeerId, manifest: Manifest, now: float) -> list[Action]:
+        self._holders.praise(peer)
+        self._plan, self._plan_due, self.error = None, None, None
+        newest = self._newest
+        if manifest.version <= newest:  # it lags behind, or has not waited
+            self._plan_due = now + FIRST_BACKOFF_S
+            is_behind = manifest.version < newest
+            return (
+                [self._holders.blame(peer, "behind", f"it offers {manifest.version}, not {newest}", now)] if is_behind else []
+            )
+        if self._candidate is not None and self._candidate.is_loading:
+            self._next = manifest, peer
+            return self.ask_for_plan(now)
+        actions = self._drop_candidate()
+        self._candidate = _Candidate(manifest, peer)
+        return [*actions, LookUp(manifest), *self.ask_for_plan(now)]
+
+    def _drop_candidate(self) -> list[Action]:
+        candidate, self._candidate = self._candidate, None
+        return [Forget(transfer.peer, request) for request, transfer in candidate.transfers.items()] if candidate else []
+
+    def found(self, version: int, have: frozenset[str], now: float) -> list[Action]:
+        candidate = self._candidate
+        if candidate is None or candidate.manifest.version != version or candidate.is_loading:
+            return []
+        for codec, ranges in missing(candidate.manifest, self._profile, have).items():
+            for start in range(0, len(ranges), MAX_RANGES):
+                part = tuple(ranges[start : start + MAX_RANGES])
+                candidate.postponed.append(Pull(0, version, version, part, codec, self._config.patience_s))
+        if not candidate.postponed:
+            return self._load(candidate)
+        return self._pull_postponed(candidate, now, first=candidate.offered_by)
+
+    def _load(self, candidate: _Candidate) -> list[Action]:
+        candidate.is_loading = True
+        return [Load(candidate.manifest)]
+
+    def loaded_now(self, version: int, error: str | None, now: float) -> list[Action]:
+        """The stage is ready and in use from now on, or cannot be built."""
+        candidate = self._candidate
+        if candidate is None or candidate.manifest.version != version or not candidate.is_loading:
+            return []
+        self._candidate = None
+        if error is None:
+            self.active = self.loaded[version] = candidate.manifest
+        else:
+            self.error = Failure.COMPUTE, error
+        if self._next is not None:
+            (manifest, peer), self._next = self._next, None
+            self._candidate = _Candidate(manifest, peer)
+            return [LookUp(manifest)]
+        return [] if error is None else self._ask_for_plan_at(now + MAX_BACKOFF_S)
+
+    # --- pulls --------------------------------------------------------------------------------------------------------
+
+    def _pull_postponed(self, candidate: _Candidate, now: float, first: PeerId | None = None) -> list[Action]:
+        actions: list[Action] = []
+        while candidate.postponed:
+            peer = first or self._choose_holder(candidate, now)
+            if peer is None:
+                break
+            old = candidate.postponed.pop()
+            request = next(self._numbers)
+            pull = Pull(request, old.version, old.oldest, old.ranges, old.codec, old.expires_s)
+            due = now + self._config.patience_s
+            candidate.transfers[request] = Transfer(peer, pull, now, due, dict.fromkeys(pull.ranges, 0))
+            actions.append(Send(peer, pull))
+        return actions
+
+    def _choose_holder(self, candidate: _Candidate, now: float) -> PeerId | None:
+        """Rather one that has sent nothing wrong."""
+        spoilt = candidate.lacking.union(candidate.rejections)
+        return self._holders.choose(now, spoilt) or self._holders.choose(now, candidate.lacking)
+
+    def _pull_elsewhere(self, candidate: _Candidate, request: int, now: float) -> list[Action]:
+        """Ask somebody for what is still missing of this transfer."""
+        transfer = candidate.transfers.pop(request)
+        pull = transfer.pull
+        candidate.postponed.append(Pull(0, pull.version, pull.oldest, tuple(transfer.missing), pull.codec, pull.expires_s))
+        return [Forget(transfer.peer, request), *self._pull_postponed(candidate, now)]
+
+    def _data(self, candidate: _Candidate, data: Data, now: float) -> list[Action]:
+        transfer = candidate.transfers[data.request]
+        if data.range not in transfer.missing:
+            return []
+        transfer.begin(data)
+        if not transfer.continues_with(data):
+            return []
+        transfer.advance(data, now)
+        transfer.flows(now, self._config.patience_s, self._config.patience_s)
+        if transfer.missing:
+            return []
+        del candidate.transfers[data.request]
+        self._holders.praise(transfer.peer)
+        return [] if candidate.transfers or candidate.postponed else self._load(candidate)
+
+    def _refused(self, candidate: _Candidate, request: int, now: float) -> list[Action]:
+        """It does not hold this version (any more)."""
+        candidate.lacking.add(candidate.transfers[request].peer)
+        if not self._holders.are_all(candidate.lacking):
+            return self._pull_elsewhere(candidate, request, now)
+        # nobody does: there must be a newer one
+        return [*self._drop_candidate(), *self._ask_for_plan_at(now + FIRST_BACKOFF_S)]

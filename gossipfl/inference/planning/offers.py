@@ -1,0 +1,238 @@
+"""What a device asks a server for, what the server offers, and which pieces of the model the device then has to pull.
+
+Both travel as JSON: objects whose keys are the fields below, an infinite number as null. Nothing that comes in is trusted: what
+is no such object is a RemoteProtocolError, an offer that does not add up for the device's own model a PlanError.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from gossipfl.errors import ConfigError, PlanError, RemoteProtocolError
+from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile, Plan, Range
+from gossipfl.segments.planes import MAX_PLANES, Planes
+
+FULL_BITS = 32
+"""Of activations that go up as they are."""
+BIASES = "float32"
+"""The codec of biases."""
+T = TypeVar("T")
+
+
+class Failure(StrEnum):
+    """Kinds of a failure; of these only BUSY passes by itself."""
+
+    BUSY = "busy"
+    DRAINING = "draining"
+    MODEL = "model"
+    """Nobody here has it."""
+    VERSION = "version"
+    """Not held here (any more)."""
+    PLAN = "plan"
+    """No plan keeps within what is allowed."""
+    OFFER = "offer"
+    """What was offered, or pulled of it, is not what it should be."""
+    INPUT = "input"
+    """The question cannot be right."""
+    COMPUTE = "compute"
+    """Loading or computing went wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A plan for this device, please, within this loss of accuracy (None: the server's choice).
+
+    It has version `held` already (0: none): the answer may wait until there is a newer one, for at most `wait_s`.
+    """
+
+    device: DeviceProfile
+    max_accuracy_loss: float | None = None
+    held: int = 0
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOffer:
+    """One of the device's layers: the codec of its weights, the digest of each plane (scales with the first), of its bias."""
+
+    codec: str
+    planes: tuple[str, ...]
+    bias: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A version of a model and how a device is to run it.
+
+    An answer of the reduced model is accepted from margin `threshold` on (0: always), on `scale`; with probability 1 - `delta`
+    at most `alpha` of all requests are then answered otherwise than by the full model (None: nobody has measured it).
+    """
+
+    model: str
+    version: int
+    layout: str
+    plan: Plan
+    layers: tuple[LayerOffer, ...]
+    threshold: float = 0.0
+    scale: Literal["softmax", "logits"] = "softmax"
+    alpha: float | None = None
+    delta: float | None = None
+
+    @property
+    def cut(self) -> int:
+        return self.plan.cut
+
+    @property
+    def sends_everything(self) -> bool:
+        """Whether the server computes everything, from inputs as they are: nothing is reduced."""
+        return self.cut == 0 and self.plan.activation_bits == FULL_BITS
+
+    def check(self, profile: ModelProfile, layout: str) -> None:
+        """PlanError unless it adds up for a model that the device knows as `profile`, with this layout's digest."""
+        plan, num_layers = self.plan, len(profile.layers)
+        if self.layout != layout:
+            _refuse(f"its model has layout {self.layout}, the one here {layout}", "build the same model at both ends")
+        if self.version < 1 or plan.version != self.version:
+            _refuse(f"version {self.version} with a plan for version {plan.version}")
+        if not 0 <= self.cut <= num_layers:
+            _refuse(f"a cut after {self.cut} of {num_layers} layers")
+        if not len(plan.weight_bits) == len(self.layers) == self.cut:
+            _refuse(f"{len(plan.weight_bits)} weight bits and {len(self.layers)} layers for a cut after {self.cut}")
+        is_cut = self.cut < num_layers
+        if plan.activation_bits not in ({FULL_BITS, *range(1, MAX_PLANES + 1)} if is_cut else {0}):
+            _refuse(f"activation_bits = {plan.activation_bits} for a cut after {self.cut} of {num_layers} layers")
+        if not self.threshold >= 0 or self.scale not in ("softmax", "logits"):
+            _refuse(f"threshold = {self.threshold} on scale {self.scale!r}")
+        for layer, offer, bits in zip(profile.layers, self.layers, plan.weight_bits, strict=False):
+            if not 1 <= bits <= MAX_PLANES or offer.codec != Planes(0, bits, layer.group).name or len(offer.planes) != bits:
+                _refuse(f"{len(offer.planes)} planes as {offer.codec!r} for {bits} bits of layer {layer.name!r}")
+            if (offer.bias is None) != (layer.bias is None):
+                _refuse(f"layer {layer.name!r} has {'a' if layer.bias else 'no'} bias")
+
+
+def _refuse(what: str, remedy: str = "update the server") -> None:
+    raise PlanError(f"the offer does not add up: {what}; {remedy}")
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The smallest thing that is cached: one plane of a layer's weights, or its bias. `digest` names the content."""
+
+    digest: str
+    range: Range
+    codec: str
+
+
+def pieces(manifest: Manifest, profile: ModelProfile) -> Iterator[Piece]:
+    """All that the device's layers consist of."""
+    for layer, offer in zip(profile.layers, manifest.layers, strict=False):
+        for plane, digest in enumerate(offer.planes):
+            yield Piece(digest, layer.weight, Planes(plane, plane + 1, layer.group).name)
+        if layer.bias is not None and offer.bias is not None:
+            yield Piece(offer.bias, layer.bias, BIASES)
+
+
+def missing(manifest: Manifest, profile: ModelProfile, have: Collection[str]) -> dict[str, list[Range]]:
+    """What to pull where the pieces `have` (digests) are there already: ranges by codec, adjacent planes as one."""
+    pulls: dict[str, list[Range]] = {}
+    for layer, offer in zip(profile.layers, manifest.layers, strict=False):
+        first = None
+        for plane, digest in enumerate((*offer.planes, None)):
+            is_missing = digest is not None and digest not in have
+            if is_missing and first is None:
+                first = plane
+            elif not is_missing and first is not None:
+                pulls.setdefault(Planes(first, plane, layer.group).name, []).append(layer.weight)
+                first = None
+        if layer.bias is not None and offer.bias not in have:
+            pulls.setdefault(BIASES, []).append(layer.bias)
+    return pulls
+
+
+def split(codec: str, range_: Range, payload: memoryview) -> Iterator[tuple[Piece, memoryview]]:
+    """What has been pulled of `range_` as the pieces that are cached, still without their digests."""
+    if codec == BIASES:
+        yield Piece("", range_, BIASES), payload
+        return
+    whole, num_values, begin = Planes.of(codec), range_[1] - range_[0], 0
+    for plane in range(whole.start, whole.stop):
+        one = Planes(plane, plane + 1, whole.group)
+        end = begin + one.num_bytes(num_values)
+        yield Piece("", range_, one.name), payload[begin:end]
+        begin = end
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def to_json(value: Ask | Manifest) -> bytes:
+    return json.dumps(_plain(value), allow_nan=False, separators=(",", ":")).encode()
+
+
+def ask_from_json(payload: bytes | memoryview) -> Ask:
+    """RemoteProtocolError for what `to_json` cannot have written."""
+    ask = _from_json(Ask, payload)
+    if not 0 <= ask.wait_s < math.inf or ask.held < 0:
+        raise RemoteProtocolError(f"a plan request with wait_s = {ask.wait_s}, held = {ask.held}")
+    return ask
+
+
+def manifest_from_json(payload: bytes | memoryview) -> Manifest:
+    """RemoteProtocolError for what `to_json` cannot have written; `Manifest.check` says whether it adds up."""
+    return _from_json(Manifest, payload)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return None if value == math.inf else value
+
+
+def _from_json(class_: type[T], payload: bytes | memoryview) -> T:
+    try:
+        value: T = _read(class_, json.loads(bytes(payload)), class_.__name__.lower())
+    except (ValueError, RecursionError, ConfigError) as error:  # also bytes that are no UTF-8
+        raise RemoteProtocolError(f"no {class_.__name__.lower()}: {str(error)[:160]}") from error
+    return value
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """`value` as `kind`: a dataclass, a number, a text, a tuple of one kind, or one of these or None; else ValueError."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else _read(next(one for one in arguments if one is not type(None)), value, where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_read(arguments[0], item, where) for item in value)
+    elif is_dataclass(kind):
+        hints = _hints(kind)  # type: ignore[arg-type]
+        if isinstance(value, dict) and value.keys() == hints.keys():
+            return kind(**{name: _read(hint, value[name], name) for name, hint in hints.items()})  # type: ignore[operator]
+    elif kind is float:
+        if value is None:
+            return math.inf
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"{where} = {str(value)[:60]} is no {getattr(kind, '__name__', kind)}")
+
+
+@cache
+def _hints(kind: type) -> Mapping[str, Any]:
+    return get_type_hints(kind)
