@@ -1,0 +1,317 @@
+"""Where to cut a served model for one device: the online half of QPART, by the costs that were measured.
+
+For a request, Algorithm 2 of Li, Ghafouri, Ji, Vandierendonck, John and Nikolopoulos, "QPART: Adaptive Model Quantization and
+Dynamic Workload Balancing for Accuracy-aware Edge Inference" (arXiv 2506.23934) takes the stored bits for the allowed loss of
+accuracy and the cheapest of all cuts, from 0 (all on the server) to L (all on the device):
+
+    plan, rows = choose_plan(catalogue, device, max_accuracy_loss=0.01)
+
+Costs are the paper's weighted sum of time, the device's energy and the server's price, with these differences. Seconds of
+computing are those of real engines, timed when the model was calibrated: fewer bits make fewer bytes, not faster arithmetic.
+Weights are not sent for each request but fetched once for all that the device expects, less the planes that it holds already.
+Every message takes the link's latency, and the part on the device must fit its memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from types import UnionType
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from gossipfl.errors import ConfigError, PlanError
+from gossipfl.inference.planning.profile import (
+    ON_DEVICE,
+    ON_SERVER,
+    DeviceProfile,
+    LayerProfile,
+    ModelProfile,
+    Plan,
+    Prediction,
+    Stage,
+)
+
+MAX_BITS = 16
+EXACT_BITS = 32
+"""Of activations that go up as they are, in float32."""
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+"""Per weight in memory, by engine; 4 for others."""
+
+_LEAST, _MOST = 1e-9, 1e15
+"""Of what a device may say of itself: far outside of what there is, and every cost stays finite."""
+
+Bits = tuple[tuple[int, ...], int]
+"""Of the weights of the device's layers, and of each value at the cut (0 where nothing is cut)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """All that was measured of one version of a model. PlanError, naming the key, for what cannot be.
+
+    `levels` has bits by loss of accuracy and cut; a level may leave out cuts. `device_s` and `server_s` are seconds per sample
+    by engine, for each cut 0..L: of layers 1..cut on a device of speed 1, and of the layers after the cut on the server; None
+    where an engine does not run them.
+    """
+
+    profile: ModelProfile
+    version: int
+    levels: Mapping[float, Mapping[int, Bits]]
+    device_s: Mapping[str, tuple[float | None, ...]]
+    server_s: Mapping[str, tuple[float | None, ...]]
+
+    def __post_init__(self) -> None:
+        _check_profile(self.profile)
+        num_layers = len(self.profile.layers)
+        _require(self.version >= 0, "catalogue.version", self.version, "a number of at least 0")
+        _require(bool(self.levels), "catalogue.levels", {}, "a table with at least one level")
+        for level, cuts in self.levels.items():
+            _require(0 <= level < math.inf, f"catalogue.levels.{level}", level, "a loss of accuracy of at least 0")
+            _require(bool(cuts), f"catalogue.levels.{level}", {}, "a table with at least one cut")
+            for cut, (weights, activations) in cuts.items():
+                key = f"catalogue.levels.{level}.{cut}"
+                _require(0 <= cut <= num_layers, key, cut, f"a cut of 0 to {num_layers}")
+                _require(len(weights) == cut, f"{key}[0]", weights, f"bits for {cut} layers")
+                _require(all(1 <= bits <= MAX_BITS for bits in weights), f"{key}[0]", weights, f"bits of 1 to {MAX_BITS}")
+                is_right = activations == 0 if cut == num_layers else activations in (EXACT_BITS, *range(2, MAX_BITS + 1))
+                _require(is_right, f"{key}[1]", activations, f"0 where nothing is cut, else 2 to {MAX_BITS} or {EXACT_BITS}")
+        _check_times(self.device_s, "catalogue.device_s", num_layers, none=0)
+        _check_times(self.server_s, "catalogue.server_s", num_layers, none=num_layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `json.dumps` writes; the keys of `levels` become text."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: object) -> Catalogue:
+        """What `to_json` gave, also after a round through JSON. PlanError, naming the key, for anything else."""
+        return cast(Catalogue, _read(Catalogue, value, "catalogue"))
+
+
+@dataclass(frozen=True, slots=True)
+class CutRow:
+    """One cut for one device. Nothing but `obstacle` is known of a cut without bits at the level."""
+
+    cut: int
+    weight_bits: tuple[int, ...] = ()
+    activation_bits: int = 0
+    device_engine: str = ""
+    server_engine: str = ""
+    prediction: Prediction | None = None
+    obstacle: str | None = None
+    """Why this cut cannot be; None if it can."""
+
+
+def choose_plan(
+    catalogue: Catalogue, device: DeviceProfile, max_accuracy_loss: float, cached: Sequence[int] = ()
+) -> tuple[Plan, tuple[CutRow, ...]]:
+    """The cheapest plan for `device`, and what every cut 0..L would cost. `cached[l]` planes of layer l are on the device.
+
+    PlanError where no level is within `max_accuracy_loss` or no cut fits the memory, with the nearest that would do;
+    ConfigError for a device that cannot be.
+    """
+    check_device(device)
+    num_layers = len(catalogue.profile.layers)
+    if len(cached) > num_layers or not all(0 <= bits <= MAX_BITS for bits in cached):
+        raise PlanError(f"cached bits {tuple(cached)} are not 0 to {MAX_BITS} for each of at most {num_layers} layers")
+    level = _level_within(catalogue, max_accuracy_loss)
+    rows = tuple(_row(catalogue, device, level, cut, cached) for cut in range(num_layers + 1))
+    costs = {row.cut: row.prediction.cost for row in rows if row.prediction and row.obstacle is None}
+    if not costs:
+        memory, cut = min((row.prediction.memory_bytes, row.cut) for row in rows if row.prediction)
+        raise PlanError(
+            f"memory_bytes = {device.memory_bytes:,} of device {device.name!r} is too little for every cut; "
+            f"the smallest, after {cut} of {num_layers} layers, takes {memory:,}"
+        )
+    return _plan(catalogue, rows[min(costs, key=costs.__getitem__)]), rows
+
+
+def check_device(device: DeviceProfile) -> None:
+    """ConfigError, naming the key and the remedy, for a device that cannot be."""
+    rate = "above 0: bytes per second, or inf where there is no limit"
+    watts, weight = "watts of at least 0", "a number of at least 0"
+    checks = (
+        ("speed", _LEAST <= device.speed <= _MOST, "above 0: 1 is the machine that calibrated, 0.1 is ten times slower"),
+        ("memory_bytes", 1 <= device.memory_bytes <= _MOST, "above 0: the bytes that the model may take"),
+        ("uplink", device.uplink >= _LEAST, rate),
+        ("downlink", device.downlink >= _LEAST, rate),
+        ("latency_s", 0 <= device.latency_s <= _MOST, "seconds of at least 0, one way"),
+        ("compute_w", 0 <= device.compute_w <= _MOST, watts),
+        ("transmit_w", 0 <= device.transmit_w <= _MOST, watts),
+        ("time_weight", 0 <= device.time_weight <= _MOST, weight),
+        ("energy_weight", 0 <= device.energy_weight <= _MOST, weight),
+        ("price_weight", 0 <= device.price_weight <= _MOST, weight),
+        ("requests", 1 <= device.requests <= _MOST, "at least 1: those expected for each download of the weights"),
+    )
+    for key, is_right, expected in checks:
+        if not is_right:  # nor is nan
+            raise ConfigError(f"{key} = {getattr(device, key)} of device {device.name!r} must be {expected}")
+    if not device.time_weight + device.energy_weight + device.price_weight:
+        raise ConfigError(f"device {device.name!r} weighs nothing; give time_weight, energy_weight or price_weight, such as 1")
+
+
+def weight_bytes(profile: ModelProfile, weight_bits: Sequence[int], cached: Sequence[int] = ()) -> int:
+    """Bytes to fetch for the first layers at these bits, where `cached` planes of each are there (with scales and biases)."""
+    held = np.zeros(len(weight_bits), np.int64)
+    held[: min(len(cached), held.size)] = cached[: held.size]
+    layers = profile.layers[: held.size]
+    planes = np.array([-(-layer.num_weights // 8) for layer in layers], np.int64)
+    first = np.array([4 * layer.channels + 4 * _num_biases(layer) for layer in layers], np.int64)
+    missing = np.maximum(np.array(weight_bits, np.int64) - held, 0)
+    return int(missing @ planes + first @ (held == 0))
+
+
+def activation_bytes(profile: ModelProfile, cut: int, bits: int) -> int:
+    """Bytes that go up for one sample: each live tensor with its centre and its scale, unless it goes as it is."""
+    if cut == len(profile.layers):
+        return 0
+    shapes = profile.layers[cut - 1].live if cut else (profile.input_shape,)
+    sizes = [math.prod(shape) for shape in shapes]
+    return sum(4 * size if bits == EXACT_BITS else 8 + bits * -(-size // 8) for size in sizes)
+
+
+def resident_bytes(profile: ModelProfile, cut: int, engine: str) -> int:
+    """Memory of the first `cut` layers: weights as `engine` holds them, biases, and twice the largest live set in float32."""
+    layers = profile.layers[:cut]
+    weights = sum(layer.num_weights for layer in layers) * WEIGHT_BYTES.get(engine, 4)
+    biases = 4 * sum(_num_biases(layer) for layer in layers)
+    live = max([math.prod(profile.input_shape), *(layer.num_live for layer in layers)])
+    return weights + biases + 2 * 4 * live
+
+
+def _num_biases(layer: LayerProfile) -> int:
+    return layer.bias[1] - layer.bias[0] if layer.bias else 0
+
+
+def _level_within(catalogue: Catalogue, max_accuracy_loss: float) -> float:
+    """The largest stored level that `max_accuracy_loss` allows."""
+    if not max_accuracy_loss >= 0:
+        raise PlanError(f"max_accuracy_loss = {max_accuracy_loss} is no loss of accuracy; give a share of at least 0, as 0.01")
+    allowed = [level for level in catalogue.levels if level <= max_accuracy_loss]
+    if not allowed:
+        nearest = min(catalogue.levels)
+        raise PlanError(f"no plan keeps within max_accuracy_loss = {max_accuracy_loss}; the nearest is {nearest}")
+    return max(allowed)
+
+
+def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, cached: Sequence[int]) -> CutRow:
+    profile = catalogue.profile
+    if cut not in catalogue.levels[level]:
+        return CutRow(cut, obstacle=f"has no bits for a loss of {level}")
+    weights, activations = catalogue.levels[level][cut]
+    device_times, server_times = _times(catalogue.device_s, cut), _times(catalogue.server_s, cut)
+    memory = {engine: resident_bytes(profile, cut, engine) for engine in device_times}
+    fitting = [engine for engine, num_bytes in memory.items() if num_bytes <= device.memory_bytes]
+    engine = min(fitting, key=device_times.__getitem__) if fitting else min(memory, key=memory.__getitem__)
+    server_engine = min(server_times, key=server_times.__getitem__)
+    device_s, server_s = device_times[engine] / device.speed, server_times[server_engine]
+    is_cut = cut < len(profile.layers)
+    down = weight_bytes(profile, weights, cached)
+    up = activation_bytes(profile, cut, activations)
+    fetch_s = (down / device.downlink + 2 * device.latency_s) / device.requests if down else 0.0
+    uplink_s = up / device.uplink
+    answer_s = 4 * profile.num_classes / device.downlink + 2 * device.latency_s if is_cut else 0.0
+    transfer_s = fetch_s + uplink_s + answer_s
+    latency_s = device_s + transfer_s + server_s
+    energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
+    cost = device.time_weight * latency_s + device.energy_weight * energy_j + device.price_weight * server_s
+    prediction = Prediction(latency_s, device_s, server_s, transfer_s, energy_j, cost, down, up, memory[engine], level)
+    obstacle = None if fitting else f"takes {memory[engine]:,} bytes of memory, of {device.memory_bytes:,}"
+    return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle)
+
+
+def _times(times: Mapping[str, Sequence[float | None]], cut: int) -> dict[str, float]:
+    """Seconds of the engines that run it."""
+    return {engine: value for engine, seconds in times.items() if (value := seconds[cut]) is not None}
+
+
+def _plan(catalogue: Catalogue, row: CutRow) -> Plan:
+    layers, cut = catalogue.profile.layers, row.cut
+    codecs = tuple(f"planes:0-{bits}:{layer.group}" for bits, layer in zip(row.weight_bits, layers, strict=False))
+    stages = []
+    if cut:
+        stages.append(Stage(ON_DEVICE, 0, cut, codecs, row.device_engine))
+    if cut < len(layers):
+        stages.append(Stage(ON_SERVER, cut, len(layers), ("float32",) * (len(layers) - cut), row.server_engine))
+    assert row.prediction is not None, "a row that was chosen"
+    return Plan(catalogue.version, tuple(stages), cut, row.weight_bits, row.activation_bits, row.prediction)
+
+
+# --- checks and JSON --------------------------------------------------------------------------------------------------
+
+
+def _require(is_right: object, key: str, value: object, expected: str) -> None:
+    if not is_right:
+        raise PlanError(f"{key} = {str(value)[:60]} is not {expected}; calibrate again")
+
+
+def _check_profile(profile: ModelProfile) -> None:
+    _require(bool(profile.layers), "catalogue.profile.layers", (), "a list of at least one layer")
+    _require(profile.num_classes >= 1, "catalogue.profile.num_classes", profile.num_classes, "at least 1")
+    _check_shape(profile.input_shape, "catalogue.profile.input_shape")
+    stop = 0
+    for index, layer in enumerate(profile.layers):
+        key = f"catalogue.profile.layers[{index}]"
+        for name, part in (("weight", layer.weight), ("bias", layer.bias)):
+            if part is not None:
+                _require(stop <= part[0] < part[1], f"{key}.{name}", part, f"a range that begins at {stop} or after")
+                stop = part[1]
+        divides = layer.channels >= 1 and layer.num_weights % layer.channels == 0
+        _require(divides, f"{key}.channels", layer.channels, f"a divisor of its {layer.num_weights} weights")
+        _require(layer.macs >= 0, f"{key}.macs", layer.macs, "a number of at least 0")
+        _require(bool(layer.live), f"{key}.live", (), "a list of at least one shape")
+        for shape in layer.live:
+            _check_shape(shape, f"{key}.live")
+
+
+def _check_times(times: Mapping[str, Sequence[float | None]], key: str, num_layers: int, none: int) -> None:
+    """`none` is the cut at which there is nothing to compute."""
+    for engine, seconds in times.items():
+        _require(len(seconds) == num_layers + 1, f"{key}.{engine}", seconds, f"{num_layers + 1} numbers, one for each cut")
+        for cut, value in enumerate(seconds):
+            is_right = value is None or (value == 0 if cut == none else 0 <= value < math.inf)
+            _require(is_right, f"{key}.{engine}[{cut}]", value, "0, with nothing to compute" if cut == none else "seconds")
+    for cut in range(num_layers + 1):
+        has_any = any(seconds[cut] is not None for seconds in times.values())
+        _require(has_any, key, {}, f"a table with an engine that runs cut {cut}")
+
+
+def _check_shape(shape: tuple[int, ...], key: str) -> None:
+    _require(all(size >= 1 for size in shape), key, shape, "a shape of sizes of at least 1")
+
+
+def _read(kind: Any, value: Any, key: str) -> Any:
+    """`value`, of JSON, as a `kind`: a dataclass, a mapping, a tuple, a choice, None or a number or text."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return None if value is None else _read(arguments[0], value, key)
+    if origin is Literal:
+        _require(value in arguments, key, value, f"one of {', '.join(arguments)}")
+        return value
+    if origin is tuple:
+        is_open = arguments[-1] is Ellipsis
+        is_list = isinstance(value, list | tuple) and (is_open or len(value) == len(arguments))
+        _require(is_list, key, value, "a list" if is_open else f"a list of {len(arguments)}")
+        kinds = itertools.repeat(arguments[0]) if is_open else arguments
+        return tuple(_read(one, item, f"{key}[{index}]") for index, (item, one) in enumerate(zip(value, kinds, strict=False)))
+    if origin is Mapping:
+        _require(isinstance(value, dict), key, value, "a table")
+        return {_name(arguments[0], name, f"{key}.{name}"): _read(arguments[1], value[name], f"{key}.{name}") for name in value}
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        _require(isinstance(value, dict) and value.keys() == hints.keys(), key, value, f"a table of {', '.join(hints)}")
+        return cast(Any, kind)(**{name: _read(hint, value[name], f"{key}.{name}") for name, hint in hints.items()})
+    is_number = kind is float and type(value) is int
+    _require(is_number or type(value) is kind, key, value, {int: "a whole number", float: "a number", str: "text"}[kind])
+    return kind(value)
+
+
+def _name(kind: Any, text: Any, key: str) -> Any:
+    """A key of a table, which JSON knows only as text."""
+    try:
+        return kind(text)
+    except ValueError:
+        _require(False, key, text, f"named by {'a whole number' if kind is int else 'a number'}")

@@ -1,0 +1,413 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossipfl.errors import ConfigError, PlanError
+from gossipfl.inference.execution.activations import num_bytes
+from gossipfl.inference.planning.cuts import Catalogue, activation_bytes, check_device, choose_plan, weight_bytes
+from gossipfl.inference.planning.profile import ON_DEVICE, ON_SERVER, DeviceProfile, LayerProfile, ModelProfile, Stage
+from gossipfl.segments.codecs import codec
+
+quick = settings(deadline=None, max_examples=100)
+LEVELS = (0.005, 0.01, 0.05)
+
+
+def layer(name, start, channels, group, live, bias=True):
+    stop = start + channels * group
+    return LayerProfile(
+        name, "conv2d", (start, stop), (stop, stop + channels) if bias else None, channels, 100 * channels * group, live
+    )
+
+
+SMALL = ModelProfile(
+    (
+        layer("a", 0, 4, 9, ((4, 5, 5),)),  # 36 weights, 4 biases, 100 live values
+        layer("b", 40, 2, 36, ((2, 3, 3), (4, 5, 5)), bias=False),  # 72 weights, 118 live values
+        layer("c", 112, 3, 18, ((3,),)),  # 54 weights, 3 biases
+    ),
+    input_shape=(1, 6, 6),
+    num_classes=3,
+)
+EXAMPLE = Catalogue(
+    SMALL,
+    version=7,
+    levels={
+        0.01: {0: ((), 8), 1: ((4,), 6), 2: ((4, 5), 6), 3: ((5, 6, 7), 0)},
+        0.05: {0: ((), 4), 1: ((2,), 3), 2: ((2, 3), 3), 3: ((3, 3, 4), 0)},
+    },
+    device_s={"fp32": (0.0, 1.0, 2.0, 4.0), "int8": (0.0, 2.0, 3.0, 3.5)},
+    server_s={"fp32": (3.0, 2.0, 1.0, 0.0)},
+)
+
+
+@st.composite
+def catalogues(draw):
+    """A model of up to six layers with bits at up to three levels, not all cuts at each, and times of up to two engines."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    layers, start = [], 0
+    for index in range(rng.integers(1, 7)):
+        live = tuple((int(rng.integers(1, 9)), int(rng.integers(1, 30))) for _ in range(rng.integers(1, 3)))
+        layers.append(layer(f"l{index}", start, int(rng.integers(1, 9)), int(rng.integers(1, 40)), live, rng.random() < 0.7))
+        start = (layers[-1].bias or layers[-1].weight)[1]
+    last = len(layers)
+    levels = {}
+    for level in LEVELS[: rng.integers(1, 4)]:
+        cuts = [cut for cut in range(last + 1) if rng.random() < 0.8] or [last]
+        levels[level] = {
+            cut: (tuple(rng.integers(2, 17, cut).tolist()), int(rng.choice([4, 8, 16, 32])) if cut < last else 0)
+            for cut in cuts
+        }
+    times = {}
+    for side, none in (("device_s", 0), ("server_s", last)):
+        seconds = {"fp32": rng.random(last + 1).tolist()}
+        if rng.random() < 0.5:
+            seconds["int8"] = [value if rng.random() < 0.7 else None for value in rng.random(last + 1)]
+        for values in seconds.values():
+            values[none] = 0.0
+        times[side] = {engine: tuple(values) for engine, values in seconds.items()}
+    return Catalogue(ModelProfile(tuple(layers), (1, 5, 7), 10), 3, levels, **times)
+
+
+devices = st.builds(
+    DeviceProfile,
+    speed=st.floats(0.01, 10),
+    memory_bytes=st.integers(300, 10_000),
+    uplink=st.one_of(st.just(math.inf), st.floats(100, 1e6)),
+    downlink=st.one_of(st.just(math.inf), st.floats(100, 1e6)),
+    latency_s=st.floats(0, 0.3),
+    compute_w=st.floats(0, 5),
+    transmit_w=st.floats(0, 5),
+    time_weight=st.floats(0.1, 1),
+    energy_weight=st.floats(0, 1),
+    price_weight=st.floats(0, 1),
+    requests=st.integers(1, 1000),
+)
+
+
+def cost_by_hand(catalogue, device, level, cut, cached):
+    """Cost of one cut with the best engine that fits, from the definitions; None where it cannot be."""
+    profile = catalogue.profile
+    if cut not in catalogue.levels[level]:
+        return None
+    weights, activations = catalogue.levels[level][cut]
+    down = up = 0
+    for index, one in enumerate(profile.layers[:cut]):
+        n, held = one.weight[1] - one.weight[0], cached[index]
+        if held == 0:
+            down += codec(f"planes:0-{weights[index]}:{n // one.channels}").num_bytes(n)
+            down += codec("float32").num_bytes(one.bias[1] - one.bias[0]) if one.bias else 0
+        elif held < weights[index]:
+            down += codec(f"planes:{held}-{weights[index]}:{n // one.channels}").num_bytes(n)
+    is_cut = cut < len(profile.layers)
+    if is_cut:
+        up = num_bytes(profile.layers[cut - 1].live if cut else [profile.input_shape], 1, activations)
+    server_s = min(seconds[cut] for seconds in catalogue.server_s.values() if seconds[cut] is not None)
+    costs = []
+    for engine, seconds in catalogue.device_s.items():
+        live = [math.prod(profile.input_shape), *(sum(map(math.prod, one.live)) for one in profile.layers[:cut])]
+        memory = 8 * max(live)
+        for one in profile.layers[:cut]:
+            memory += (one.weight[1] - one.weight[0]) * {"fp32": 4, "int8": 1}[engine]
+            memory += 4 * (one.bias[1] - one.bias[0]) if one.bias else 0
+        if seconds[cut] is None or memory > device.memory_bytes:
+            continue
+        device_s = seconds[cut] / device.speed
+        total_s = device_s + server_s + up / device.uplink
+        if is_cut:
+            total_s += 2 * device.latency_s + 4 * profile.num_classes / device.downlink
+        if down:
+            total_s += (2 * device.latency_s + down / device.downlink) / device.requests
+        energy = device.compute_w * device_s + device.transmit_w * up / device.uplink
+        costs.append(device.time_weight * total_s + device.energy_weight * energy + device.price_weight * server_s)
+    return min(costs, default=None)
+
+
+@given(catalogue=catalogues(), device=devices, loss=st.floats(0, 0.1), data=st.data())
+@quick
+def test_the_plan_is_the_cheapest_of_all_cuts(catalogue, device, loss, data):
+    num_layers = len(catalogue.profile.layers)
+    cached = data.draw(st.lists(st.integers(0, 16), min_size=num_layers, max_size=num_layers))
+    allowed = [level for level in catalogue.levels if level <= loss]
+    costs = {}
+    if allowed:
+        found = [cost_by_hand(catalogue, device, max(allowed), cut, cached) for cut in range(num_layers + 1)]
+        costs = {cut: cost for cut, cost in enumerate(found) if cost is not None}
+    if not costs:
+        with pytest.raises(PlanError):
+            choose_plan(catalogue, device, loss, cached)
+        return
+    plan, rows = choose_plan(catalogue, device, loss, cached)
+    assert plan.cut in costs
+    assert plan.prediction.cost == pytest.approx(min(costs.values()))
+    assert costs[plan.cut] == pytest.approx(min(costs.values()))
+    assert plan.prediction.memory_bytes <= device.memory_bytes
+    assert plan.prediction.accuracy_loss == max(allowed) <= loss
+    assert [row.cut for row in rows] == list(range(num_layers + 1))
+    for row in rows:
+        assert (row.obstacle is None) == (row.cut in costs)
+        if row.obstacle is None:
+            assert row.prediction.cost == pytest.approx(costs[row.cut])
+
+
+# Cut 1 at 0.01: 5 bytes a plane, 4 planes, 4 scales and 4 biases down; 2 float32 and 13 bytes for each of 6 planes up.
+def test_a_request_costs_what_its_parts_cost():
+    device = DeviceProfile(
+        speed=0.5,
+        uplink=86.0,
+        downlink=52.0,
+        latency_s=0.25,
+        compute_w=3.0,
+        transmit_w=5.0,
+        time_weight=1.0,
+        energy_weight=0.1,
+        price_weight=0.01,
+        requests=4,
+    )
+    row = choose_plan(EXAMPLE, device, 0.01)[1][1]
+    expected = row.prediction
+    assert (expected.weight_bytes, expected.activation_bytes) == (4 * 5 + 16 + 16, 8 + 6 * 13)
+    assert expected.device_s == 1.0 / 0.5
+    assert expected.server_s == 2.0
+    assert expected.transfer_s == pytest.approx((52 / 52 + 0.5) / 4 + 86 / 86 + 12 / 52 + 0.5)
+    assert expected.latency_s == pytest.approx(2 + 2 + expected.transfer_s)
+    assert expected.energy_j == pytest.approx(3 * 2 + 5 * 1)
+    assert expected.cost == pytest.approx(expected.latency_s + 0.1 * 11 + 0.01 * 2)
+    assert expected.memory_bytes == 4 * 36 + 4 * 4 + 8 * 100
+    assert (row.weight_bits, row.activation_bits, row.device_engine, row.obstacle) == ((4,), 6, "fp32", None)
+
+
+def test_a_plan_says_who_runs_what_and_how_it_is_pulled():
+    near = DeviceProfile(price_weight=10.0, uplink=1e6, downlink=1e6)
+    everything, _ = choose_plan(EXAMPLE, near, 0.01)
+    assert everything.stages == (Stage(ON_DEVICE, 0, 3, ("planes:0-5:9", "planes:0-6:36", "planes:0-7:18"), "int8"),)
+    assert (everything.version, everything.cut, everything.weight_bits, everything.activation_bits) == (7, 3, (5, 6, 7), 0)
+    nothing, _ = choose_plan(EXAMPLE, replace(near, price_weight=0.0, speed=0.1), 0.01)
+    assert nothing.stages == (Stage(ON_SERVER, 0, 3, ("float32",) * 3, "fp32"),)
+    assert (nothing.cut, nothing.weight_bits, nothing.activation_bits) == (0, (), 8)
+    half = replace(near, price_weight=0.0, speed=1.0, uplink=1e3)
+    cut, _ = choose_plan(replace(EXAMPLE, server_s={"fp32": (9.0, 0.5, 0.4, 0.0)}), half, 0.01)
+    assert cut.stages == (
+        Stage(ON_DEVICE, 0, 1, ("planes:0-4:9",), "fp32"),
+        Stage(ON_SERVER, 1, 3, ("float32",) * 2, "fp32"),
+    )
+
+
+def test_a_slow_device_a_slow_link_and_a_dear_server_move_the_cut():
+    middling = DeviceProfile(speed=1.0, uplink=1e3, downlink=1e3, requests=100)
+    cuts = [choose_plan(EXAMPLE, replace(middling, speed=speed), 0.01)[0].cut for speed in (0.01, 100.0)]
+    assert cuts == [0, 3]
+    assert choose_plan(EXAMPLE, replace(middling, uplink=1.0), 0.01)[0].cut == 3
+    assert choose_plan(EXAMPLE, replace(middling, downlink=0.1, requests=1), 0.01)[0].cut == 0
+    assert choose_plan(EXAMPLE, replace(middling, price_weight=100.0), 0.01)[0].cut == 3
+
+
+def test_planes_that_are_there_already_are_not_fetched_again():
+    fetched = [weight_bytes(SMALL, (4, 5), cached) for cached in ((), (0, 5), (2, 5), (4, 16), (6, 3))]
+    first, second = 4 * 5 + 16 + 16, 5 * 9 + 8
+    assert fetched == [first + second, first, 2 * 5, 0, 2 * 9]
+    slow = DeviceProfile(downlink=1.0)
+    rows = {cached: choose_plan(EXAMPLE, slow, 0.01, cached)[1] for cached in ((), (5, 6, 7))}
+    assert rows[()][3].prediction.transfer_s == 4 * (4 + 2 + 3) + 28 + 5 * 5 + 6 * 9 + 7 * 7
+    assert rows[(5, 6, 7)][3].prediction.transfer_s == 0.0
+    assert choose_plan(EXAMPLE, slow, 0.01, (5, 6, 7))[0].cut == 3
+
+
+def test_the_requests_that_are_expected_share_the_download_of_the_weights():
+    rows = [choose_plan(EXAMPLE, DeviceProfile(downlink=1.0, requests=requests), 0.01)[1] for requests in (1, 50)]
+    once, shared = (row[3].prediction for row in rows)
+    assert shared.transfer_s == pytest.approx(once.transfer_s / 50)
+    assert shared.weight_bytes == once.weight_bytes
+
+
+def test_the_largest_level_that_is_allowed_is_used():
+    device = DeviceProfile(price_weight=100.0)
+    plans = [choose_plan(EXAMPLE, device, loss)[0] for loss in (0.01, 0.049, 0.05, 1.0)]
+    assert [plan.weight_bits for plan in plans] == [(5, 6, 7), (5, 6, 7), (3, 3, 4), (3, 3, 4)]
+    assert [plan.prediction.accuracy_loss for plan in plans] == [0.01, 0.01, 0.05, 0.05]
+
+
+def test_without_a_level_that_is_allowed_the_nearest_is_named():
+    with pytest.raises(PlanError, match=r"no plan keeps within max_accuracy_loss = 0.0001; the nearest is 0.01$"):
+        choose_plan(EXAMPLE, DeviceProfile(), 0.0001)
+    with pytest.raises(PlanError, match="max_accuracy_loss = nan is no loss of accuracy"):
+        choose_plan(EXAMPLE, DeviceProfile(), math.nan)
+
+
+def test_a_level_may_offer_only_the_full_model_at_the_server():
+    exact = replace(EXAMPLE, levels={0.0: {0: ((), 32)}, **EXAMPLE.levels})
+    plan, rows = choose_plan(exact, DeviceProfile(price_weight=9.0), 0.001)
+    assert (plan.cut, plan.activation_bits, plan.prediction.activation_bytes) == (0, 32, 4 * 36)
+    assert [row.obstacle for row in rows[1:]] == ["has no bits for a loss of 0.0"] * 3
+
+
+def test_an_engine_with_smaller_weights_is_taken_where_the_faster_one_does_not_fit():
+    dear_server = DeviceProfile(price_weight=100.0)
+    dear = replace(EXAMPLE, device_s={"fp32": (0.0, 1.0, 2.0, 3.0), "int8": (0.0, 2.0, 3.0, 3.5)})
+    int8, fp32 = (28 + 8 * 118 + size * (36 + 72 + 54) for size in (1, 4))
+    for memory, engine in ((fp32, "fp32"), (fp32 - 1, "int8"), (int8, "int8")):
+        plan, rows = choose_plan(dear, replace(dear_server, memory_bytes=memory), 0.01)
+        assert (plan.cut, rows[3].device_engine, rows[3].prediction.memory_bytes) == (
+            3,
+            engine,
+            int8 if engine == "int8" else fp32,
+        )
+    plan, rows = choose_plan(dear, replace(dear_server, memory_bytes=int8 - 1), 0.01)
+    assert rows[3].obstacle == f"takes {int8:,} bytes of memory, of {int8 - 1:,}"
+    assert plan.cut == 2
+
+
+def test_where_nothing_fits_the_smallest_memory_that_would_do_is_named():
+    device = DeviceProfile("watch", memory_bytes=200)
+    message = r"memory_bytes = 200 of device 'watch' is too little for every cut; the smallest, after 0 of 3 layers, takes 288"
+    with pytest.raises(PlanError, match=message):
+        choose_plan(EXAMPLE, device, 0.01)
+    assert choose_plan(EXAMPLE, replace(device, memory_bytes=288), 0.01)[0].cut == 0
+
+
+@pytest.mark.parametrize("bits", [2, 7, 16, 32])
+def test_activations_are_counted_as_they_are_sent(bits):
+    for cut, shapes in ((0, [(1, 6, 6)]), (1, [(4, 5, 5)]), (2, [(2, 3, 3), (4, 5, 5)])):
+        assert activation_bytes(SMALL, cut, bits) == num_bytes(shapes, 1, bits)
+    assert activation_bytes(SMALL, 3, bits) == 0
+
+
+@pytest.mark.parametrize("cached", [(0, 0, 0, 0), (17,), (-1,)])
+def test_cached_bits_that_cannot_be_are_a_plan_error(cached):
+    with pytest.raises(PlanError, match=r"cached bits \(.*\) are not 0 to 16 for each of at most 3 layers"):
+        choose_plan(EXAMPLE, DeviceProfile(), 0.01, cached)
+
+
+# --- the catalogue's JSON ---------------------------------------------------------------------------------------------
+
+
+@given(catalogue=catalogues())
+@quick
+def test_a_catalogue_survives_json(catalogue):
+    assert Catalogue.from_json(json.loads(json.dumps(catalogue.to_json(), allow_nan=False))) == catalogue
+
+
+def changed(path, value):
+    """The example's JSON with one value replaced, or removed if it is `...`."""
+    root = json.loads(json.dumps(EXAMPLE.to_json()))
+    *steps, last = path
+    place = root
+    for step in steps:
+        place = place[step]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return root
+
+
+LAYER = ("profile", "layers", 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("version",), ..., "catalogue = .* is not a table of profile, version, levels, device_s, server_s"),
+        (("more",), 1, "catalogue = .* is not a table of"),
+        (("version",), "7", "catalogue.version = 7 is not a whole number"),
+        (("version",), True, "catalogue.version = True is not a whole number"),
+        (("version",), -1, "catalogue.version = -1 is not a number of at least 0"),
+        (("profile",), None, "catalogue.profile = None is not a table of layers, input_shape, num_classes"),
+        (("profile", "layers"), [], r"catalogue.profile.layers = \(\) is not a list of at least one layer"),
+        (("profile", "layers"), {}, r"catalogue.profile.layers = {} is not a list"),
+        (("profile", "input_shape"), [3, 0], r"catalogue.profile.input_shape = \(3, 0\) is not a shape"),
+        (("profile", "num_classes"), 0, "catalogue.profile.num_classes = 0 is not at least 1"),
+        ((*LAYER, "kind"), "lstm", r"catalogue.profile.layers\[1\].kind = lstm is not one of conv2d, linear"),
+        ((*LAYER, "weight"), [40], r"catalogue.profile.layers\[1\].weight = \[40\] is not a list of 2"),
+        ((*LAYER, "weight"), [0, 72], r"catalogue.profile.layers\[1\].weight = \(0, 72\) is not a range that begins at 40"),
+        ((*LAYER, "weight"), [50, 40], r"catalogue.profile.layers\[1\].weight = \(50, 40\) is not a range"),
+        ((*LAYER, "channels"), 5, r"catalogue.profile.layers\[1\].channels = 5 is not a divisor of its 72 weights"),
+        ((*LAYER, "channels"), 0, r"catalogue.profile.layers\[1\].channels = 0 is not a divisor"),
+        ((*LAYER, "macs"), 1.5, r"catalogue.profile.layers\[1\].macs = 1.5 is not a whole number"),
+        ((*LAYER, "live"), [], r"catalogue.profile.layers\[1\].live = \(\) is not a list of at least one shape"),
+        ((*LAYER, "live"), [[2, "3"]], r"catalogue.profile.layers\[1\].live\[0\]\[1\] = 3 is not a whole number"),
+        (("levels",), {}, "catalogue.levels = {} is not a table with at least one level"),
+        (("levels", "nan"), {"0": [[], 8]}, "catalogue.levels.nan = nan is not a loss of accuracy of at least 0"),
+        (("levels", "low"), {"0": [[], 8]}, "catalogue.levels.low = low is not named by a number"),
+        (("levels", "0.01"), {}, "catalogue.levels.0.01 = {} is not a table with at least one cut"),
+        (("levels", "0.01", "1.5"), [[4], 6], "catalogue.levels.0.01.1.5 = 1.5 is not named by a whole number"),
+        (("levels", "0.01", "4"), [[4] * 4, 6], "catalogue.levels.0.01.4 = 4 is not a cut of 0 to 3"),
+        (("levels", "0.01", "2"), [[4], 6], r"catalogue.levels.0.01.2\[0\] = \(4,\) is not bits for 2 layers"),
+        (("levels", "0.01", "2"), [[4, 17], 6], r"catalogue.levels.0.01.2\[0\] = \(4, 17\) is not bits of 1 to 16"),
+        (("levels", "0.01", "2"), [[4, 4], 0], r"catalogue.levels.0.01.2\[1\] = 0 is not 0 where nothing is cut, else 2 to 16"),
+        (("levels", "0.01", "3"), [[4, 4, 4], 8], r"catalogue.levels.0.01.3\[1\] = 8 is not 0 where nothing is cut"),
+        (("device_s",), {}, "catalogue.device_s = {} is not a table with an engine that runs cut 0"),
+        (("device_s", "fp32"), [0, 1, 2], r"catalogue.device_s.fp32 = \(0.0, 1.0, 2.0\) is not 4 numbers, one for each cut"),
+        (("device_s", "fp32", 2), -1.0, r"catalogue.device_s.fp32\[2\] = -1.0 is not seconds"),
+        (("device_s", "fp32", 2), math.inf, r"catalogue.device_s.fp32\[2\] = inf is not seconds"),
+        (("device_s", "fp32", 2), math.nan, r"catalogue.device_s.fp32\[2\] = nan is not seconds"),
+        (("device_s", "fp32", 0), 0.1, r"catalogue.device_s.fp32\[0\] = 0.1 is not 0, with nothing to compute"),
+        (("server_s", "fp32", 3), 0.1, r"catalogue.server_s.fp32\[3\] = 0.1 is not 0, with nothing to compute"),
+        (("server_s", "fp32", 1), None, "catalogue.server_s = {} is not a table with an engine that runs cut 1"),
+    ],
+)
+def test_a_catalogue_that_cannot_be_is_a_plan_error_that_names_the_key(path, value, message):
+    with pytest.raises(PlanError, match=f"{message}.*; calibrate again"):
+        Catalogue.from_json(changed(path, value))
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 3])
+def test_what_is_no_table_is_no_catalogue(value):
+    with pytest.raises(PlanError, match="is not a table of"):
+        Catalogue.from_json(value)
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("speed", [0.0, -1.0, math.nan, math.inf], "above 0: 1 is the machine that calibrated"),
+        ("memory_bytes", [0, -1], "above 0: the bytes that the model may take"),
+        ("uplink", [0.0, -1.0, math.nan], "above 0: bytes per second, or inf where there is no limit"),
+        ("downlink", [0.0, -1.0, math.nan], "above 0: bytes per second, or inf where there is no limit"),
+        ("latency_s", [-0.1, math.nan, math.inf], "seconds of at least 0, one way"),
+        ("compute_w", [-1.0, math.inf], "watts of at least 0"),
+        ("transmit_w", [-1.0, math.nan], "watts of at least 0"),
+        ("time_weight", [-1.0, math.inf], "a number of at least 0"),
+        ("energy_weight", [-1.0, math.nan], "a number of at least 0"),
+        ("price_weight", [-1.0], "a number of at least 0"),
+        ("requests", [0, -3], "at least 1: those expected for each download of the weights"),
+    ],
+)
+def test_a_device_that_cannot_be_is_a_config_error_that_names_the_key(key, values, message):
+    for value in values:
+        device = replace(DeviceProfile("pi"), **{key: value})
+        for use in (check_device, lambda device: choose_plan(EXAMPLE, device, 0.01)):
+            with pytest.raises(ConfigError, match=f"{key} = {value} of device 'pi' must be {message}"):
+                use(device)
+
+
+def test_a_device_that_weighs_nothing_is_a_config_error():
+    with pytest.raises(ConfigError, match="device 'pi' weighs nothing; give time_weight"):
+        check_device(DeviceProfile("pi", time_weight=0.0))
+
+
+# Whatever a device claims: a cost that is not a number could neither be compared nor sent.
+@given(
+    device=st.builds(
+        DeviceProfile,
+        speed=st.sampled_from([1e-9, 1e15]),
+        uplink=st.sampled_from([1e-9, math.inf]),
+        downlink=st.sampled_from([1e-9, math.inf]),
+        latency_s=st.sampled_from([0.0, 1e15]),
+        compute_w=st.sampled_from([0.0, 1e15]),
+        transmit_w=st.sampled_from([0.0, 1e15]),
+        energy_weight=st.sampled_from([0.0, 1e15]),
+        requests=st.sampled_from([1, 10**15]),
+    )
+)
+@quick
+def test_every_cost_is_finite(device):
+    _, rows = choose_plan(EXAMPLE, device, 0.01)
+    assert all(math.isfinite(row.prediction.cost) for row in rows)
