@@ -361,7 +361,11 @@ def sweep(
     runs = sweep_runs(scenario, params, parse_seeds(seeds), out, overrides)
     folder = runs[0].folder.parent
     with SweepDisplay(Console(stderr=True), len(runs), quiet) as display:
-        rows = run_sweep(runs, folder, jobs=jobs, skip_existing=skip_existing, force=force, told=display.told)
+        try:
+            rows = run_sweep(runs, folder, jobs=jobs, skip_existing=skip_existing, force=force, told=display.told)
+        except KeyboardInterrupt:
+            display.interrupted()
+            sys.exit(130)
     print_sweep(Console(), rows, list(runs[0].settings))
     click.echo(folder / "sweep.csv")
     sys.exit(1 if any(row["error"] for row in rows) else 0)

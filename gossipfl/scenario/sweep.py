@@ -294,7 +294,8 @@ class SweepDisplay:
     """Progress: a bar on a terminal, and a line for each run that has ended."""
 
     def __init__(self, console: Console, num_runs: int, quiet: bool = False) -> None:
-        self._console, self._num_runs, self._num_ended, self._quiet = console, num_runs, 0, quiet
+        self._console, self._num_runs, self._quiet = console, num_runs, quiet
+        self._num_ended = self._num_done = 0
         columns = TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         self._progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
         self._task = self._progress.add_task("runs", total=num_runs)
@@ -306,9 +307,16 @@ class SweepDisplay:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def interrupted(self) -> None:
+        """Ctrl-C, in the middle of it."""
+        done = f"{self._num_done} of {self._num_runs} runs {'is' if self._num_done == 1 else 'are'} done"
+        text = f"interrupted: {done}; the same command with --skip-existing goes on from there"
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def told(self, run: SweepRun, row: Row) -> None:
         """A run has ended."""
         self._num_ended += 1
+        self._num_done += not row["error"]
         self._progress.update(self._task, completed=self._num_ended)
         if not self._quiet:
             mean = row["accuracy_mean"]
