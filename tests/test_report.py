@@ -17,8 +17,8 @@ from gossipfl.cli import main
 from gossipfl.errors import ConfigError
 from gossipfl.scenario.report import write_report
 from gossipfl.scenario.report.links import plot_topology, plot_traffic
-from gossipfl.scenario.report.reading import read_run
-from gossipfl.scenario.report.tables import compared, differences, faults, figures, size
+from gossipfl.scenario.report.reading import read_run, read_runs
+from gossipfl.scenario.report.tables import compared, differences, faults, figures, planned, size
 from gossipfl.scenario.report.tensorboard import write_tensorboard
 from gossipfl.scenario.report.timeline import plot_timeline
 
@@ -181,6 +181,18 @@ def test_a_folder_that_holds_no_run_is_named_with_the_remedy(tmp_path):
         write_report([Path("nowhere")])
 
 
+def test_the_folder_of_a_sweep_stands_for_the_runs_within_it(folder, tmp_path):
+    sweep = tmp_path / "sweep"
+    for segments in (10, 2):
+        write_record(sweep / f"segments={segments}", [a_round("p0", 1)], {})
+    (sweep / "notes").mkdir()
+    (sweep / "sweep.csv").write_text("run\n")
+    path = write_report([sweep, folder])
+    assert path == sweep / "report.html"
+    assert [run.name for run in read_runs([sweep, folder])] == ["segments=2", "segments=10", "small"]
+    assert "segments=2, segments=10, small" in page_of(path).text
+
+
 def test_a_page_is_only_written_where_a_page_may_be(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"--out .*scenario.toml is no page; give a name that ends in .html"):
         write_report([folder], folder / "scenario.toml")
@@ -198,7 +210,7 @@ def test_without_plotly_the_extra_to_install_is_named(folder, monkeypatch):
 def test_the_command_tells_where_the_page_is(folder, tmp_path):
     result = CliRunner().invoke(main, ["report", str(folder), "--out", str(tmp_path / "new" / "page.html")])
     assert result.stdout == f"{tmp_path / 'new' / 'page.html'}\n" and result.exit_code == 0
-    assert CliRunner().invoke(main, ["report", str(tmp_path)]).exit_code == 2
+    assert CliRunner().invoke(main, ["report", str(tmp_path / "new")]).exit_code == 2
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
@@ -377,13 +389,37 @@ def test_faults_are_counted_by_kind_and_peer(folder):
     ]
 
 
+def test_who_came_and_went_as_planned_is_told_apart_from_faults(folder):
+    with (folder / "events.jsonl").open("a") as file:
+        for change, peer, time_s in (("kill", "p0", 20.0), ("rejoin", "p0", 40.0), ("kill", "p0", 61.5)):
+            file.write(json.dumps({"event": "planned", "change": change, "peer": peer, "time_s": time_s}) + "\n")
+    run = read_run(folder, "small")
+    assert planned(run) == [("kill", "p0", "2", "20, 61.5"), ("rejoin", "p0", "1", "40")] and faults(run) == []
+    path = write_report([folder])
+    assert "because the scenario's [churn] says so" in page_of(path).text
+    assert rows_of(path.with_suffix(".csv") / "planned.csv")[1] == {
+        "what": "rejoin",
+        "who": "p0",
+        "times": "1",
+        "at, seconds": "40",
+    }
+
+
 def test_figures_of_the_summary_come_before_those_of_the_events(folder):
     (folder / "summary.json").write_text('{"accuracy": {"mean": 0.125}, "bytes": {"payload": null}}')
     known = dict(figures(read_run(folder, "small")))
     assert known["accuracy, mean of the peers"] == "12.50 %"
     assert known["accuracy, worst peer"] == "50.00 %"
     assert known["payload, all"] == "6.0 MiB"
-    assert "virtual time" not in known
+    assert "virtual time to run" not in known and "training, all peers" in known
+
+
+def test_virtual_seconds_are_called_so(folder):
+    seconds = {"startup": 1.0, "wall": 2.0, "train": 300.0, "wait": 40.0}
+    (folder / "summary.json").write_text(json.dumps({"clock": "virtual", "virtual_seconds": 70.0, "seconds": seconds}))
+    known = dict(figures(read_run(folder, "small")))
+    assert known["time to run"] == "2 s" and known["virtual time to run"] == "70 s"
+    assert known["virtual time of training, all peers"] == "300 s" and "training, all peers" not in known
 
 
 @pytest.mark.parametrize(("num_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**50, "1,024.0 TiB")])

@@ -96,6 +96,8 @@ def _write_tables(folder: Path, runs: Sequence[Run], shared: Sequence[Plot], own
         for plot in plots:
             _write_columns(folder / f"{prefix}{plot.key}.csv", plot.columns)
         _write_rows(folder / f"{prefix}faults.csv", tables.FAULT_COLUMNS, tables.faults(run))
+        if run.planned:
+            _write_rows(folder / f"{prefix}planned.csv", tables.PLANNED_COLUMNS, tables.planned(run))
 
 
 def _write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

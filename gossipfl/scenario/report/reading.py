@@ -46,6 +46,15 @@ class Faults:
 
 
 @dataclass(slots=True)
+class Planned:
+    """All changes of one kind that the scenario planned for one peer: it comes or goes."""
+
+    change: str
+    peer: str
+    times_s: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Run:
     """The record of one run."""
 
@@ -62,6 +71,7 @@ class Run:
     states: Columns
     """A row per round of the whole run, where the record has them."""
     faults: list[Faults]
+    planned: list[Planned]
     finished: dict[str, str | None]
     """The peers that ended, with the error of those that did not finish."""
     received_from: dict[tuple[str, str], float]
@@ -70,8 +80,12 @@ class Run:
     """What a reader should know of the record itself."""
 
     @property
+    def is_virtual(self) -> bool:
+        return self.summary.get("clock") == "virtual"
+
+    @property
     def time_unit(self) -> str:
-        return "virtual seconds" if self.summary.get("clock") == "virtual" else "seconds"
+        return "virtual seconds" if self.is_virtual else "seconds"
 
     def figure(self, *keys: str) -> Any:
         """A value of the summary, `figure("accuracy", "mean")`; None where there is none."""
@@ -89,16 +103,27 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders. ConfigError for a folder that holds none."""
+    """The runs in these folders; that of a sweep stands for those within it. ConfigError where there is none."""
+    folders = [run for folder in folders for run in run_folders(folder)]
     names = [folder.resolve().name for folder in folders]
     return [
         read_run(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names, strict=True)
     ]
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """The folder itself, or those within it that hold a run where only they do: of a sweep, of a reproduction."""
+    within = [] if _holds_run(folder) else [path for path in folder.glob("*/") if _holds_run(path)]
+    return sorted(within, key=lambda path: natural_order(path.name)) or [folder]
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "events.jsonl").is_file()
+
+
 def read_run(folder: Path, name: str) -> Run:
     """The run in `folder`, called `name` in the report. ConfigError if there is none."""
-    if not (folder / "events.jsonl").is_file():
+    if not _holds_run(folder):
         what = "holds no run (it has no events.jsonl)" if folder.is_dir() else "is not a folder"
         raise ConfigError(f"{folder} {what}; give the folder that `gossipfl run` wrote, such as runs/quickstart")
     notes: list[str] = []
@@ -121,6 +146,7 @@ def read_run(folder: Path, name: str) -> Run:
         rounds=rounds,
         states={key: np.array(column) for key, column in reader.states.items()},
         faults=sorted(reader.faults.values(), key=lambda faults: -faults.count),
+        planned=list(reader.planned.values()),
         finished=reader.finished,
         received_from=dict(reader.received_from),
         notes=notes,
@@ -135,6 +161,7 @@ class _Reader:
         self.rounds = {key: array("d") for key in ("peer", *ROUND_FIELDS)}
         self.states = {key: array("d") for key in STATE_FIELDS}
         self.faults: dict[tuple[str, str], Faults] = {}
+        self.planned: dict[tuple[str, str], Planned] = {}
         self.finished: dict[str, str | None] = {}
         self.received_from: defaultdict[tuple[str, str], float] = defaultdict(float)
 
@@ -149,6 +176,10 @@ class _Reader:
                     self.states[key].append(number(event.get(key)))
             case "fault":
                 self._add_fault(event)
+            case "planned":
+                change, peer = str(event.get("change")), str(event.get("peer"))
+                planned = self.planned.setdefault((change, peer), Planned(change, peer))
+                planned.times_s.append(number(event.get("time_s")))
             case "finished":
                 peer, error, senders = str(event.get("peer")), event.get("error"), event.get("received_from")
                 self._index(peer)

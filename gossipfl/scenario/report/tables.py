@@ -71,6 +71,14 @@ def _over_rounds(key: str, reduce: Callable[[np.ndarray], Any] = np.nansum) -> C
     return lambda run: float(reduce(run.rounds[key])) if np.isfinite(run.rounds[key]).any() else np.nan
 
 
+def _real(of: Callable[[Run], float]) -> Callable[[Run], float]:
+    return lambda run: np.nan if run.is_virtual else of(run)
+
+
+def _virtual(of: Callable[[Run], float]) -> Callable[[Run], float]:
+    return lambda run: of(run) if run.is_virtual else np.nan
+
+
 def _payload_per_peer_round(run: Run) -> float:
     return _over_rounds("payload_bytes", np.nanmean)(run)
 
@@ -92,9 +100,11 @@ FIGURES = (
     Figure("on the wire, all", _known("bytes", "wire", otherwise=_over_rounds("wire_bytes")), size),
     Figure("time to start", _known("seconds", "startup"), seconds),
     Figure("time to run", _known("seconds", "wall", otherwise=_over_rounds("time_s", np.nanmax)), seconds),
-    Figure("virtual time", _known("virtual_seconds"), seconds),
-    Figure("training, all peers", _known("seconds", "train", otherwise=_over_rounds("train_s")), seconds),
-    Figure("waiting, all peers", _known("seconds", "wait", otherwise=_over_rounds("wait_s")), seconds),
+    Figure("training, all peers", _real(_known("seconds", "train", otherwise=_over_rounds("train_s"))), seconds),
+    Figure("waiting, all peers", _real(_known("seconds", "wait", otherwise=_over_rounds("wait_s"))), seconds),
+    Figure("virtual time to run", _known("virtual_seconds"), seconds),
+    Figure("virtual time of training, all peers", _virtual(_known("seconds", "train")), seconds),
+    Figure("virtual time of waiting, all peers", _virtual(_known("seconds", "wait")), seconds),
     Figure("memory at the peak", _known("memory_mib", "peak_total"), lambda value: size(value * 2**20)),
     Figure("peers", lambda run: float(number(run.figure("peers")) or len(run.peers)), lambda value: f"{value:,.0f}"),
     Figure("rounds", _known("rounds", otherwise=_over_rounds("round", np.nanmax)), lambda value: f"{value:,.0f}"),
@@ -177,6 +187,19 @@ def _fault_row(fault: Faults) -> tuple[str, str, str, str, str, str]:
     rounds = sorted(fault.rounds)
     when = "" if not rounds else str(rounds[0]) if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     return (fault.kind, fault.peer, who, when, f"{fault.count:,}", fault.detail)
+
+
+PLANNED_COLUMNS = ("what", "who", "times", "at, seconds")
+
+
+def planned(run: Run) -> list[tuple[str, str, str, str]]:
+    """A row per kind of change and peer, in the order in which they first happened."""
+    return [(each.change, each.peer, f"{len(each.times_s):,}", _few(each.times_s)) for each in run.planned]
+
+
+def _few(times_s: Sequence[float]) -> str:
+    shown = ", ".join(f"{time_s:.4g}" for time_s in times_s[:4])
+    return shown if len(times_s) <= 4 else f"{shown}, ..."
 
 
 def counters(run: Run) -> str:
