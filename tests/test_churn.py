@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gossipfl.errors import ConfigError
-from gossipfl.overlay.churn import Change, ChurnConfig, build_churn
+from gossipfl.overlay.churn import Change, Churn, ChurnConfig, build_churn
 
 KILLED = (Change(20.0, 3, False), Change(40.0, 3, True))
 
@@ -41,6 +41,13 @@ def test_a_peer_that_joins_late_is_not_there_before():
 
 
 # ----------------------------------------------------------------------------------------------------------- drawn anew
+
+
+def test_a_change_is_called_as_the_scenario_calls_it():
+    planned = (Change(1.0, 2, True), Change(2.0, 0, False), Change(3.0, 0, True), Change(4.0, 2, False), Change(5.0, 2, True))
+    churn = Churn(3, planned, traced=(Change(2.5, 1, False), Change(3.5, 1, True)))
+    names = [(change.index, churn.name_of(change)) for change in churn.changes(60.0)]
+    assert names == [(2, "join"), (0, "kill"), (1, "away"), (0, "rejoin"), (1, "back"), (2, "kill"), (2, "rejoin")]
 
 
 def test_availability_is_drawn_anew_for_every_peer_in_every_period_after_the_first():

@@ -96,7 +96,7 @@ def test_bandwidth_aware_rounds_are_shorter_than_uniform_ones_where_all_train_as
     seconds = {}
     for name in ("bacombo-0.2", "combo", "plain"):
         arm = {**copy.deepcopy(arms[name]), "peers": 16, "rounds": 12, "stop": {}, "compute": {}, "evaluate_every": 0}
-        seconds[name] = run(arm, clock="virtual", out=tmp_path / name).summary["seconds"]["wait"]
+        seconds[name] = run(arm, clock="virtual", out=tmp_path / name).summary["seconds"]["virtual"]["wait"]
     assert seconds["bacombo-0.2"] < seconds["combo"] < seconds["plain"]
 
 

@@ -52,8 +52,8 @@ NESTED_KEYS = {
     "accuracy": {"mean", "min", "max", "std", "average_model", "before_merge_mean", "central"},
     "consensus_distance": {"first", "last"},
     "bytes": {"payload", "wire", "control", "repeated", "local", "payload_per_peer_round"},
-    "seconds": {"startup", "wall", "round_mean", "train", "wait", "merge"},
-    "faults": {"missing_segments", "late", "refused", "rejected", "dead_peers"},
+    "seconds": {"startup", "wall", "round_mean", "train", "wait", "merge", "virtual"},
+    "faults": {"missing_segments", "late", "refused", "rejected", "dead_peers", "dead_as_planned"},
     "memory_mib": {"peak_total"},
     "engine": {"kind", "device", "threads", "fast_math", "memory_layout", "torch"},
 }
@@ -284,7 +284,9 @@ def test_the_summary_has_exactly_the_documented_keys_and_fits_the_events(quickst
     assert (summary["peers"], summary["rounds"], summary["segments"], summary["replicas"]) == (8, 60, 8, 2)
     assert summary["parameters"] == 64 * 128 + 128 + 128 * 10 + 10
     assert summary["version"] == gossipfl.__version__ and summary["exit_code"] == 0 and summary["virtual_seconds"] is None
-    assert summary["faults"] == {"missing_segments": 0, "late": 0, "refused": 0, "rejected": 0, "dead_peers": []}
+    counts = dict.fromkeys(("missing_segments", "late", "refused", "rejected"), 0)
+    assert summary["faults"] == counts | {"dead_peers": [], "dead_as_planned": []}
+    assert summary["seconds"]["virtual"] is None
     for key in ("payload", "wire", "control", "repeated", "local"):
         assert summary["bytes"][key] == sum(event[f"{key}_bytes"] for event in rounds), key
     for key in ("train", "wait", "merge"):
@@ -383,7 +385,9 @@ def test_a_worker_that_is_killed_takes_only_its_peer_with_it(victim, launch, gat
     assert summary["faults"]["dead_peers"] == [f"p{victim}"] and summary["exit_code"] == 0
     assert f"p{victim} did not finish" in stderr and "Traceback" not in stderr and f"p{victim}" in stdout
     finished = {event["peer"]: event for event in events_of(run.folder, "finished")}
-    assert finished.pop(f"p{victim}")["error"]
+    assert all(event["time_s"] > 0 for kind in ("fault", "finished") for event in events_of(run.folder, kind))
+    assert events_of(run.folder, "fault") and events_of(run.folder, "planned") == []
+    assert summary["faults"]["dead_as_planned"] == [] and finished.pop(f"p{victim}")["error"]
     assert len(finished) == 3 and all(event["error"] is None and event["round"] == 30 for event in finished.values())
     assert not (run.folder / "models" / f"p{victim}.safetensors").exists()
     assert (run.folder / "models" / "average.safetensors").exists()
@@ -429,9 +433,10 @@ def test_an_interrupted_run_ends_within_3_s_and_leaves_a_summary_but_no_process(
     assert len(run.workers()) >= 1
     began = time.monotonic()
     run.process.send_signal(number)
-    code, _, stderr = run.ended(10.0)
+    code, stdout, stderr = run.ended(10.0)
     assert time.monotonic() - began < 3.0
     assert code == 130 and "Traceback" not in stderr
+    assert f"record  {run.folder}/" in stdout and ("models  " in stdout) == (run.folder / "models").exists()
     summary = summary_of(run.folder)
     check_keys(summary)
     assert summary["exit_code"] == 130 and summary["faults"]["dead_peers"] == ["p0", "p1", "p2", "p3"]

@@ -473,6 +473,10 @@ def test_peers_are_killed_come_back_and_come_late_when_told(tmp_path):
     events = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
     rounds = {name: [e["time_s"] for e in events if e["event"] == "round" and e["peer"] == name] for name in ("p1", "p2", "p3")}
     assert result.summary["faults"]["dead_peers"] == ["p2"] and result.exit_code == 0
+    assert result.summary["faults"]["dead_as_planned"] == ["p2"]
+    planned = [event for event in events if event["event"] == "planned"]
+    assert [(e["change"], e["peer"]) for e in planned] == [("join", "p3"), ("kill", "p1"), ("kill", "p2"), ("rejoin", "p1")]
+    assert all(e["time_s"] >= due for e, due in zip(planned, (0.4, 0.7, 0.9, 4.0), strict=True))
     assert {event["peer"] for event in events if event["event"] == "finished"} == {"p0", "p1", "p3"}
     assert max(rounds["p2"], default=0) < 0.9 + SLACK_S
     assert rounds["p1"] and all(time_s < 0.7 + SLACK_S or time_s > 4.0 for time_s in rounds["p1"])

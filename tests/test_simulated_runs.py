@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import gossipfl
 from gossipfl.errors import ConfigError
 from gossipfl.learning.checkpoint import load_model
+from gossipfl.scenario.display import print_summary
 from gossipfl.scenario.results import RunResult
 
 SMALL = {
@@ -116,6 +118,20 @@ def test_a_server_with_a_narrow_link_takes_as_long_as_all_models_in_and_out(tmp_
     assert np.diff(ends) == pytest.approx(2 * 4 * model_s, rel=0.01)
 
 
+def test_the_summary_tells_virtual_seconds_from_real_ones(tmp_path):
+    """Four rounds of 3 steps of 10 s each, which take far less to simulate."""
+    result = run(tmp_path / "run", gossip={"protocol": "local"}, compute={"step_time": "10s"})
+    seconds = result.summary["seconds"]
+    assert seconds["virtual"] == {"run": 120.0, "round_mean": 30.0, "train": 5 * 120.0, "wait": 0.0}
+    assert seconds["wall"] < 120.0 and seconds["round_mean"] < 30.0
+    assert (seconds["train"], seconds["wait"]) == (seconds["virtual"]["train"], seconds["virtual"]["wait"])
+    assert result.summary["virtual_seconds"] == seconds["virtual"]["run"]
+    console = Console(record=True, width=120)
+    print_summary(console, result)
+    text = console.export_text()
+    assert "virtual seconds to run / a round" in text and "120.00 / 30" in text and "real seconds to start / to run" in text
+
+
 def test_alone_nobody_receives_anything(tmp_path):
     result = run(tmp_path / "run", gossip={"protocol": "local"})
     assert result.exit_code == 0 and result.summary["bytes"]["payload"] == 0
@@ -136,6 +152,9 @@ def test_a_killed_peer_is_missed_and_one_that_comes_back_adopts_the_newest_model
     assert all(last[name] == 12 for name in ("p0", "p2", "p3", "p4")) and last["p1"] == 1
     assert any(event["adopted"] for event in events(result, "round") if event["peer"] == "p3")
     assert {(event["peer"], event["kind"]) for event in events(result, "fault")} >= {("p1", "down"), ("p3", "down")}
+    planned = [(event["change"], event["peer"], event["time_s"]) for event in events(result, "planned")]
+    assert planned == [("kill", "p1", 0.5), ("kill", "p3", 0.5), ("rejoin", "p3", 2.5)]
+    assert result.summary["faults"]["dead_as_planned"] == ["p1"]
 
 
 def test_a_late_joiner_is_not_there_before_its_time(tmp_path):

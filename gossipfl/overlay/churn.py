@@ -83,6 +83,15 @@ class Churn:
             if allowed[:, change.index].all() != was_online:
                 yield change
 
+    def name_of(self, change: Change) -> str:
+        """As a scenario calls it: kill, rejoin or join where it is planned; away or back where availability has it so."""
+        own = [planned for planned in self.planned if planned.index == change.index]
+        if change not in own:
+            return "back" if change.online else "away"
+        if not change.online:
+            return "kill"
+        return "join" if change == own[0] else "rejoin"
+
     @property
     def _is_drawn(self) -> bool:
         return self.online < 1 and self.period_s < math.inf

@@ -397,7 +397,8 @@ class PeerHost:
     def _record(self, node: Node, record: RoundDone | Fault) -> None:
         """On the reactor's thread; the round's task follows and takes it up."""
         if isinstance(record, Fault):
-            self._faults.put({"event": "fault", "at": node.name, **asdict(record)})
+            time_s = round(time.monotonic() - self._started, 4)
+            self._faults.put({"event": "fault", "at": node.name, "time_s": time_s, **asdict(record)})
         else:
             self._hosted[node.name].done = record
 

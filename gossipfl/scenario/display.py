@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MAX_ROWS = 32
 LINE_S = 2.0
 """Where there is no terminal, seconds between two lines of progress."""
+
+
+_PLANNED = {"kill": "is killed", "rejoin": "comes back", "join": "joins"}
 
 
 class Display(Observer):
@@ -65,6 +68,8 @@ class Display(Observer):
     def event(self, event: Event, alive: int) -> None:
         if event["event"] == "finished" and event["error"] is not None:
             self.note(f"{event['peer']} did not finish: {event['error']}")
+        if event["event"] == "planned" and event["change"] in _PLANNED:
+            self.note(f"{event['peer']} {_PLANNED[event['change']]} as planned, at {event['time_s']:.3g} s")
         if event["event"] != "round":
             return
         self._counts.setdefault(event["round"], []).append(event)
@@ -102,7 +107,7 @@ class Display(Observer):
 def print_summary(console: Console, result: RunResult) -> None:
     """The summary as a table, and where the models are."""
     summary = result.summary
-    accuracy, faults, seconds = summary["accuracy"], summary["faults"], summary["seconds"]
+    accuracy, faults = summary["accuracy"], summary["faults"]
     table = Table(title=f"{summary['scenario']}: {summary['peers']} peers, {summary['rounds']} rounds", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -117,20 +122,21 @@ def print_summary(console: Console, result: RunResult) -> None:
         ("payload per peer and round", _size(summary["bytes"]["payload_per_peer_round"])),
         ("payload, all", _size(summary["bytes"]["payload"])),
         ("on the wire, all", _size(summary["bytes"]["wire"])),
-        ("virtual seconds", None if summary["virtual_seconds"] is None else f"{summary['virtual_seconds']:,.2f}"),
-        ("seconds to start / to run", f"{seconds['startup']:.1f} / {seconds['wall']:.1f}"),
+        *_times(summary["seconds"]),
         (
             "missing, late, refused, rejected",
             f"{faults['missing_segments']}, {faults['late']}, {faults['refused']}, {faults['rejected']}",
         ),
-        ("peers that did not finish", ", ".join(faults["dead_peers"]) or "none"),
+        ("peers that did not finish", ", ".join(_dead_peers(faults)) or "none"),
     ]
     for name, value in rows:
         if value is not None:
             table.add_row(name, value)
     console.print(table)
     console.print(f"record  {result.folder}/", highlight=False, soft_wrap=True)
-    console.print(f"models  {result.folder}/models/  (average.safetensors and one per peer)", highlight=False, soft_wrap=True)
+    if models := {path.stem for path in (result.folder / "models").glob("*.safetensors")}:
+        which = "average.safetensors and one per peer" if len(models) > 1 else f"{models.pop()}.safetensors"
+        console.print(f"models  {result.folder}/models/  ({which})", highlight=False, soft_wrap=True)
 
 
 class ArmsProgress:
@@ -186,6 +192,21 @@ def print_tables(console: Console, tables: Sequence[Comparison]) -> None:
 def _partition(scenario: Scenario) -> str:
     args = ", ".join(f"{key} {value}" for key, value in scenario.data.partition.args.items())
     return f"{scenario.data.partition.kind}{', ' if args else ''}{args}"
+
+
+def _times(seconds: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    startup_wall, virtual = f"{seconds['startup']:.1f} / {seconds['wall']:.1f}", seconds["virtual"]
+    if virtual is None:
+        yield "seconds to start / to run", startup_wall
+        return
+    a_round = "" if virtual["round_mean"] is None else f" / {virtual['round_mean']:,.4g}"
+    yield "virtual seconds to run / a round", f"{virtual['run']:,.2f}{a_round}"
+    yield "real seconds to start / to run", startup_wall
+
+
+def _dead_peers(faults: dict[str, Any]) -> Iterator[str]:
+    for peer in faults["dead_peers"]:
+        yield f"{peer} (as planned)" if peer in faults["dead_as_planned"] else peer
 
 
 def _percent(value: float | None) -> str | None:

@@ -31,6 +31,7 @@ from gossipfl import errors
 from gossipfl.errors import ConfigError, GossipflError, RunError
 from gossipfl.learning.datasets import Dataset, open_dataset, save_dataset
 from gossipfl.learning.partition import class_table
+from gossipfl.overlay.churn import Change
 from gossipfl.overlay.links import check_links
 from gossipfl.overlay.topology import degrees_of
 from gossipfl.runtime.addresses import check_loopback
@@ -40,7 +41,7 @@ from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.presence import Presence, check_churn
-from gossipfl.scenario.records import Event, RunFolder, RunRecord, final_models, remove_files, summarize
+from gossipfl.scenario.records import Event, RunFolder, RunRecord, final_models, planned_event, remove_files, summarize
 from gossipfl.scenario.results import Observer, RunResult
 from gossipfl.scenario.workers import Inbox, ProcessWorker, ThreadWorker, WorkerHandle, groups_of, launch
 
@@ -151,7 +152,15 @@ class Launcher:
             worker.send(jobs[index] | {"bind": roster[peers[0]], "late": []})
             return worker
 
-        self.presence = Presence(scenario.build_churn(), self.workers, start, replace)
+        churn = scenario.build_churn()
+
+        def planned(change: Change) -> None:
+            elapsed_s = time.monotonic() - self.started_at
+            event = planned_event(churn.name_of(change), scenario.peer_names[change.index], elapsed_s)
+            record.add(event)
+            self.observer.event(event, self._num_alive())
+
+        self.presence = Presence(churn, self.workers, start, replace, planned)
         self.presence.begin()
         self.observer.started(folder, first["parameters"])
         self._follow(record)
@@ -327,7 +336,8 @@ class Launcher:
         for peer in worker.peers:
             if peer not in self.finished:
                 self.finished[peer] = "its process ended"
-                event = {"event": "finished", "peer": peer, "round": None, "error": "its process ended"}
+                time_s = round(time.monotonic() - self.started_at, 4)
+                event = {"event": "finished", "peer": peer, "round": None, "time_s": time_s, "error": "its process ended"}
                 record.add(event)
                 self.observer.event(event, self._num_alive())
 

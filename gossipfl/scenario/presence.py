@@ -19,7 +19,7 @@ class Presence:
     """Kills and starts the processes of peers; `workers[i]` is that of peer i, or, without churn, of any number of peers.
 
     `start(worker, elapsed_s)` has a worker that is ready join the run, which began so long ago; `replace(index)` makes the
-    next one of a peer that was killed.
+    next one of a peer that was killed; `told(change)` hears of each change that has been made.
     """
 
     def __init__(
@@ -28,10 +28,12 @@ class Presence:
         workers: list[WorkerHandle],
         start: Callable[[WorkerHandle, float], None],
         replace: Callable[[int], WorkerHandle],
+        told: Callable[[Change], None],
     ) -> None:
         self.away: set[str] = set()
         """Peers that were killed and are not back. Those that come late are not among them: the run waits for them."""
-        self._churn, self._workers, self._start, self._replace = churn, workers, start, replace
+        self._churn, self._workers = churn, workers
+        self._start, self._replace, self._told = start, replace, told
         self._former: list[WorkerHandle] = []
         self._not_ready: list[WorkerHandle] = []
         self._began = math.inf
@@ -60,6 +62,7 @@ class Presence:
                     self._bring(index)
                 else:
                     self._kill(index)
+                self._told(self._next)
             self._next = next(self._changes, None)
 
     def is_ready(self, worker: WorkerHandle) -> None:

@@ -2,7 +2,7 @@
 
 runs/<name>/scenario.toml   resolved: every default, and the engine, memory layout and threads that were used
            /roster.toml     who listened where
-           /events.jsonl    a line per peer and round, per fault, and per peer that ended
+           /events.jsonl    a line per peer and round, per fault, per peer that ended, that came or went as planned
            /summary.json    the figures (`summarize` says what each is)
            /models/         <peer>.safetensors and average.safetensors
            /log/            what each process logged
@@ -51,6 +51,11 @@ class RunRecord:
 
     def close(self) -> None:
         self._file.close()
+
+
+def planned_event(change: str, peer: str, time_s: float) -> Event:
+    """The record's line for a peer that comes or goes because [churn] says so; `change` as `Churn.name_of` calls it."""
+    return {"event": "planned", "change": change, "peer": peer, "time_s": round(time_s, 4)}
 
 
 def check_free(folder: Path, force: bool) -> None:
@@ -174,7 +179,8 @@ def summarize(
 
     Accuracies are on the common test set, after the last merge of each peer that has finished (of all, where none has);
     bytes are summed over all that was received; train, wait and merge seconds are summed over peers and rounds; `exit_code` is
-    made from the scenario's `min_peers` where it is not given.
+    made from the scenario's `min_peers` where it is not given. Seconds are real ones but, under virtual time, those of the
+    table `virtual` and the `train` and `wait` beside it, which repeat it.
     """
     rounds = [event for event in events if event["event"] == "round"]
     finished = {event["peer"] for event in events if event["event"] == "finished" and event["error"] is None}
@@ -188,6 +194,9 @@ def summarize(
     if exit_code is None:
         exit_code = 0 if len(finished) >= scenario.min_peers else 1
     num_rounds = max((event["round"] for event in rounds), default=0)
+    planned = {event["peer"]: event["change"] for event in events if event["event"] == "planned"}
+    away = {peer for peer, last_change in planned.items() if last_change in ("kill", "away")}
+    dead = [name for name in scenario.peer_names if name not in finished]
     return {
         "scenario": scenario.name,
         "scenario_sha256": scenario.sha256,
@@ -223,6 +232,9 @@ def summarize(
             "train": round(total("train_s"), 3),
             "wait": round(total("wait_s"), 3),
             "merge": round(total("merge_s"), 3),
+            "virtual": None
+            if virtual_s is None
+            else _virtual_seconds(virtual_s, num_rounds, total("train_s"), total("wait_s")),
         },
         "virtual_seconds": None if virtual_s is None else round(virtual_s, 6),
         "messages": messages,
@@ -231,7 +243,8 @@ def summarize(
             "late": total("late"),
             "refused": total("refused"),
             "rejected": total("rejected"),
-            "dead_peers": [name for name in scenario.peer_names if name not in finished],
+            "dead_peers": dead,
+            "dead_as_planned": [name for name in dead if name in away],
         },
         "memory_mib": {"peak_total": None if peak_memory_mib is None else round(peak_memory_mib, 1)},
         "models_sha256": figures["models_sha256"],
@@ -240,6 +253,11 @@ def summarize(
         "machine": machine(),
         "exit_code": exit_code,
     }
+
+
+def _virtual_seconds(run_s: float, num_rounds: int, train_s: float, wait_s: float) -> dict[str, float | None]:
+    round_s = round(run_s / num_rounds, 6) if num_rounds else None
+    return {"run": round(run_s, 6), "round_mean": round_s, "train": round(train_s, 3), "wait": round(wait_s, 3)}
 
 
 def machine() -> str:

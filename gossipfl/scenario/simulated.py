@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -25,6 +25,7 @@ from gossipfl.learning.datasets import Dataset, open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.partition import class_table
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
+from gossipfl.overlay.churn import Change, Churn
 from gossipfl.overlay.links import Links, check_links
 from gossipfl.overlay.topology import degrees_of
 from gossipfl.protocol.baselines import PROTOCOLS
@@ -34,7 +35,7 @@ from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.launcher import peer_settings
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
-from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, summarize
+from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, planned_event, summarize
 from gossipfl.scenario.results import Observer, RunResult
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.store import SegmentStore
@@ -206,8 +207,16 @@ class _Simulation(Watcher):
         for index, name in enumerate(self.scenario.peer_names):
             if churn.initially_online(index):
                 self.simulator.start(name)
-        self.simulator.follow(iter(churn.changes(math.inf)))
+        self.simulator.follow(self._recorded(churn))
         self._has_begun = True
+
+    def _recorded(self, churn: Churn) -> Iterator[Change]:
+        """The changes, each written down when the next is asked for, which is when it has been made."""
+        for change in churn.changes(math.inf):
+            yield change
+            name = self.scenario.peer_names[change.index]
+            if not self.simulator.peers[name].is_finished:
+                self._add(planned_event(churn.name_of(change), name, change.time_s))
 
     def _stop_soon(self) -> None:
         if not self._is_stopping:
