@@ -20,15 +20,19 @@ def check_loopback(address: str, insecure: bool) -> None:
     if url.scheme != "tcp" or insecure:
         return
     host = url.hostname or ""
-    try:
-        is_loopback = ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if not is_loopback:
+    if not is_loopback(host):
         raise ConfigError(
             f"transport.host = {host!r} is reachable from other machines and peers are not authenticated yet; "
             "use 127.0.0.1 or ::1, or pass --insecure on a network where you trust everybody"
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`, an IP address or a name."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_address(address: str, what: str) -> None:
@@ -60,7 +64,7 @@ def in_use(address: str) -> str:
     return f"{address} is in use; choose another{' port, or 0 for any free one' if address.startswith('tcp:') else ''}"
 
 
-def bind_failure(address: str, error: zmq.ZMQError) -> str:
+def bind_failure(address: str, error: zmq.ZMQError | OSError) -> str:
     """What to tell of an address that cannot be bound to."""
     if error.errno == zmq.EADDRINUSE:
         return in_use(address)
