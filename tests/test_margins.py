@@ -301,7 +301,7 @@ def test_the_papers_savings_follow_from_its_recompute_rates(bits, fallback, save
 
 def test_energies_are_relative_to_the_full_model():
     assert relative_energy_of_streams(12) == 1.0 and relative_energy_of_streams(11) == 0.5
-    assert relative_energy_of_integers(32, 32) == 1.0 and relative_energy_of_integers(8, 8) == 1 / 16
+    assert relative_energy_of_integers(16, 16) == 1.0 and relative_energy_of_integers(8, 4) == 1 / 8
     assert relative_energy_of_mantissas(10) == 1.0 and relative_energy_of_mantissas(2) == pytest.approx(9 / 121)
 
 

@@ -17,7 +17,7 @@ from gossipfl.errors import ConfigError
 from gossipfl.inference.planning.profile import ModelProfile
 
 FULL_STREAM_BITS = 12
-FULL_BITS = 32
+FULL_BITS = 16
 FULL_MANTISSA_BITS = 10
 
 
