@@ -179,7 +179,7 @@ def print_tables(console: Console, tables: Sequence[Comparison]) -> None:
         console.print(comparison.title, style="bold", highlight=False)
         table = Table()
         table.add_column("", no_wrap=True)
-        for column in [*columns, *(["band"] if has_verdict else [])]:
+        for column in [*columns, *(["verdict"] if has_verdict else [])]:
             table.add_column(column, justify="right")
         for row in comparison.rows:
             table.add_row(row.name, *(row.values.get(key, "") for key in columns), *([row.verdict] if has_verdict else []))

@@ -81,16 +81,16 @@ def _quicker(name: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> Row:
     ratios = [fixed / epidemic for fixed, epidemic in rounds if fixed and epidemic]
     published = {"published": f"up to {QUICKER}"}
     if len(ratios) < len(pairs):
-        return Row(name, published | {"measured": "target not reached"}, None, (1.0, QUICKER))
+        return Row(name, published | {"measured": "target not reached"}, None, (1.0, QUICKER), is_best=True)
     each = ", ".join(f"{fixed} / {epidemic}" for fixed, epidemic in rounds)
     values = published | {"measured": mean_and_spread(ratios, ".2f"), "rounds": each}
-    return Row(name, values, statistics.fmean(ratios), (1.0, QUICKER))
+    return Row(name, values, statistics.fmean(ratios), (1.0, QUICKER), is_best=True)
 
 
 def _better(name: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> Row:
     points = [100 * (_accuracy(epidemic) - _accuracy(fixed)) for fixed, epidemic in pairs]
     values = {"published": f"up to +{POINTS}", "measured": mean_and_spread(points, "+.1f")}
-    return Row(name, values, statistics.fmean(points), (0.0, POINTS))
+    return Row(name, values, statistics.fmean(points), (0.0, POINTS), is_best=True)
 
 
 def _accuracy(outcome: Outcome) -> float:
@@ -121,7 +121,7 @@ def _notes(full: bool) -> list[str]:
         f"accuracy is that of the peers after a merge, on the common test set; {len(SEEDS)} seeds, which also draw the shards "
         "and the fixed graph: mean (least to most)",
         "every peer receives s models a round, in EL-Local on average; rounds are counted, not seconds",
-        "inside: EL is ahead, and by no more than was published",
+        "ahead: of D-PSGD; what was published is the best of several comparisons, not what is to be expected here",
     ]
 
 

@@ -34,19 +34,27 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table. `published`: the range `(least, most)` that `measured` is compared with."""
+    """A line of a table. `published`: the range `(least, most)` that `measured` is compared with.
+
+    `is_best`: "up to `most`" was published, the best of several results, and `least` is where there is no difference.
+    """
 
     name: str
     values: dict[str, str]
     measured: float | None = None
     published: tuple[float, float] | None = None
+    is_best: bool = False
 
     @property
     def verdict(self) -> str:
         if self.published is None or self.measured is None:
             return ""
         least, most = self.published
-        return "below" if self.measured < least else "above" if self.measured > most else "inside"
+        below, inside, above = _BEST if self.is_best else ("below", "inside", "above")
+        return below if self.measured < least else above if self.measured > most else inside
+
+
+_BEST = ("behind", "ahead, below the published best", "above the published best")
 
 
 @dataclass(frozen=True, slots=True)
