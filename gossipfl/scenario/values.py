@@ -153,6 +153,24 @@ def _rate_text(bytes_per_s: float) -> str:
     return f"{bytes_per_s * 8!r}bit"
 
 
+_SIZE = re.compile(rf"{_NUMBER} *([kKMGT]?|[KMG]i)B")
+
+
+def _size(value: Any) -> int:
+    """Bytes of text such as "512MiB" or "2GB"."""
+    text = value.strip() if isinstance(value, str) else ""
+    if _is_number(value) or re.fullmatch(_NUMBER, text):
+        raise ValueError(f'has no unit; say "{value}MiB", or "{value}B" if bytes are meant')
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError("must be a size with its unit, such as '512MiB' or '2GB'")
+    number, prefix = match.groups()
+    size = float(number) * (_BINARY.get(prefix) or _DECIMAL["k" if prefix == "K" else prefix])
+    if not 1 <= size < math.inf:
+        raise ValueError("must be at least a byte")
+    return int(size)
+
+
 def _share(value: Any) -> float:
     """A share of a whole: 0.02 or "2%"."""
     match = re.fullmatch(rf"{_NUMBER} *%", value.strip()) if isinstance(value, str) else None
@@ -258,6 +276,8 @@ DelayS = Annotated[float, PlainValidator(_delay), PlainSerializer(_seconds_text)
 StepTimeS = Annotated[float, PlainValidator(_step_time), PlainSerializer(_seconds_text)]
 Rate = Annotated[float, PlainValidator(_rate), PlainSerializer(_rate_text)]
 """Bytes per second; inf = no limit."""
+Size = Annotated[int, PlainValidator(_size)]
+"""Bytes."""
 Factor = Annotated[float, PlainValidator(_factor)]
 Spread = Annotated[float, PlainValidator(_spread)]
 Share = Annotated[float, PlainValidator(_share)]
