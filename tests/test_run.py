@@ -36,6 +36,7 @@ from gossipfl.errors import ConfigError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario import load_scenario
 from gossipfl.scenario.results import Observer
+from gossipfl.scenario.temporary import MARK, remove_stale
 from gossipfl.segments.codecs import codec
 
 REPOSITORY = Path(__file__).parents[1]
@@ -368,6 +369,27 @@ def test_runs_leave_no_socket_files_behind(tmp_path, monkeypatch):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+@pytest.mark.processes
+def test_what_a_killed_launcher_left_in_the_temporary_folder_goes_with_the_next_run(launch, tmp_path, monkeypatch):
+    for name in ("tmp", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    run = launch("quickstart", *settings(*SMALL, "rounds=100000", "transport.kind=ipc"))
+    run.await_round(2)
+    (left,) = (tmp_path / "tmp").iterdir()
+    (tmp_path / "tmp" / "gossipfl-not-marked").mkdir()
+    (tmp_path / "tmp" / "gossipfl-link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / MARK).touch()
+    remove_stale()
+    assert left.exists() and list(left.glob("*")) and (left / MARK).exists()
+    run.process.kill()
+    assert wait_for(lambda: not run.workers(), 5.0)
+    remove_stale()
+    assert {path.name for path in (tmp_path / "tmp").iterdir()} == {"gossipfl-not-marked", "gossipfl-link"}
+    assert (tmp_path / "elsewhere" / MARK).exists()
+
+
 # ------------------------------------------------------------------------------------------------------- processes that die
 
 
@@ -411,8 +433,8 @@ def test_a_run_whose_majority_is_killed_has_failed_with_a_readable_summary(launc
 
 @pytest.mark.processes
 def test_a_worker_that_is_stopped_for_the_rest_of_the_run_is_named_and_the_others_finish(launch, gate):
-    """A stopped process keeps its connections: nothing but its silence tells of it. A minute of that is cut to 4 s here."""
-    patch = "import gossipfl.scenario.launcher as launcher; launcher.SILENCE_S = 4.0"
+    """A stopped process keeps its connections: nothing but its silence tells of it. Ten seconds of that are cut to 4 here."""
+    patch = "import gossipfl.scenario.launcher as launcher; launcher.STOPPED_S = 4.0"
     run = launch("quickstart", *settings(*GATED, "gossip.patience=2"), patch=patch)
     run.await_round(3)
     run.worker(1).suspend()
@@ -420,7 +442,7 @@ def test_a_worker_that_is_stopped_for_the_rest_of_the_run_is_named_and_the_other
     code, _, stderr = run.ended()
     assert code == 0, stderr
     assert summary_of(run.folder)["faults"]["dead_peers"] == ["p1"]
-    assert "the process of p1 was silent for 4 s" in stderr
+    assert "the process of p1 was stopped for 4 s and is killed" in stderr
     assert {event["peer"] for event in events_of(run.folder) if event["round"] == 30} == {"p0", "p2", "p3"}
     assert run.workers() == []
 
@@ -579,6 +601,27 @@ def test_a_program_may_bring_its_own_model_data_and_training_step(tmp_path):
         result.summary["accuracy"]["average_model"], abs=1e-6
     )
     check_keys(result.summary)
+
+
+@pytest.mark.parametrize("clock", ["local", "virtual"])
+@pytest.mark.parametrize(
+    ("codec", "buffers", "is_warned"),
+    [("int4", "average", True), ("topk:0.1", "average", True), ("int4", "local", False), ("int8", "average", False)],
+)
+def test_statistics_of_batch_norm_that_a_codec_blurs_are_warned_of_in_a_line(clock, codec, buffers, is_warned, tmp_path):
+    notes: list[str] = []
+
+    class Notes(Observer):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    x, y = blobs(60, 0)
+    dataset = gossipfl.Dataset(x[:45], y[:45], x[45:], y[45:], num_classes=3)
+    scenario = {"peers": 3, "rounds": 1, "training": {"buffers": buffers}, "gossip": {"codec": codec}}
+    gossipfl.run(scenario, clock=clock, model=Net(), dataset=dataset, out=tmp_path / "record", observer=Notes())
+    assert notes[0].startswith("the model has BatchNorm: its statistics are ")
+    assert [note for note in notes if f"gossip.codec = '{codec}' blurs these statistics" in note] == notes[1:]
+    assert len(notes) == 1 + is_warned
 
 
 MODULE = """

@@ -15,9 +15,8 @@ import os
 import resource
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -43,13 +42,16 @@ from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.presence import Presence, check_churn
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, final_models, planned_event, remove_files, summarize
 from gossipfl.scenario.results import Observer, RunResult
+from gossipfl.scenario.temporary import temporary_folder
 from gossipfl.scenario.workers import Inbox, ProcessWorker, ThreadWorker, WorkerHandle, groups_of, launch
 
 logger = logging.getLogger(__name__)
 
 READY_S = 120.0
 SILENCE_S = 60.0
-"""A worker says every two seconds that it lives; one silent for this long is taken for dead and killed."""
+"""A worker says every two seconds that it lives; one silent for this long, which may be busy, is taken for dead and killed."""
+STOPPED_S = 10.0
+"""The same of one that is not busy but stopped (SIGSTOP)."""
 STOP_S = 2.0
 """What Ctrl-C leaves the workers to end in order; within 3 s everything has stopped."""
 MEMORY_SAMPLE_S = 0.5
@@ -97,8 +99,7 @@ class Launcher:
         record.write("scenario.toml", self.scenario.to_toml())
         handlers = self._catch_signals()
         try:
-            with tempfile.TemporaryDirectory(prefix="gossipfl-") as sockets:
-                self.sockets = Path(sockets)
+            with temporary_folder() as self.sockets:
                 return self._run(folder, record, groups, in_process, objects)
         except (ConfigError, KeyboardInterrupt):
             self._stop_workers()
@@ -134,8 +135,8 @@ class Launcher:
         check_memory(scenario, first["parameters"])
         place.keep()
         self.observer.data_ready(scenario, table)
-        if first["has_statistics"]:
-            self.observer.note(f"the model has BatchNorm: its statistics are {_BUFFERS[scenario.training.buffers]}")
+        for line in about_statistics(scenario, first["has_statistics"]):
+            self.observer.note(line)
         roster = {peer: event["address"] for worker, event in zip(self.workers, ready, strict=True) for peer in worker.peers}
         record.write("roster.toml", tomli_w.dumps(_roster(self._run_number(folder), roster)))
         engine = first["engine"]
@@ -344,8 +345,12 @@ class Launcher:
     def _watch_silence(self) -> None:
         now = time.monotonic()
         for worker in self.workers:
-            if id(worker) not in self.ended and now - worker.heard_at > SILENCE_S:
-                self.observer.note(f"the process of {', '.join(worker.peers)} was silent for {SILENCE_S:g} s and is killed")
+            silence_s = now - worker.heard_at
+            if id(worker) in self.ended or silence_s <= min(STOPPED_S, SILENCE_S):
+                continue
+            if silence_s > SILENCE_S or worker.is_stopped():
+                what = "stopped" if worker.is_stopped() else "silent"
+                self.observer.note(f"the process of {', '.join(worker.peers)} was {what} for {silence_s:.0f} s and is killed")
                 worker.stop(now)
 
     def _has_reached(self, record: RunRecord, round_: int) -> bool:
@@ -448,6 +453,20 @@ class Launcher:
 
 
 _BUFFERS = {"average": "averaged like the weights", "local": "each peer's own"}
+_FINE_CODECS = ("float32", "float16", "bfloat16", "int8")
+
+
+def about_statistics(scenario: Scenario, has_statistics: bool) -> Iterator[str]:
+    """What to tell of a model with BatchNorm."""
+    if not has_statistics:
+        return
+    yield f"the model has BatchNorm: its statistics are {_BUFFERS[scenario.training.buffers]}"
+    codec = scenario.gossip.codec
+    if scenario.training.buffers == "average" and codec.partition(":")[0] not in _FINE_CODECS:
+        yield (
+            f"gossip.codec = {codec!r} blurs these statistics, which may cost accuracy: "
+            "set training.buffers = 'local', or a finer codec, such as 'int8'"
+        )
 
 
 def peer_settings(scenario: Scenario) -> Event:

@@ -32,7 +32,7 @@ from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.messages import Fault, RoundReport
 from gossipfl.runtime.host import GossipSettings, round_event
 from gossipfl.scenario.config import Scenario, check_names
-from gossipfl.scenario.launcher import peer_settings
+from gossipfl.scenario.launcher import about_statistics, peer_settings
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, planned_event, summarize
@@ -126,6 +126,8 @@ class _Simulation(Watcher):
         self.cohort: CohortEngine = choose_cohort(self.engine, self._engine_kind(), scenario.peers)
         table = class_table(dataset.y_train, shards, dataset.num_classes) if dataset.num_classes <= 20 else None
         observer.data_ready(scenario, table)
+        for line in about_statistics(scenario, self.engine.flat.has_statistics):
+            observer.note(line)
         self.names = names = scenario.peer_names
         self.index_of = {name: index for index, name in enumerate(names)}
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()

@@ -64,6 +64,9 @@ class WorkerHandle(Protocol):
     def stop(self, deadline: float) -> None:
         """End it, in order if it obeys before `deadline` (monotonic seconds), else at once."""
 
+    def is_stopped(self) -> bool:
+        """Whether the system holds it, so that it is not merely busy."""
+
     def memory_mib(self) -> float:
         """Memory in use: the proportional set size, where the system tells it."""
 
@@ -96,6 +99,12 @@ class ProcessWorker:
             with contextlib.suppress(psutil.Error):
                 self._process.kill()
             self._reader.join(5.0)
+
+    def is_stopped(self) -> bool:
+        try:
+            return self._process is not None and self._process.status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            return False
 
     def memory_mib(self) -> float:
         return _memory_mib(self._process) if self._process else 0.0
@@ -160,6 +169,9 @@ class ThreadWorker:
     def stop(self, deadline: float) -> None:
         self._worker.command({"do": "exit"})
         self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def is_stopped(self) -> bool:
+        return False
 
     def memory_mib(self) -> float:
         return _memory_mib(psutil.Process())
