@@ -45,10 +45,10 @@ class Chain:
 
     def __init__(self, traced: fx.GraphModule, input_shape: Shape) -> None:
         """Of a graph as `Chain.of` makes it: one input, functional, batch norm folded."""
-        observed = [_observe(traced, torch.zeros(batch, *input_shape)) for batch in BATCHES]
+        observed = [observe(traced, torch.zeros(batch, *input_shape)) for batch in BATCHES]
         self._traced, self._batch = traced, _resolve_sizes(traced, observed)
         nodes = list(traced.graph.nodes)
-        layers = {node: layer for node in nodes if (layer := _layer(traced, node))}
+        layers = {node: layer for node in nodes if (layer := layer_of(traced, node))}
         bounds = [1, *(nodes.index(node) for node in list(layers)[1:]), len(nodes) - 1]
         self._runs = [nodes[start:stop] for start, stop in pairwise(bounds)]
         self._cuts = [[nodes[0]], *(_live(nodes, bound, self._batch) for bound in bounds[1:-1]), [nodes[-1].args[0]]]
@@ -87,7 +87,7 @@ class Chain:
         samples = torch.rand(BATCHES[0], *input_shape, generator=torch.Generator().manual_seed(0))
         expected = _scores(own, samples)
         _make_functional(traced)
-        _fold_batch_norms(traced, _observe(traced, samples))
+        _fold_batch_norms(traced, observe(traced, samples))
         chain = Chain(traced, tuple(input_shape))
         with torch.no_grad():
             (found,) = chain.stage(0, len(chain.profile.layers))(samples)
@@ -102,7 +102,7 @@ class Chain:
             values[...] = self._traced.get_parameter(name).numpy()
         return vector
 
-    def stage(self, start: int, stop: int, vector: np.ndarray | None = None) -> nn.Module:
+    def stage(self, start: int, stop: int, vector: np.ndarray | None = None) -> fx.GraphModule:
         """Layers `[start, stop)` with their weights copied from `vector` (f32[P]; by default the model's).
 
         `forward(*live) -> tuple` takes the live tensors of cut `start`, f32[B, ...] of any B, and returns those of `stop`.
@@ -163,7 +163,7 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     return traced
 
 
-def _layer(traced: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
+def layer_of(traced: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
     """The node's layer; what inherits from one has a forward of its own, which is traced."""
     module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
     return module if isinstance(module, nn.Conv2d | nn.Linear) else None
@@ -180,13 +180,13 @@ def _check_parameters(traced: fx.GraphModule, state: Mapping[str, Tensor]) -> No
         if node.op != "call_module":
             continue
         module = traced.get_submodule(node.target)
-        if not (_layer(traced, node) or isinstance(module, _BatchNorm)) and next(module.parameters(), None) is not None:
+        if not (layer_of(traced, node) or isinstance(module, _BatchNorm)) and next(module.parameters(), None) is not None:
             _refuse(f"layer {node.target!r} is of kind {type(module).__name__}, which has parameters", KEEP_PARAMETERS)
         for values in module.parameters():
             other = users.setdefault(id(values), node)
             if other is not node:
                 _refuse(f"{other.target!r} and {node.target!r} use the same parameters", "give each its own")
-    if not any(_layer(traced, node) for node in traced.graph.nodes):
+    if not any(layer_of(traced, node) for node in traced.graph.nodes):
         _refuse("it has neither a convolution nor a linear layer", "add one")
 
 
@@ -223,8 +223,6 @@ def _make_functional(traced: fx.GraphModule) -> None:
 
 
 class _Observer(fx.Interpreter):
-    """Runs a graph and keeps the value of every node."""
-
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced, garbage_collect_values=False)
         self.values: dict[fx.Node, Any] = {}
@@ -234,10 +232,11 @@ class _Observer(fx.Interpreter):
         return self.values[n]
 
 
-def _observe(traced: fx.GraphModule, samples: Tensor) -> dict[fx.Node, Any]:
+def observe(traced: fx.GraphModule, *inputs: Tensor) -> dict[fx.Node, Any]:
+    """The value of every node of a graph that is given `inputs`."""
     observer = _Observer(traced)
     with torch.no_grad():
-        observer.run(samples)
+        observer.run(*inputs)
     return observer.values
 
 
@@ -246,7 +245,7 @@ def _fold_batch_norms(traced: fx.GraphModule, values: Mapping[fx.Node, Any]) -> 
         if node.op != "call_module" or not isinstance(norm := traced.get_submodule(node.target), _BatchNorm):
             continue
         before = node.args[0]
-        layer = _layer(traced, before)
+        layer = layer_of(traced, before)
         of_sequences = isinstance(layer, nn.Linear) and values[before].ndim > 2
         if layer is None or of_sequences or len(before.users) > 1 or norm.running_mean is None:
             _refuse(
