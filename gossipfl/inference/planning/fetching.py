@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gossipfl.inference.planning.device_words import Action, Forget, Load, LookUp, Send
+from gossipfl.inference.planning.device_words import Action, Forget, Load, LookUp, Send, Unload
 from gossipfl.inference.planning.holders import FIRST_BACKOFF_S, MAX_BACKOFF_S, Holders
 from gossipfl.inference.planning.offers import Ask, Failure, Manifest, missing
 from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile
@@ -211,7 +211,10 @@ class Fetcher:
 
     def _drop_candidate(self) -> list[Action]:
         candidate, self._candidate = self._candidate, None
-        return [Forget(transfer.peer, request) for request, transfer in candidate.transfers.items()] if candidate else []
+        if candidate is None:
+            return []
+        forgotten = [Forget(transfer.peer, request) for request, transfer in candidate.transfers.items()]
+        return [*forgotten, Unload(candidate.manifest.version)]
 
     def found(self, version: int, have: frozenset[str], now: float) -> list[Action]:
         candidate = self._candidate
@@ -235,15 +238,17 @@ class Fetcher:
         if candidate is None or candidate.manifest.version != version or not candidate.is_loading:
             return []
         self._candidate = None
+        actions: list[Action] = []
         if error is None:
             self.active = self.loaded[version] = candidate.manifest
         else:
             self.error = Failure.COMPUTE, error
+            actions = [Unload(version)]
         if self._next is not None:
             (manifest, peer), self._next = self._next, None
             self._candidate = _Candidate(manifest, peer)
-            return [LookUp(manifest)]
-        return [] if error is None else self._ask_for_plan_at(now + MAX_BACKOFF_S)
+            return [*actions, LookUp(manifest)]
+        return actions if error is None else [*actions, *self._ask_for_plan_at(now + MAX_BACKOFF_S)]
 
     # --- pulls --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,555 @@
+"""Inference on an edge device that shares the work with servers: the first layers here, quantized, the others there.
+
+    device = EdgeDevice(["tcp://10.0.0.1:5800", "tcp://10.0.0.2:5800"], chain, model="digits", max_accuracy_loss=0.01)
+    answer = device.predict(x)                       # x f32[B, *input_shape]; answer.scores f32[B, K], answer.receipt
+    device.close()
+
+`chain` is the same model as the servers' (its weights do not matter): code never travels. The device asks for a plan, pulls
+what it lacks, and from then on answers from the newest version that is ready. Messages move on one thread, layers run on a
+second, and a third loads new versions beside the one in use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from gossipfl.errors import ConfigError, GossipflError, PlanError, RemoteProtocolError, RunError
+from gossipfl.inference.execution.activations import encode_live
+from gossipfl.inference.planning.asking import Asker
+from gossipfl.inference.planning.device_words import (
+    Action,
+    Event,
+    Fail,
+    Forget,
+    Found,
+    HeadDone,
+    Load,
+    Loaded,
+    LookUp,
+    Question,
+    Report,
+    Resolve,
+    RunHead,
+    Send,
+    Tier,
+    Unload,
+    Upload,
+)
+from gossipfl.inference.planning.fetching import DeviceConfig
+from gossipfl.inference.planning.margins import margins
+from gossipfl.inference.planning.offers import Ask, Failure, Manifest, Piece, manifest_from_json, pieces, split, to_json
+from gossipfl.inference.planning.profile import DeviceProfile
+from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
+from gossipfl.inference.planning.receipts import Tier as AnswerTier
+from gossipfl.protocol import wire
+from gossipfl.protocol.messages import (
+    Activation,
+    Data,
+    Failed,
+    Message,
+    Offer,
+    PeerDown,
+    PeerId,
+    PeerUp,
+    PlanRequest,
+    Pull,
+    Received,
+    Refuse,
+    Rejected,
+    Result,
+    Start,
+    Wake,
+)
+from gossipfl.runtime.content_cache import DEFAULT_BYTES, ContentCache, digest_of
+from gossipfl.runtime.inference_server import INFERENCE_RUN
+from gossipfl.runtime.message_loop import MessageLoop
+from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage, check_inputs
+from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, ZmqTransport
+from gossipfl.segments.codecs import all_finite, codec
+from gossipfl.segments.planes import PlaneSet
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 10.0
+"""Past its timeout a question has been answered or has failed, unless a thread here has died."""
+Key = tuple[PeerId, int]
+
+
+@dataclass(slots=True)
+class _Job:
+    """A question with all that has been computed of it."""
+
+    inputs: np.ndarray
+    asked_at: float
+    future: Future[Answer]
+    head: tuple[np.ndarray, ...] | None = None
+    payload: bytes | None = None
+    """The head's live tensors, encoded."""
+    reduced: np.ndarray | None = None
+    full: np.ndarray | None = None
+    margins: tuple[float, ...] = ()
+    device_s: float = 0.0
+    server_s: float = 0.0
+    transfer_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(slots=True)
+class _Coming:
+    """An answer of which some has come: an Offer, a Result of `num_samples` samples, or ranges of a Pull by `codec`."""
+
+    job: _Job | None = None
+    tier: Tier = "reduced"
+    num_samples: int = 0
+    sent_at: float = 0.0
+    content: bytearray = field(default_factory=bytearray)
+    codec: str = ""
+    version: int = 0
+    ranges: dict[tuple[int, int], bytearray] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Version:
+    """A version that is loaded, or whose pieces are coming in."""
+
+    manifest: Manifest
+    expected: dict[tuple[tuple[int, int], str], str]
+    """Digests by range and codec of a piece."""
+    contents: dict[str, bytes] = field(default_factory=dict)
+    stage: RunnableStage | None = None
+
+
+class EdgeDevice:
+    """Asks `servers` (their addresses), which all serve `model`. An `InferenceService` of one model.
+
+    `cache` is a folder for the pieces that have been pulled (None: in memory), of at most `cache_bytes`. Where no server
+    answers in time, the reduced model's answer stands, marked "unverified", or the question fails (`on_no_server`). `samples`
+    (f32[n, *input_shape]) are what engines other than "fp32" are calibrated with; without them "fp32" runs in their place, and
+    a certificate for another is not passed on.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[str],
+        chain: ModelChain,
+        device_profile: DeviceProfile | None = None,
+        max_accuracy_loss: float | None = None,
+        on_no_server: Literal["unverified", "fail"] = "unverified",
+        *,
+        model: str = "model",
+        cache: str | Path | None = None,
+        cache_bytes: int = DEFAULT_BYTES,
+        samples: np.ndarray | None = None,
+        patience_s: float = 5.0,
+        wait_s: float = 60.0,
+    ) -> None:
+        if not servers:
+            raise ConfigError("servers = [] answers nothing; name the address of one at least, as tcp://host:port")
+        if on_no_server not in ("unverified", "fail"):
+            raise ConfigError(f"on_no_server = {on_no_server!r}; choose 'unverified' or 'fail'")
+        self._chain, self._model, self._samples = chain, model, samples
+        self._cache = ContentCache(cache, cache_bytes)
+        self._name = f"device-{secrets.token_hex(8)}"
+        peers = [f"{model}@{index}" for index in range(len(servers))]
+        config = DeviceConfig(device_profile or DeviceProfile(), max_accuracy_loss, on_no_server, patience_s, wait_s)
+        self._machine = Asker(config, peers, chain.profile)
+        self._transport = ZmqTransport(f"inproc://{uuid.uuid4().hex}", run=INFERENCE_RUN)
+        try:
+            for peer, address in zip(peers, servers, strict=True):
+                self._transport.connect(peer, address)
+        except ConfigError:
+            self._transport.close()
+            raise
+        self._loop = MessageLoop(self._transport, self, "gossipfl-edge-device")
+        self._compute = ThreadPoolExecutor(1, "gossipfl-head")
+        self._loader = ThreadPoolExecutor(1, "gossipfl-loader")
+        self._numbers = itertools.count()
+        self._jobs: dict[int, _Job] = {}
+        self._coming: dict[Key, _Coming] = {}
+        self._versions: dict[int, _Version] = {}
+        self._error: BaseException | None = None
+        self.faults: list[Report] = []
+        """The last things that went wrong with servers and were survived."""
+        self.bytes_pulled = 0
+        """Payload of the pieces that have been pulled."""
+        self._loop.start()
+        self._loop.post(lambda: self._handle(Start()))
+
+    # --- for people ---------------------------------------------------------------------------------------------------
+
+    def predict(self, inputs: np.ndarray, timeout_s: float = 30.0) -> Answer:
+        """Scores of `inputs` (f32[B, *input_shape]) within `timeout_s`. May be called from any thread.
+
+        ConfigError for inputs that do not fit and plans that cannot be; RunError where there is no answer in time.
+        """
+        return self.infer(self._model, inputs, Budget(timeout_s=timeout_s))
+
+    def infer(self, model: str, inputs: np.ndarray, budget: Budget | None = None, version: int | None = None) -> Answer:
+        """As `predict`. The accuracy is as the device was made with: a budget of less loss than that is refused."""
+        budget = budget or Budget()
+        if model != self._model:
+            raise ConfigError(f"no model {model!r} here; there is {self._model}")
+        wanted, planned = budget.max_accuracy_loss, self._machine.config.max_accuracy_loss
+        if wanted is not None and planned is not None and wanted < planned:
+            raise ConfigError(f"max_accuracy_loss = {wanted}, this device is made for {planned}; make one for {wanted}")
+        if not 0 < budget.timeout_s < 1e9:
+            raise ConfigError(f"timeout_s = {budget.timeout_s}; give seconds above 0")
+        return self.submit(inputs, budget.timeout_s, version).result(budget.timeout_s + GRACE_S)
+
+    def submit(self, inputs: np.ndarray, timeout_s: float = 30.0, version: int | None = None) -> Future[Answer]:
+        """As `predict`, without waiting. `inputs` must stay as they are until there is an answer."""
+        inputs = check_inputs(inputs, self._chain.profile.input_shape)
+        if not self._loop.is_running:
+            raise RunError("the device is closed; make another") from self._error
+        job = _Job(inputs, time.perf_counter(), Future())
+        question = Question(next(self._numbers), len(inputs), time.monotonic() + timeout_s, version)
+        self._jobs[question.number] = job
+        self._loop.post(lambda: self._handle(question))
+        if not self._loop.is_running:  # it may have ended before it took the job
+            _fail(job, RunError("the device is closed; make another"))
+        return job.future
+
+    def models(self) -> tuple[ServedModel, ...]:
+        """The one model, once a version of it is ready."""
+        active, profile = self._machine.fetcher.active, self._chain.profile
+        if active is None:
+            return ()
+        return (ServedModel(self._model, active.version, profile.input_shape, profile.num_classes),)
+
+    def close(self) -> None:
+        """Give up what is under way. Closing twice is allowed."""
+        self._loop.stop(flush_s=0.0)
+        self._compute.shutdown(wait=False, cancel_futures=True)
+        self._loader.shutdown(wait=False, cancel_futures=True)
+        for job in list(self._jobs.values()):
+            _fail(job, RunError("the device was closed before there was an answer"))
+
+    def __enter__(self) -> EdgeDevice:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- the machine's shell, on the loop's thread --------------------------------------------------------------------
+
+    @property
+    def next_deadline(self) -> float | None:
+        return self._machine.next_deadline
+
+    def wake(self) -> None:
+        self._handle(Wake())
+
+    def crashed(self, error: BaseException) -> None:
+        self._error = error
+        for job in list(self._jobs.values()):
+            _fail(job, RunError(f"the message thread stopped: {error}"))
+
+    def take(self, happening: Happening) -> None:
+        match happening:
+            case Incoming():
+                self._hear(happening)
+            case LinkUp(peers):
+                for peer in peers:
+                    self._handle(PeerUp(peer))
+            case LinkDown(peers):
+                for peer in peers:
+                    self._handle(PeerDown(peer))
+
+    def _handle(self, event: Event) -> None:
+        for action in self._machine.handle(event, time.monotonic()):
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Send(peer, message):
+                self._send(peer, message)
+            case RunHead(number, version):
+                self._compute.submit(self._run_head, number, self._jobs[number], self._versions[version])
+            case Upload():
+                self._upload(action)
+            case Resolve(number, manifest, unsure, is_verified):
+                self._resolve(self._jobs.pop(number), manifest, unsure, is_verified)
+            case Fail(number, kind, reason):
+                _fail(self._jobs.pop(number), _error_of(kind, reason))
+            case Forget(peer, request):
+                self._coming.pop((peer, request), None)
+                self._transport.cancel(peer, request)
+            case LookUp(manifest):
+                expected = {(piece.range, piece.codec): piece.digest for piece in pieces(manifest, self._chain.profile)}
+                self._versions[manifest.version] = _Version(manifest, expected)
+                self._loader.submit(self._look_up, self._versions[manifest.version])
+            case Load(manifest):
+                self._loader.submit(self._load, self._versions[manifest.version])
+            case Unload(version):
+                self._versions.pop(version, None)
+            case Report():
+                logger.info("%s %s: %s", action.peer, action.kind, action.detail)
+                self.faults = [*self.faults[-63:], action]
+
+    # --- what goes out ------------------------------------------------------------------------------------------------
+
+    def _send(self, peer: PeerId, message: Message) -> None:
+        match message:
+            case PlanRequest(request, ask):
+                assert isinstance(ask, Ask)
+                self._coming[peer, request] = _Coming()
+                self._transport.send(self._name, peer, PlanRequest(request, payload=to_json(ask)))
+            case Pull(request, version, _, ranges, codec_):
+                parts = {range_: bytearray() for range_ in ranges}
+                self._coming[peer, request] = _Coming(codec=codec_, version=version, ranges=parts)
+                self._transport.send(self._name, peer, message)
+
+    def _upload(self, upload: Upload) -> None:
+        job, samples = self._jobs[upload.number], upload.samples
+        if upload.tier == "full" or not upload.cut:
+            inputs = job.inputs if samples is None else job.inputs[list(samples)]
+            payload = memoryview(encode_live((inputs,), upload.bits))
+        else:
+            assert job.payload is not None, "its head has run"
+            payload = memoryview(job.payload)
+        num_samples = len(job.inputs) if samples is None else len(samples)
+        coming = _Coming(job, upload.tier, num_samples, time.perf_counter())
+        self._coming[upload.peer, upload.request] = coming
+        job.bytes_up += len(payload)
+        for offset in range(0, len(payload), wire.MAX_PAYLOAD_BYTES):
+            part = payload[offset : offset + wire.MAX_PAYLOAD_BYTES]
+            self._transport.send(
+                self._name,
+                upload.peer,
+                Activation(
+                    upload.request, upload.version, upload.cut, upload.bits, num_samples, offset, len(payload), payload=part
+                ),
+            )
+
+    # --- what comes in ------------------------------------------------------------------------------------------------
+
+    def _hear(self, incoming: Incoming) -> None:
+        peer, message = incoming.sender, incoming.message
+        request = getattr(message, "request", -1)
+        coming = self._coming.get((peer, request))
+        if coming is None or incoming.recipient != self._name:
+            return
+        heard: Message | None = message
+        try:
+            match message:
+                case Offer():
+                    heard = self._take_offer(coming, message)
+                case Data():
+                    heard = self._take_data(coming, message)
+                case Result():
+                    heard = self._take_result(coming, message)
+        except GossipflError as error:
+            del self._coming[peer, request]
+            self._handle(Rejected(peer, request, str(error)))
+            return
+        is_pulled = isinstance(heard, Data) and not coming.ranges
+        if is_pulled or isinstance(heard, Offer | Failed | Refuse):  # nothing more will come
+            del self._coming[peer, request]
+        if heard is not None:
+            self._handle(Received(peer, heard))
+
+    def _take_offer(self, coming: _Coming, offer: Offer) -> Offer | None:
+        if not _continues(coming.content, offer, wire.MAX_OFFER_BYTES):
+            return None
+        manifest = manifest_from_json(bytes(coming.content))
+        if manifest.model != self._model:
+            raise PlanError(f"the offer is of model {manifest.model!r}, not of {self._model!r}")
+        manifest.check(self._chain.profile, self._chain.layout.digest)
+        return Offer(offer.request, offer.offset, offer.total, manifest)
+
+    def _take_data(self, coming: _Coming, data: Data) -> Data | None:
+        """A chunk of a range; with its last one the pieces in it are checked and kept."""
+        content = coming.ranges.get(data.range)
+        version = self._versions.get(coming.version)
+        if content is None or version is None:
+            return None
+        size = codec(coming.codec).num_bytes(data.range[1] - data.range[0])
+        if data.total != size or data.version != coming.version:
+            raise RemoteProtocolError(
+                f"{data.total} bytes of version {data.version} for {data.range} as {coming.codec}, "
+                f"which takes {size} of version {coming.version}"
+            )
+        if data.offset != len(content):
+            raise RemoteProtocolError(f"a chunk at {data.offset} of {data.range}, of which {len(content)} bytes have come")
+        content += data.payload
+        self.bytes_pulled += data.num_bytes
+        if len(content) == size:
+            del coming.ranges[data.range]
+            for piece, part in split(coming.codec, data.range, memoryview(content)):
+                self._keep(version, piece, bytes(part))
+        payload_free = (data.request, data.version, data.newest, data.num_samples, data.range, data.offset, data.total)
+        return Data(*payload_free, data.num_bytes)
+
+    def _keep(self, version: _Version, piece: Piece, content: bytes) -> None:
+        expected = version.expected.get((piece.range, piece.codec))
+        if expected is None or digest_of(piece, content) != expected:
+            raise RemoteProtocolError(
+                f"{piece.codec} of range {piece.range} of version {version.manifest.version} is not what was offered: "
+                f"its digest is {digest_of(piece, content)}, not {expected}"
+            )
+        version.contents[expected] = content
+        self._cache.put(expected, content)
+
+    def _take_result(self, coming: _Coming, result: Result) -> Result | None:
+        num_classes = self._chain.profile.num_classes
+        size = 4 * coming.num_samples * num_classes
+        job = coming.job
+        if job is None or result.total != size:
+            raise RemoteProtocolError(f"{result.total} bytes of scores for {coming.num_samples} samples, which take {size}")
+        job.bytes_down += len(result.payload)
+        if not _continues(coming.content, result, size):
+            return None
+        scores = np.frombuffer(coming.content, np.float32).reshape(-1, num_classes)
+        if not all_finite(scores.reshape(-1)):
+            raise RemoteProtocolError("the scores are not finite")
+        version = self._versions.get(result.version)
+        if version is None:
+            raise RemoteProtocolError(f"scores of version {result.version}, which is not in use")
+        job.server_s += result.seconds
+        job.transfer_s += max(0.0, time.perf_counter() - coming.sent_at - result.seconds)
+        found: tuple[float, ...] = ()
+        if coming.tier == "full":
+            job.full = scores
+        else:
+            job.reduced, job.margins = scores, _margins(scores, version.manifest)
+            found = job.margins
+        return Result(result.request, result.version, result.seconds, result.offset, result.total, found)
+
+    # --- what is computed ---------------------------------------------------------------------------------------------
+
+    def _run_head(self, number: int, job: _Job, version: _Version) -> None:
+        """On the thread that computes."""
+        manifest, found, failure = version.manifest, None, None
+        began = time.perf_counter()
+        try:
+            assert version.stage is not None, "it is loaded"
+            live = version.stage((job.inputs,))
+            if manifest.cut < len(self._chain.profile.layers):
+                job.payload = encode_live(live, manifest.plan.activation_bits)
+            else:
+                job.reduced = live[0]
+                found = job.margins = _margins(live[0], manifest)
+        except Exception as error:  # whatever the kernels raise: the caller hears of it
+            logger.exception("the device's layers failed")
+            failure = f"the device's layers failed: {type(error).__name__}: {error}"
+        job.device_s += time.perf_counter() - began
+        self._loop.post(lambda: self._handle(HeadDone(number, found, failure)))
+
+    def _look_up(self, version: _Version) -> None:
+        """On the thread that loads."""
+        for (range_, name), digest in version.expected.items():
+            content = self._cache.get(Piece(digest, range_, name))
+            if content is not None:
+                version.contents[digest] = content
+        have = frozenset(version.contents)
+        self._loop.post(lambda: self._handle(Found(version.manifest.version, have)))
+
+    def _load(self, version: _Version) -> None:
+        """On the thread that loads: the stage, from the pieces."""
+        failure = None
+        try:
+            if version.manifest.cut:
+                version.stage = self._build(version)
+            version.contents.clear()
+        except Exception as error:  # whatever a compiler raises: the device goes on with the version before
+            logger.exception("version %d cannot be loaded", version.manifest.version)
+            failure = f"version {version.manifest.version} cannot be loaded: {type(error).__name__}: {error}"
+        self._loop.post(lambda: self._handle(Loaded(version.manifest.version, failure)))
+
+    def _build(self, version: _Version) -> RunnableStage:
+        manifest, profile = version.manifest, self._chain.profile
+        vector = np.zeros(self._chain.layout.size, np.float32)
+        for layer, offer in zip(profile.layers, manifest.layers, strict=False):
+            start, stop = layer.weight
+            held = PlaneSet(stop - start, layer.group)
+            whole = b"".join(version.contents[digest] for digest in offer.planes)
+            held.add(offer.codec, whole)
+            vector[start:stop] = held.decode()
+            if layer.bias is not None and offer.bias is not None:
+                vector[slice(*layer.bias)] = np.frombuffer(version.contents[offer.bias], np.float32)
+        if not all_finite(vector):
+            raise RunError("it holds NaN or infinite weights")
+        return RunnableStage(self._chain, 0, manifest.cut, vector, manifest.plan.stages[0].engine, self._samples)
+
+    def _resolve(self, job: _Job, manifest: Manifest, unsure: tuple[int, ...], is_verified: bool) -> None:
+        """Put the answer together; the sample's tier says whose scores it has."""
+        fell_back: AnswerTier = "full" if is_verified else "unverified"
+        if manifest.sends_everything:
+            scores = job.full
+        else:
+            scores = job.reduced
+            if is_verified and unsure and scores is not None and job.full is not None:
+                scores = scores.copy()
+                scores[list(unsure)] = job.full
+        assert scores is not None, "it is resolved"
+        version = self._versions[manifest.version]
+        engine = version.stage.engine if version.stage else None
+        is_planned = engine is None or engine == manifest.plan.stages[0].engine
+        doubted = set(unsure)
+        tiers: tuple[AnswerTier, ...] = tuple(fell_back if i in doubted else "reduced" for i in range(len(scores)))
+        uses_server = job.bytes_down > 0
+        receipt = Receipt(
+            self._model,
+            manifest.version,
+            tiers,
+            job.margins,
+            threshold=None if manifest.sends_everything else manifest.threshold,
+            alpha=manifest.alpha if is_planned else None,
+            delta=manifest.delta if is_planned else None,
+            cut=manifest.cut,
+            weight_bits=manifest.plan.weight_bits,
+            activation_bits=manifest.plan.activation_bits,
+            engines=(*((engine,) if engine else ()), *((FULL_ENGINE,) if uses_server else ())),
+            bytes_up=job.bytes_up,
+            bytes_down=job.bytes_down,
+            seconds={
+                "device": job.device_s,
+                "transfer": job.transfer_s,
+                "server": job.server_s,
+                "total": time.perf_counter() - job.asked_at,
+            },
+        )
+        _settle(job.future.set_result, Answer(scores, receipt))
+
+
+def _margins(scores: np.ndarray, manifest: Manifest) -> tuple[float, ...]:
+    return tuple(margins(scores, manifest.scale).tolist())
+
+
+def _continues(content: bytearray, chunk: Offer | Result, most: int) -> bool:
+    """Take a chunk in; whether it was the last. RemoteProtocolError where it does not continue what has come."""
+    if chunk.offset != len(content) or chunk.total > most:
+        raise RemoteProtocolError(f"a chunk at {chunk.offset} of {chunk.total} bytes, of which {len(content)} have come")
+    content += chunk.payload
+    return len(content) == chunk.total
+
+
+def _error_of(kind: str, reason: str) -> GossipflError:
+    """Whose fault it was."""
+    if kind == Failure.PLAN:
+        return PlanError(reason)
+    return ConfigError(reason) if kind in (Failure.INPUT, Failure.VERSION, Failure.MODEL) else RunError(reason)
+
+
+def _fail(job: _Job, error: GossipflError) -> None:
+    _settle(job.future.set_exception, error)
+
+
+def _settle(settle: Callable[[Any], None], value: object) -> None:
+    """Unless it has been given up by who asked, or by closing."""
+    try:
+        settle(value)
+    except Exception:
+        logger.debug("a question that nobody waits for is answered")

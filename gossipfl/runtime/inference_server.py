@@ -1,0 +1,360 @@
+"""Serves models to edge devices: plans, the pieces of the model that a plan puts on the device, and the layers after the cut.
+
+    server = InferenceServer({"digits": chain})
+    server.publish("digits", 1, chain.vector(), catalogue, calibrator.certify)
+    print(server.address)                                  # where devices find it
+    server.publish("digits", 2, newer, newer_catalogue)    # devices change over as they can; nobody mixes the two
+
+Messages move on one thread, stages run on a second, and a third makes plans and pieces, so that a new version does not hold up
+the answers of the one in use. Devices call a model by its name, or by `name@anything`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotInTime
+from typing import Any
+
+import numpy as np
+
+from gossipfl.errors import CodecError, ConfigError, GossipflError, RemoteProtocolError, RunError
+from gossipfl.inference.execution.activations import decode_live, num_bytes
+from gossipfl.inference.planning.answering import (
+    Action,
+    Answerer,
+    Caller,
+    Discard,
+    Done,
+    Drain,
+    Event,
+    Finish,
+    Heard,
+    Keep,
+    MakePlan,
+    Published,
+    Reply,
+    Retire,
+    RunStage,
+    Serve,
+    ServerConfig,
+    Wake,
+)
+from gossipfl.inference.planning.cuts import Catalogue
+from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
+from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
+from gossipfl.protocol import wire
+from gossipfl.protocol.messages import Activation, Chunk, Data, Failed, Later, Offer, PlanRequest, Pull, Refuse, Result
+from gossipfl.runtime.message_loop import MessageLoop
+from gossipfl.runtime.served import Certifier, ServedVersion
+from gossipfl.runtime.stages import ModelChain, check_inputs, clipped, live_shapes
+from gossipfl.runtime.transport import Happening, Incoming, ZmqTransport
+from gossipfl.segments.codecs import all_finite
+
+logger = logging.getLogger(__name__)
+
+INFERENCE_RUN = 0
+"""Marks the messages of inference: servers and devices share no run of training."""
+MAX_SERVED = 256
+"""Pulls being answered at once on one connection, and pulls that wait to be; more are refused."""
+
+
+class InferenceServer:
+    """Serves `models`, once a version of each has been published. An `InferenceService` for callers in this process."""
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelChain],
+        bind: str = "tcp://127.0.0.1:0",
+        *,
+        advertise: str | None = None,
+        insecure: bool = False,
+        config: ServerConfig | None = None,
+    ) -> None:
+        for name in models:
+            if not name or "@" in name or len(name.encode()) > wire.MAX_NAME_BYTES - 8:
+                raise ConfigError(f"model {name!r}: name it with 1 to {wire.MAX_NAME_BYTES - 8} bytes and without '@'")
+        self._chains = dict(models)
+        self._machine = Answerer(config)
+        self._max_queued = self._machine.config.max_queued
+        self._transport = ZmqTransport(bind, run=INFERENCE_RUN, advertise=advertise, insecure=insecure)
+        self._loop = MessageLoop(self._transport, self, "gossipfl-inference-server")
+        self._compute = ThreadPoolExecutor(1, "gossipfl-stages")
+        self._library = ThreadPoolExecutor(1, "gossipfl-library")
+        self._served: dict[str, dict[int, ServedVersion]] = {name: {} for name in models}
+        self._kept: dict[tuple[Caller, int], list[Any]] = {}  # chunks of activations
+        self._num_pulls = 0
+        self._publishing = threading.Lock()
+        self._local = threading.Semaphore(self._max_queued)
+        self._finished = threading.Event()
+        self._error: BaseException | None = None
+        self._loop.start()
+
+    @property
+    def address(self) -> str:
+        return self._transport.address
+
+    # --- for people ---------------------------------------------------------------------------------------------------
+
+    def publish(
+        self,
+        model: str,
+        version: int,
+        vector: np.ndarray,
+        catalogue: Catalogue,
+        certificate: Certifier = lambda plan: None,
+    ) -> None:
+        """Serve `vector` (f32[P], copied) as the newest version; returns once it is. Questions under way keep theirs.
+
+        `certificate(plan)` is asked once for each plan that is offered. ConfigError for what does not fit the model or is
+        no newer than what is served.
+        """
+        self._check_running()
+        if model not in self._chains:
+            raise ConfigError(f"no model {model!r} here; there is {', '.join(self._chains)}")
+        with self._publishing:
+            newest = max(self._served[model], default=0)
+            if version <= newest:
+                raise ConfigError(f"version {version} of {model!r} is not newer than {newest}, which is served; count on")
+            served = ServedVersion(model, version, self._chains[model], vector, catalogue, certificate)
+            served.stage(0)
+            done: Future[None] = Future()
+            self._loop.post(lambda: self._publish(served, done))
+            _wait(done, 30.0, "the server did not take the version")
+
+    def models(self) -> tuple[ServedModel, ...]:
+        """Those of which a version has been published, the newest."""
+        found = []
+        for name, chain in self._chains.items():
+            versions = tuple(self._served[name])
+            if versions:
+                found.append(ServedModel(name, max(versions), chain.profile.input_shape, chain.profile.num_classes))
+        return tuple(found)
+
+    def infer(self, model: str, inputs: np.ndarray, budget: Budget | None = None, version: int | None = None) -> Answer:
+        """Scores of the full model for `inputs` (f32[B, *input_shape]). May be called from any thread."""
+        budget = budget or Budget()
+        self._check_running()
+        served = self._version(model, version)
+        inputs = check_inputs(inputs, self._chains[model].profile.input_shape)
+        began = time.perf_counter()
+        if not self._local.acquire(blocking=False):
+            raise RunError(f"{self._max_queued} questions wait already; ask again, or ask another server")
+        future = self._compute.submit(_timed, lambda: served.stage(0)((inputs,)))
+        future.add_done_callback(lambda _: self._local.release())
+        (scores,), seconds = _wait(future, budget.timeout_s, "the server is busy")
+        total = time.perf_counter() - began
+        receipt = Receipt(
+            model,
+            served.version,
+            tuple("full" for _ in inputs),
+            engines=(served.stage(0).engine,),
+            seconds={"device": 0.0, "transfer": 0.0, "server": seconds, "total": total},
+        )
+        return Answer(scores, receipt)
+
+    def close(self, drain_s: float = 5.0) -> None:
+        """Take nothing more, finish what has been taken within `drain_s`, and end. Closing twice is allowed."""
+        if self._loop.is_running:
+            self._loop.post(lambda: self._handle(Drain()))
+            self._finished.wait(drain_s)
+        self._loop.stop(flush_s=min(drain_s, 1.0))
+        self._compute.shutdown(wait=False, cancel_futures=True)
+        self._library.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> InferenceServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_running(self) -> None:
+        if self._error is not None:
+            raise RunError(f"the message thread stopped: {self._error}") from self._error
+        if not self._loop.is_running:
+            raise RunError("the server is closed; make another")
+
+    def _version(self, model: str, version: int | None) -> ServedVersion:
+        if model not in self._chains:
+            raise ConfigError(f"no model {model!r} here; there is {', '.join(self._chains)}")
+        versions = self._served[model].copy()
+        if not versions:
+            raise ConfigError(f"no version of {model!r} has been published yet")
+        wanted = max(versions) if version is None else version
+        if wanted not in versions:
+            raise ConfigError(f"no version {wanted} of {model!r} here; there is {', '.join(map(str, sorted(versions)))}")
+        return versions[wanted]
+
+    # --- the machine's shell, on the loop's thread --------------------------------------------------------------------
+
+    @property
+    def next_deadline(self) -> float | None:
+        return self._machine.next_deadline
+
+    def wake(self) -> None:
+        self._handle(Wake())
+
+    def crashed(self, error: BaseException) -> None:
+        self._error = error
+
+    def take(self, happening: Happening) -> None:
+        if not isinstance(happening, Incoming) or happening.origin is None:
+            return
+        caller = Caller(happening.origin, happening.sender, happening.recipient)
+        match happening.message:
+            case PlanRequest(request, payload):
+                self._handle(Heard(caller, PlanRequest(request, _ask(payload))))
+            case Activation() | Pull():
+                self._handle(Heard(caller, happening.message))
+
+    def _publish(self, served: ServedVersion, done: Future[None]) -> None:
+        profile = served.chain.profile
+        self._served[served.model][served.version] = served
+
+        def bytes_of(cut: int, bits: int, samples: int) -> int | None:
+            if not 0 <= cut < len(profile.layers) or not (0 < bits <= 16 or bits == 32):
+                return None
+            return num_bytes(live_shapes(profile, cut), samples, bits)
+
+        self._handle(Published(served.model, served.version, bytes_of))
+        done.set_result(None)
+
+    def _handle(self, event: Event) -> None:
+        for action in self._machine.handle(event, time.monotonic()):
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Reply(caller, message):
+                self._transport.send(caller.called, caller.name, message, caller.origin)
+            case Keep(caller, chunk):
+                self._kept.setdefault((caller, chunk.request), []).append(chunk.payload)
+            case Discard(caller, request):
+                self._kept.pop((caller, request), None)
+            case RunStage(caller, activation):
+                parts = self._kept.pop((caller, activation.request))
+                served = self._served[caller.model][activation.version]
+                if self._machine.num_running > 1:
+                    self._transport.send(caller.called, caller.name, Later(activation.request, 0), caller.origin)
+                self._submit(self._compute, caller, activation.request, lambda: _run_stage(served, activation, parts))
+            case MakePlan(caller, request, version, ask):
+                self._submit(self._library, caller, request, lambda: self._offer(caller, request, version, ask))
+            case Serve(caller, pull) if self._num_pulls < MAX_SERVED:
+                self._num_pulls += 1
+                self._library.submit(self._serve, caller, pull, self._served[caller.model][pull.version])
+            case Serve(caller, pull):
+                self._refuse(caller, pull)
+            case Retire(model, version):
+                self._served[model].pop(version, None)
+            case Finish():
+                self._finished.set()
+
+    def _submit(self, pool: ThreadPoolExecutor, caller: Caller, request: int, work: Callable[[], list[Chunk] | Failed]) -> None:
+        """Have `work` done, send what it returns, and tell the machine."""
+
+        def do() -> None:
+            try:
+                answer = work()
+            except Exception as error:  # whatever a model's kernels raise: the device hears of it
+                logger.exception("request %d of %s failed", request, caller.name)
+                answer = Failed(request, Failure.COMPUTE, clipped(f"{type(error).__name__}: {error}"))
+            self._loop.post(lambda: self._answered(caller, request, answer))
+
+        pool.submit(do)
+
+    def _answered(self, caller: Caller, request: int, answer: list[Chunk] | Failed) -> None:
+        if isinstance(answer, Failed):
+            self._transport.send(caller.called, caller.name, answer, caller.origin)
+        else:
+            self._transport.queue(caller.origin, caller.called, caller.name, answer)
+        self._handle(Done(caller, request))
+
+    def _offer(self, caller: Caller, request: int, version: int, ask: Ask) -> list[Chunk] | Failed:
+        served = self._served[caller.model].get(version)
+        if served is None:
+            return Failed(request, Failure.VERSION, f"version {version} has been retired; ask again")
+        try:
+            offer = served.offer(ask)
+        except ConfigError as error:
+            return Failed(request, Failure.PLAN, clipped(error))
+        return [Offer(request, offset, len(offer), payload=part) for offset, part in _parts(memoryview(offer))]
+
+    def _serve(self, caller: Caller, pull: Pull, served: ServedVersion) -> None:
+        try:
+            encoded = [served.piece(range_, pull.codec) for range_ in pull.ranges]
+        except (CodecError, ConfigError) as error:
+            logger.info("%s pulls what is not served: %s", caller.name, error)
+            self._loop.post(lambda: self._send_pulled(caller, pull, None))
+            return
+        answer: list[Data] = []
+        resumed = pull.offset
+        for range_, payload in zip(pull.ranges, encoded, strict=True):
+            for offset, part in _parts(payload, min(resumed, len(payload) - 1)):
+                answer.append(Data(pull.request, pull.version, pull.version, 0, range_, offset, len(payload), len(part), part))
+            resumed = 0
+        self._loop.post(lambda: self._send_pulled(caller, pull, answer))
+
+    def _send_pulled(self, caller: Caller, pull: Pull, answer: list[Data] | None) -> None:
+        self._num_pulls -= 1
+        if self._transport.bytes_queued(caller.origin, caller.name, pull.request):
+            return  # a repeat of what is on its way already
+        if answer is None or self._transport.num_queued(caller.origin) >= MAX_SERVED:
+            self._refuse(caller, pull)
+        else:
+            self._transport.queue(caller.origin, caller.called, caller.name, answer)
+
+    def _refuse(self, caller: Caller, pull: Pull) -> None:
+        refusal = Refuse(pull.request, pull.version, pull.version)
+        self._transport.send(caller.called, caller.name, refusal, caller.origin)
+
+
+def _ask(payload: wire.Buffer) -> Ask | None:
+    try:
+        return ask_from_json(bytes(payload))
+    except RemoteProtocolError as error:
+        logger.info("no plan request: %s", error)
+        return None
+
+
+def _run_stage(served: ServedVersion, activation: Activation, parts: list[Any]) -> list[Chunk] | Failed:
+    """The scores, or what was wrong with what came."""
+    payload = parts[0] if len(parts) == 1 else b"".join(parts)
+    shapes = live_shapes(served.chain.profile, activation.cut)
+    try:
+        live = decode_live(payload, shapes, activation.samples, activation.bits)
+    except CodecError as error:
+        return Failed(activation.request, Failure.INPUT, clipped(error))
+    (scores,), seconds = _timed(lambda: served.stage(activation.cut)(live))
+    if not all_finite(scores.reshape(-1)):
+        return Failed(activation.request, Failure.COMPUTE, "the scores are not finite")
+    encoded = memoryview(np.ascontiguousarray(scores, np.float32).tobytes())
+    return [
+        Result(activation.request, served.version, seconds, offset, len(encoded), payload=part)
+        for offset, part in _parts(encoded)
+    ]
+
+
+def _parts(payload: memoryview, start: int = 0) -> list[tuple[int, memoryview]]:
+    """What goes in one message each, with its offset."""
+    ends = range(start, len(payload), wire.MAX_PAYLOAD_BYTES)
+    return [(offset, payload[offset : offset + wire.MAX_PAYLOAD_BYTES]) for offset in ends]
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    return work(), time.perf_counter() - began
+
+
+def _wait(future: Future[Any], timeout_s: float, what: str) -> Any:
+    try:
+        return future.result(timeout_s)
+    except NotInTime as error:
+        future.cancel()
+        raise RunError(f"{what}: no answer within {timeout_s:g} s; allow more time, or ask less at once") from error
+    except (GossipflError, ValueError):
+        raise
+    except Exception as error:
+        raise RunError(f"computing went wrong: {type(error).__name__}: {error}") from error

@@ -1,0 +1,148 @@
+"""One version of a model as a server holds it: its stages, its pieces, and the offers made of them."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from gossipfl.errors import CodecError, ConfigError, LayoutError
+from gossipfl.inference.planning.cuts import Catalogue, choose_plan
+from gossipfl.inference.planning.margins import Certificate
+from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, to_json
+from gossipfl.inference.planning.profile import Plan, Range
+from gossipfl.runtime.content_cache import digest_of
+from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
+from gossipfl.segments.codecs import all_finite, codec
+from gossipfl.segments.planes import MAX_PLANES, Planes, PlaneSet
+
+SERVED_CODECS = ("float32", "float16", "planes")
+CACHE_BYTES = 64 * 1024 * 1024
+"""Of encoded ranges that are no layer's, by version."""
+Certifier = Callable[[Plan], Certificate | None]
+
+
+@dataclass
+class ServedVersion:
+    """`stage` may be called by the thread that computes, all else by one other thread."""
+
+    model: str
+    version: int
+    chain: ModelChain
+    vector: np.ndarray
+    catalogue: Catalogue
+    certificate: Certifier
+    samples: np.ndarray | None = None
+    _stages: dict[int, RunnableStage] = field(default_factory=dict)
+    _planes: dict[Range, PlaneSet] = field(default_factory=dict)
+    _digests: dict[tuple[Range, str], str] = field(default_factory=dict)
+    _encoded: OrderedDict[tuple[Range, str], memoryview] = field(default_factory=OrderedDict)
+    _offers: dict[tuple[int, tuple[int, ...], int], tuple[Certificate | None, tuple[LayerOffer, ...]]] = field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        size, profile = self.chain.layout.size, self.chain.profile
+        if self.vector.shape != (size,) or self.vector.dtype != np.float32:
+            found = f"{self.vector.dtype}{self.vector.shape}"
+            raise LayoutError(f"version {self.version} of {self.model!r} is {found}; its chain has float32 ({size},)")
+        if not all_finite(self.vector):
+            raise ConfigError(f"version {self.version} of {self.model!r} holds NaN or infinite weights; publish another")
+        if self.catalogue.version != self.version or self.catalogue.profile != profile:
+            what = f"version {self.catalogue.version}" if self.catalogue.version != self.version else "another model"
+            raise ConfigError(f"the catalogue is of {what}, not of version {self.version} of {self.model!r}; calibrate that")
+        if FULL_ENGINE in self.catalogue.server_s:  # the server runs the full model, and nothing faster in its place
+            self.catalogue = replace(self.catalogue, server_s={FULL_ENGINE: self.catalogue.server_s[FULL_ENGINE]})
+        self.vector = self.vector.copy()
+        self.vector.flags.writeable = False
+        self._layers = {layer.weight: layer.group for layer in profile.layers}
+
+    def stage(self, cut: int) -> RunnableStage:
+        """The layers after the cut, with all their bits."""
+        if cut not in self._stages:
+            self._stages[cut] = RunnableStage(self.chain, cut, len(self.chain.profile.layers), self.vector, FULL_ENGINE)
+        return self._stages[cut]
+
+    # --- pieces -------------------------------------------------------------------------------------------------------
+
+    def piece(self, range_: Range, name: str) -> memoryview:
+        """The range as the codec sends it; CodecError or ConfigError for what is not served.
+
+        All planes of a layer are made once; those that are asked for are cut from them.
+        """
+        if name.partition(":")[0] not in SERVED_CODECS or len(name) > 32:
+            raise CodecError(f"codec {name!r} is not served; pull one of {', '.join(SERVED_CODECS)}")
+        if range_[1] > self.vector.size:
+            raise CodecError(f"range {range_} of a vector of {self.vector.size} values")
+        if name.startswith("planes"):
+            planes = Planes.of(name)
+            if range_ in self._layers and planes.group == self._layers[range_]:
+                return self._planes_of(range_).piece(planes.start, planes.stop)
+        values = self.vector[slice(*range_)]
+        if name == BIASES:
+            return codec(BIASES).encode(values)
+        key = range_, name
+        if key not in self._encoded:
+            self._encoded[key] = codec(name).encode(values)
+            while sum(map(len, self._encoded.values())) > CACHE_BYTES and len(self._encoded) > 1:
+                self._encoded.popitem(last=False)
+        self._encoded.move_to_end(key)
+        return self._encoded[key]
+
+    def _planes_of(self, range_: Range) -> PlaneSet:
+        if range_ not in self._planes:
+            all_ = Planes(0, MAX_PLANES, self._layers[range_])
+            planes = PlaneSet(range_[1] - range_[0], all_.group)
+            planes.add(all_.name, all_.encode(self.vector[slice(*range_)]))
+            self._planes[range_] = planes
+        return self._planes[range_]
+
+    def _digest(self, range_: Range, name: str) -> str:
+        key = range_, name
+        if key not in self._digests:
+            self._digests[key] = digest_of(Piece("", range_, name), self.piece(range_, name))
+        return self._digests[key]
+
+    # --- offers -------------------------------------------------------------------------------------------------------
+
+    def offer(self, ask: Ask) -> bytes:
+        """What a device is offered, as JSON; PlanError or ConfigError where nothing keeps within what it allows."""
+        loss = min(self.catalogue.levels) if ask.max_accuracy_loss is None else ask.max_accuracy_loss
+        plan, _ = choose_plan(self.catalogue, ask.device, loss)
+        key = plan.cut, plan.weight_bits, plan.activation_bits
+        if key not in self._offers:
+            if plan.cut < len(self.chain.profile.layers):
+                self.stage(plan.cut)  # now, rather than when the first activation comes
+            self._offers[key] = self.certificate(plan), tuple(self._layer_offers(plan))
+        certificate, layers = self._offers[key]
+        manifest = Manifest(self.model, self.version, self.chain.layout.digest, plan, layers)
+        if certificate is not None:
+            self._check_certificate(certificate, plan)
+            manifest = replace(
+                manifest,
+                threshold=certificate.threshold,
+                scale=certificate.basis.scale,
+                alpha=certificate.alpha,
+                delta=certificate.delta,
+            )
+        return to_json(manifest)
+
+    def _layer_offers(self, plan: Plan) -> list[LayerOffer]:
+        offers = []
+        for layer, bits in zip(self.chain.profile.layers, plan.weight_bits, strict=False):
+            digests = tuple(self._digest(layer.weight, Planes(k, k + 1, layer.group).name) for k in range(bits))
+            bias = None if layer.bias is None else self._digest(layer.bias, BIASES)
+            offers.append(LayerOffer(Planes(0, bits, layer.group).name, digests, bias))
+        return offers
+
+    def _check_certificate(self, certificate: Certificate, plan: Plan) -> None:
+        basis = certificate.basis
+        certified = basis.version, basis.cut, basis.weight_bits, basis.activation_bits
+        planned = self.version, plan.cut, plan.weight_bits, plan.activation_bits
+        if certified != planned or math.isnan(certificate.threshold):
+            raise ConfigError(
+                f"the certificate is of (version, cut, bits) {certified}, the plan of {planned}; certify the plan"
+            )

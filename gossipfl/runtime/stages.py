@@ -1,0 +1,86 @@
+"""Stages that are ready to run on arrays, and the checks of what people ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import fx
+
+from gossipfl.errors import ConfigError
+from gossipfl.inference.execution.engines import Compiled, compile_stage
+from gossipfl.inference.planning.profile import ModelProfile, Shape
+from gossipfl.protocol.wire import MAX_REASON_BYTES, MAX_TENSOR_BYTES
+from gossipfl.segments.codecs import all_finite
+from gossipfl.segments.layout import Layout
+
+Arrays = Sequence[np.ndarray]
+FULL_ENGINE = "fp32"
+"""Of the full model, which the others are measured by."""
+
+
+class ModelChain(Protocol):
+    """A model that can be cut between its layers (`inference.execution.chain.Chain`)."""
+
+    profile: ModelProfile
+    layout: Layout
+
+    def stage(self, start: int, stop: int, vector: np.ndarray | None = None) -> fx.GraphModule: ...
+
+
+class RunnableStage:
+    """Layers `[start, stop)` with the weights of `vector`, compiled for `engine` with the help of calibration `samples`.
+
+    `samples` are inputs of the model, f32[n, *input_shape]; without them only "fp32" can be compiled.
+    """
+
+    def __init__(
+        self, chain: ModelChain, start: int, stop: int, vector: np.ndarray, engine: str, samples: np.ndarray | None = None
+    ) -> None:
+        if samples is None:
+            engine = FULL_ENGINE
+            live = tuple(torch.zeros(1, *shape) for shape in live_shapes(chain.profile, start))
+        else:
+            live = (torch.from_numpy(np.ascontiguousarray(samples, np.float32)),)
+            if start:
+                with torch.inference_mode():
+                    live = chain.stage(0, start, vector)(*live)
+        self._compiled: Compiled = compile_stage(chain.stage(start, stop, vector), live, engine)
+        self.engine = engine
+
+    def __call__(self, live: Arrays) -> tuple[np.ndarray, ...]:
+        """The live tensors (f32[B, ...]) of the cut after it, from those of the cut before it."""
+        with torch.inference_mode():
+            return tuple(tensor.numpy() for tensor in self._compiled(*map(_tensor, live)))
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """Over the same memory, if that may be written to: torch warns of what may not."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def live_shapes(profile: ModelProfile, cut: int) -> tuple[Shape, ...]:
+    """Of the tensors that go over the cut, per sample."""
+    return profile.layers[cut - 1].live if cut else (profile.input_shape,)
+
+
+def check_inputs(inputs: np.ndarray, input_shape: Shape) -> np.ndarray:
+    """`inputs` as contiguous f32[B, *input_shape]; ConfigError for any others."""
+    if not isinstance(inputs, np.ndarray) or inputs.dtype != np.float32:
+        kind = inputs.dtype if isinstance(inputs, np.ndarray) else type(inputs).__name__
+        raise ConfigError(f"inputs are {kind}, the model takes float32; convert them with numpy.asarray(x, numpy.float32)")
+    if inputs.ndim != len(input_shape) + 1 or inputs.shape[1:] != tuple(input_shape) or not len(inputs):
+        expected = f"[B, {', '.join(map(str, input_shape))}]"
+        raise ConfigError(f"inputs of shape {list(inputs.shape)}, the model takes {expected} with one sample at least")
+    if inputs.nbytes > MAX_TENSOR_BYTES:
+        raise ConfigError(f"inputs of {inputs.nbytes:,} bytes, at most {MAX_TENSOR_BYTES:,} go at once; ask in smaller batches")
+    if not all_finite(inputs.reshape(-1)):
+        raise ConfigError("inputs hold NaN or infinite values; remove them")
+    return np.ascontiguousarray(inputs)
+
+
+def clipped(reason: object) -> str:
+    """As much of an explanation as goes over the wire."""
+    return str(reason).encode("utf-8", "replace")[:MAX_REASON_BYTES].decode("utf-8", "ignore") or "no reason given"
