@@ -234,25 +234,35 @@ def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -
 @click.option("--full", is_flag=True, help="The paper's size, which may take hours, instead of a quarter of an hour.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the records (default: runs/reproduce-<name>).")
 @click.option("--jobs", type=click.IntRange(1), help="Arms that run at once (default: one per core).")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="data",
+    show_default=True,
+    help="Folder with the data sets that do not come with gossipfl: mnist/, cifar10.tar, ...",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
 @_errors_are_messages
-def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, as_json: bool) -> None:
+def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: Path, as_json: bool) -> None:
     """Run a published comparison again: what was published and what is measured, side by side.
 
-    NAME is combo, bacombo, epidemic or mosaic.
+    NAME is combo, bacombo, epidemic, mosaic or ari.
 
     \b
     gossipfl reproduce combo
     gossipfl reproduce mosaic --jobs 4 --json
+    gossipfl reproduce ari --data ~/data                     also on what lies there: mnist/, fashion-mnist/, cifar10*
     """
     from gossipfl.scenario.display import ArmsProgress, print_tables
-    from gossipfl.scenario.reproduce import REPRODUCTIONS, run_arms
+    from gossipfl.scenario.reproduce import REPRODUCTIONS, find_data, run_arms
 
     reproduction = REPRODUCTIONS.get(name)()
-    arms = reproduction.arms(full)
+    arms, missing = find_data(reproduction.arms(full), data)
+    if missing:
+        click.echo(f"left out, for want of them in {data}/: {', '.join(missing)}", err=True)
     folder = out or Path("runs") / f"reproduce-{name}"
     with ArmsProgress(Console(stderr=True), len(arms)) as progress:
-        outcomes = run_arms(arms, folder, jobs, progress.done)
+        outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run)
     tables = reproduction.tables(outcomes, full)
     if as_json:
         click.echo(json.dumps([asdict(table) for table in tables]))

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 
+from gossipfl.errors import DataError
 from gossipfl.learning.models import build_model
 from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.reproduce import REPRODUCTIONS, Outcome, Table, bacombo, epidemic, mosaic
 from gossipfl.scenario.reproduce.bacombo import PARAMETERS
+from gossipfl.scenario.reproduce.figures import find_data, run_arms, run_scenario
 from gossipfl.scenario.runner import run
 
 AHEAD = "ahead, below the published best"
-ARMS = [(name, full) for name in REPRODUCTIONS for full in (False, True)]
+SCENARIOS = [name for name in REPRODUCTIONS if REPRODUCTIONS.get(name)().run is run_scenario]
+ARMS = [(name, full) for name in SCENARIOS for full in (False, True)]
 
 
 def outcome(mean=0.9, average=0.9, seconds=None, rounds=None, sync_s=1.0) -> Outcome:
@@ -99,6 +102,35 @@ def test_bandwidth_aware_rounds_are_shorter_than_uniform_ones_where_all_train_as
         arm = {**copy.deepcopy(arms[name]), "peers": 16, "rounds": 12, "stop": {}, "compute": {}, "evaluate_every": 0}
         seconds[name] = run(arm, clock="virtual", out=tmp_path / name).summary["seconds"]["virtual"]["wait"]
     assert seconds["bacombo-0.2"] < seconds["combo"] < seconds["plain"]
+
+
+def told(name: str, arm: dict[str, Any], folder) -> str:
+    return f"{name} of {arm['data'].get('path', 'nothing')} in {folder.name}"
+
+
+def test_an_arm_may_be_run_by_a_function_of_the_reproduction(tmp_path):
+    arms = {"second": {"data": {"kind": "digits"}}, "first": {"data": {"kind": "idx", "path": "x"}}}
+    seen: list[str] = []
+    outcomes = run_arms(arms, tmp_path / "here", 1, lambda name, outcome: seen.append(outcome), told)
+    assert sorted(seen) == sorted(outcomes.values())
+    assert list(outcomes.items()) == [("second", "second of nothing in here"), ("first", "first of x in here")]
+
+
+def test_data_sets_are_found_by_name_and_arms_without_theirs_are_left_out(tmp_path):
+    for name in ("mnist", "cifar10-jpg.tar.xz", "cifar100.tar"):
+        (tmp_path / name).touch()
+    arms = {
+        "a": {"data": {"kind": "digits"}},
+        "b": {"data": {"kind": "idx", "path": "mnist"}},
+        "c": {"data": {"kind": "cifar10"}},
+        "d": {"data": {"kind": "idx", "path": "fashion-mnist"}},
+    }
+    found, missing = find_data(arms, tmp_path)
+    assert missing == ["fashion-mnist"] and list(found) == ["a", "b", "c"]
+    assert found["a"] == arms["a"] and found["b"]["data"] == {"kind": "idx", "path": str(tmp_path / "mnist")}
+    assert found["c"]["data"]["path"] == str(tmp_path / "cifar10-jpg.tar.xz")
+    with pytest.raises(DataError, match="--data"):
+        find_data({"d": arms["d"]}, tmp_path)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from gossipfl.scenario.records import Event
 from gossipfl.scenario.results import Observer, RunResult
 
 if TYPE_CHECKING:
-    from gossipfl.scenario.reproduce.figures import Outcome
     from gossipfl.scenario.reproduce.figures import Table as Comparison
 
 MAX_ROWS = 32
@@ -161,14 +160,11 @@ class ArmsProgress:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def done(self, name: str, outcome: Outcome) -> None:
+    def done(self, name: str, outcome: object) -> None:
         self._num_done += 1
         self._progress.update(self._progress.task_ids[0], completed=self._num_done, description=name)
         if not self._console.is_terminal:
-            accuracy, seconds = outcome.summary["accuracy"]["mean"], outcome.summary["seconds"]["wall"]
-            self._console.print(
-                f"{self._num_done:3d}/{self._num_arms}  {name}: accuracy {accuracy:.3f}, took {seconds:.0f} s", highlight=False
-            )
+            self._console.print(f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}", highlight=False)
 
 
 def print_tables(console: Console, tables: Sequence[Comparison]) -> None:

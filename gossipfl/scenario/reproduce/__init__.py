@@ -2,14 +2,15 @@
 
     gossipfl reproduce combo
 
-Each reproduction lists its arms, scenarios for the virtual clock, and makes tables of what they came to; nothing in it is
-fitted to what was published. To add one, register it in `REPRODUCTIONS` from a file in this folder and import it here.
+Each reproduction lists its arms and makes tables of what they came to; nothing in it is fitted to what was published. Arms are
+scenarios for the virtual clock, or whatever else the reproduction has a function to run with (see `Reproduction.run`). To add
+one, register it in `REPRODUCTIONS` from a file in this folder and import it here.
 """
 
 from gossipfl.scenario.reproduce.bacombo import bacombo
 from gossipfl.scenario.reproduce.combo import combo
 from gossipfl.scenario.reproduce.epidemic import epidemic
-from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Outcome, Reproduction, Row, Table, run_arms
+from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Outcome, Reproduction, Row, Table, find_data, run_arms
 from gossipfl.scenario.reproduce.mosaic import mosaic
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "bacombo",
     "combo",
     "epidemic",
+    "find_data",
     "mosaic",
     "run_arms",
 ]

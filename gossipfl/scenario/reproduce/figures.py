@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 from collections.abc import Callable, Mapping
 from concurrent.futures import as_completed
@@ -11,12 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gossipfl.errors import DataError
 from gossipfl.registry import Registry
 from gossipfl.scenario.pool import processes
 from gossipfl.scenario.runner import run
 
-Arms = dict[str, dict[str, Any]]
-"""Scenarios by name."""
+Arm = dict[str, Any]
+"""The settings of one run, plain values. Where it has a table `data`, its `path` is the data set's name (see `find_data`)."""
+Arms = dict[str, Arm]
+WITHOUT_FILES = ("digits", "synthetic")
+"""Kinds of data that need none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,9 @@ class Outcome:
     """Payload that a peer received, on average."""
     sync_s: float
     """Median over peers and rounds of the time between the end of training and the end of merging."""
+
+    def __str__(self) -> str:
+        return f"accuracy {self.summary['accuracy']['mean']:.3f}, took {self.summary['seconds']['wall']:.0f} s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,35 +72,70 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
+def run_scenario(name: str, scenario: Arm, folder: Path) -> Outcome:
+    """An arm that is a scenario, under virtual time; its record is `folder / name`."""
+    result = run(scenario | {"name": name}, clock="virtual", out=folder / name, force=True)
+    return outcome_of(result.folder, result.summary, scenario.get("stop", {}).get("target_accuracy"))
+
+
 @dataclass(frozen=True, slots=True)
 class Reproduction:
-    """`arms(full)` and `tables(outcomes, full)`; `full` is the paper's size, else it ends within a quarter of an hour."""
+    """`arms(full)` and `tables(outcomes, full)`; `full` is the paper's size, else it ends within a quarter of an hour.
+
+    `run(name, arm, folder)` carries out one arm in a process of its own and returns its outcome, the tables' material: anything
+    that is plain data and says in a line (`str`) what it came to. By default an arm is a scenario; a reproduction that trains
+    and measures by itself gives a function of its own, of a module (it is named across processes).
+    """
 
     arms: Callable[[bool], Arms]
-    tables: Callable[[Mapping[str, Outcome], bool], list[Table]]
+    tables: Callable[[Mapping[str, Any], bool], list[Table]]
+    run: Callable[[str, Arm, Path], Any] = run_scenario
 
 
 REPRODUCTIONS: Registry[Callable[[], Reproduction]] = Registry("reproduction")
 
 
 def run_arms(
-    arms: Arms, folder: Path, jobs: int | None = None, on_done: Callable[[str, Outcome], None] = lambda name, outcome: None
-) -> dict[str, Outcome]:
-    """Run all arms under virtual time, several at once, each in a process of its own; records are kept under `folder`."""
-    outcomes: dict[str, Outcome] = {}
+    arms: Arms,
+    folder: Path,
+    jobs: int | None = None,
+    on_done: Callable[[str, Any], None] = lambda name, outcome: None,
+    run: Callable[[str, Arm, Path], Any] = run_scenario,
+) -> dict[str, Any]:
+    """Run all arms, several at once, each in a process of its own; records are kept under `folder`. Outcomes by name."""
+    outcomes: dict[str, Any] = {}
     workers = min(jobs or len(os.sched_getaffinity(0)), len(arms))
     with processes(workers) as pool:
-        largest_first = sorted(arms, key=lambda name: -arms[name]["peers"])
-        names = {pool.submit(_run_arm, name, arms[name], folder): name for name in largest_first}
+        largest_first = sorted(arms, key=lambda name: -arms[name].get("peers", 0))
+        names = {pool.submit(run, name, arms[name], folder): name for name in largest_first}
         for done in as_completed(names):
             outcomes[names[done]] = done.result()
             on_done(names[done], done.result())
-    return outcomes
+    return {name: outcomes[name] for name in arms}
 
 
-def _run_arm(name: str, scenario: dict[str, Any], folder: Path) -> Outcome:
-    result = run(scenario | {"name": name}, clock="virtual", out=folder / name, force=True)
-    return outcome_of(result.folder, result.summary, scenario.get("stop", {}).get("target_accuracy"))
+def find_data(arms: Arms, folder: Path) -> tuple[Arms, list[str]]:
+    """The arms whose data sets lie in `folder`, with paths to them, and the names of those data sets that do not.
+
+    A data set is the file or folder that has its name, or its name and an ending: `cifar10`, `cifar10-jpg.tar.xz`. DataError
+    where there is none for any arm.
+    """
+    found: Arms = {}
+    missing = set()
+    for name, arm in arms.items():
+        data = arm.get("data", {"kind": WITHOUT_FILES[0]})
+        if data["kind"] in WITHOUT_FILES:
+            found[name] = arm
+            continue
+        wanted = data.get("path", data["kind"])
+        paths = [path for path in sorted(folder.glob(f"{wanted}*")) if re.fullmatch(r"([-_.].*)?", path.name[len(wanted) :])]
+        if paths:
+            found[name] = arm | {"data": data | {"path": str(paths[0].resolve())}}
+        else:
+            missing.add(wanted)
+    if not found:
+        raise DataError(f"{str(folder)!r} holds no {' nor '.join(sorted(missing))}; name the folder that does with --data")
+    return found, sorted(missing)
 
 
 def outcome_of(folder: Path, summary: dict[str, Any], target: float | None) -> Outcome:
