@@ -173,6 +173,11 @@ def value(server: HttpServer, name: str, **labels: str) -> float:
     return next((sample.value for sample in found if sample.labels == labels), 0.0)
 
 
+def of_code(server: HttpServer, code: str) -> list[float]:
+    labels = {"model": "digits", "version": "3", "code": code}
+    return [value(server, "gossipfl_infer_total", **labels, tier=tier) for tier in ("", "reduced", "full", "unverified")]
+
+
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
@@ -465,6 +470,10 @@ def test_there_is_an_answer_in_time_even_where_the_service_has_none(service, ser
     service.gate.clear()
     reply = ask(server, "POST", INFER, query(DIGITS[:1], parameters={"timeout_s": 0.05}))
     assert (reply.status, reply.error) == (503, "no answer within 0.05 s")
+    service.gate.set()
+    assert ask(server, "POST", INFER, query(DIGITS[:1])).status == 200
+    told = {code: sum(of_code(server, code)) for code in ("200", "503")}
+    assert told == {"200": 1, "503": 1}, "what came too late does not count as an answer"
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -747,6 +756,10 @@ def test_an_address_that_is_taken_or_none_is_told(service, server):
         serve_http(service, "127.0.0.1", server.port)
     with pytest.raises(ConfigError, match="99999"):
         serve_http(service, "127.0.0.1", 99999)
+
+
+def test_no_answer_waits_until_the_client_has_acknowledged_its_head(server):
+    assert server._listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_signals_are_as_before_when_the_command_cannot_start(service, server):

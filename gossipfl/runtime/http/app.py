@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from gossipfl._version import __version__
 from gossipfl.errors import ConfigError, PlanError, RunError
-from gossipfl.inference.planning.receipts import InferenceService, ServedModel
+from gossipfl.inference.planning.receipts import InferenceService, Receipt, ServedModel
 from gossipfl.runtime.http.metrics import Metrics
 from gossipfl.runtime.http.protocol import Limits, Query, decode_query, describe, encode_answer
 
@@ -162,13 +162,14 @@ class App:
         query = await self._in_pool(decode_query, body, header_bytes, shape, longest_s)
         try:
             async with asyncio.timeout_at(began + query.budget.timeout_s):
-                content, header_bytes = await self._in_pool(self._compute, query, found[-1].name, version, began)
+                receipt, content, header_bytes = await self._in_pool(self._compute, query, found[-1].name, version, began)
         except TimeoutError:
             raise RunError(f"no answer within {query.budget.timeout_s:g} s") from None
         except ConfigError as error:
             if _is_listed(version, found) or isinstance(error, PlanError):
                 raise
             raise HTTPException(404, str(error)) from error
+        self._metrics.answered(receipt, time.monotonic() - began)
         if header_bytes is None:
             return Response(content, media_type="application/json")
         return Response(content, headers={HEADER_BYTES: str(header_bytes)}, media_type="application/octet-stream")
@@ -194,12 +195,10 @@ class App:
         """In a thread of the pool. One that is still waiting for its thread when time is up never runs."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
 
-    def _compute(self, query: Query, model: str, version: int | None, began: float) -> tuple[bytes, int | None]:
+    def _compute(self, query: Query, model: str, version: int | None, began: float) -> tuple[Receipt, bytes, int | None]:
         left_s = max(began + query.budget.timeout_s - time.monotonic(), 0.0)
         answer = self._service.infer(model, query.inputs, replace(query.budget, timeout_s=left_s), version)
-        response = encode_answer(query, answer)
-        self._metrics.answered(answer.receipt, time.monotonic() - began)
-        return response
+        return answer.receipt, *encode_answer(query, answer)
 
     def _failure(self, error: Exception) -> HTTPException:
         match error:
