@@ -65,7 +65,7 @@ def mean(rows: Rows, weights: Weights, out: np.ndarray | None = None) -> np.ndar
     """
     out = _new_like(rows[0]) if out is None else out
     per_value = _are_per_value(weights)
-    shares: Weights = weights if per_value else _shares(weights)
+    shares: Weights = weights if per_value else shares_of(weights)
     sum_buffer, term_buffer = np.empty((2, min(out.size, _RUN)), np.float32)
     for run in _runs(out.size):
         own = rows[0][run]
@@ -167,7 +167,7 @@ def _are_per_value(weights: Weights) -> bool:
     return any(isinstance(weight, np.ndarray) and weight.ndim for weight in weights)
 
 
-def _shares(weights: Weights) -> Sequence[np.float32]:
+def shares_of(weights: Weights) -> Sequence[np.float32]:
     """Weights (one number per row) that add up to 1."""
     total = math.fsum(float(weight) for weight in weights)
     return [np.float32(float(weight) / total) for weight in weights]

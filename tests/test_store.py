@@ -20,7 +20,7 @@ from gossipfl.segments.assembly import Assembler
 from gossipfl.segments.buffers import Pieces, VectorPool
 from gossipfl.segments.codecs import Decoded, SparseCodec, codec
 from gossipfl.segments.layout import Layout
-from gossipfl.segments.mixing import mix
+from gossipfl.segments.mixing import SegmentMix, mix, mix_segments
 from gossipfl.segments.quantization import tensor
 from gossipfl.segments.store import SegmentStore
 
@@ -660,3 +660,25 @@ def test_the_order_of_the_copies_shows_in_the_last_bits_at_most(rows, are_sparse
     k = len(rows)
     bound = k * (k + 4) * 2 * float(np.abs(rows).max()) * 2.0**-24 + (k + 10) * 2.0**-150
     assert np.abs(first - second).max() <= 2 * bound
+
+
+@pytest.mark.parametrize("rule", ["mean", "median"])
+@pytest.mark.parametrize("numbers", [(2, 2, 2), (2, 0, 3), (1, 2)], ids=str)
+@pytest.mark.parametrize("weights", [(7.0, 7.0, 7.0), (3.0, 1.0, 5.5)], ids=str)
+def test_segments_mixed_together_come_to_the_same_bits(rule, numbers, weights):
+    ranges = [(0, 3), (3, 10), (10, 11)]
+    own = normal(11)
+    own[:2] = 0.0, -0.0
+    mixes = [
+        SegmentMix(
+            (start, stop),
+            weights[0],
+            [(Decoded(normal(stop - start, seed), None), weights[seed % 3]) for seed in range(1, number + 1)],
+        )
+        for (start, stop), number in zip(ranges, numbers, strict=False)
+    ]
+    one_by_one, together = np.zeros(11, np.float32), np.zeros(11, np.float32)
+    for (start, stop), weight, copies in mixes:
+        mix(AGGREGATORS.get(rule), own[start:stop], weight, copies, out=one_by_one[start:stop])
+    mix_segments(AGGREGATORS.get(rule), own, mixes, out=together)
+    assert one_by_one.tobytes() == together.tobytes()

@@ -25,7 +25,6 @@ from gossipfl.overlay.churn import Change
 from gossipfl.overlay.links import Links
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
-    Contribution,
     Data,
     Event,
     Fault,
@@ -55,15 +54,15 @@ from gossipfl.randomness import generator
 from gossipfl.segments.buffers import VectorPool
 from gossipfl.segments.codecs import Codec, Decoded
 from gossipfl.segments.layout import Range
-from gossipfl.segments.mixing import mix
+from gossipfl.segments.mixing import SegmentMix, mix_segments
 from gossipfl.segments.store import SegmentStore
 from gossipfl.simulation.clock import VirtualClock
 from gossipfl.simulation.network import Network
 
 RUN = 1
 """The number of a simulated run in its headers: there are no other runs to be told apart from."""
-MAPPED_BYTES = 2**20
-"""From this size on a vector has a mapping of its own."""
+LARGE = 2**18
+"""Parameters from which on a vector (1 MiB) has a mapping of its own and is mixed as its segments come in."""
 
 
 class ProtocolMachine(Protocol):
@@ -101,6 +100,8 @@ class SimulatedPeer:
     own: np.ndarray
     """The newest trained vector; while `task` is set, the one that training starts from."""
     mixed: np.ndarray | None = None
+    merges: dict[int, Merge] = field(default_factory=dict)
+    """Of each segment, the merge that is due and not yet carried out."""
     task: int | None = None
     """The round that is being trained and not yet computed."""
     owns_start: bool = False
@@ -208,6 +209,7 @@ class Simulator:
 
     def vector(self, peer: SimulatedPeer) -> np.ndarray:
         """What the peer's merges have come to, or its trained vector where there are none (f32[P])."""
+        self._mix(peer)
         if peer.mixed is not None:
             return peer.mixed
         self._compute(peer)
@@ -228,6 +230,7 @@ class Simulator:
             peer.own, peer.mixed, peer.owns_start = self._initial, None, False
             peer.wake_at, peer.is_away = None, False
             peer.decoded.clear()
+            peer.merges.clear()
             self._num_active += 1
             self.num_alive += 1
         peer.is_there = True
@@ -300,8 +303,8 @@ class Simulator:
                 self._send(peer, to, message)
             case Serve(to, pull, version):
                 self._serve(peer, to, pull, version)
-            case Merge(round_, segment, contributions, own_weight):
-                self._merge(peer, segment, contributions, own_weight)
+            case Merge(round_, segment):
+                self._merge(peer, action)
                 return Merged(round_, segment)
             case Train(round_):
                 self._train(peer, round_)
@@ -402,6 +405,7 @@ class Simulator:
     # --- learning -----------------------------------------------------------------------------------------------------
 
     def _train(self, peer: SimulatedPeer, round_: int) -> None:
+        self._mix(peer)
         if peer.mixed is not None:
             self._compute(peer)
             peer.own, peer.mixed = peer.mixed, None
@@ -435,16 +439,28 @@ class Simulator:
 
     def _new_vector(self) -> np.ndarray:
         """f32[P] of arbitrary contents. Small ones come from the heap: a process may have 65,530 mappings."""
-        size = self._pool.size
-        return self._pool.take() if 4 * size >= MAPPED_BYTES else np.empty(size, np.float32)
+        return self._pool.take() if self._pool.size >= LARGE else np.empty(self._pool.size, np.float32)
 
-    def _merge(self, peer: SimulatedPeer, segment: int, contributions: tuple[Contribution, ...], own_weight: float) -> None:
+    def _merge(self, peer: SimulatedPeer, merge: Merge) -> None:
+        """At once where vectors are large, for the copies take memory; small ones are mixed together when all are in."""
         self._compute(peer)
+        peer.merges[merge.segment] = merge
+        if self._pool.size >= LARGE:
+            self._mix(peer)
+
+    def _mix(self, peer: SimulatedPeer) -> None:
+        """Carry out the merges that are due."""
+        if not peer.merges:
+            return
         if peer.mixed is None:
             peer.mixed, peer.owns_start = self._new_vector(), True
-        start, stop = peer.machine.config.segments[segment]
-        copies = [(contribution.payload, contribution.weight) for contribution in contributions]
-        mix(self._aggregate, peer.own[start:stop], own_weight, copies, out=peer.mixed[start:stop])
+        segments = peer.machine.config.segments
+        mixes = [
+            SegmentMix(segments[merge.segment], merge.own_weight, [(copy.payload, copy.weight) for copy in merge.contributions])
+            for _, merge in sorted(peer.merges.items())
+        ]
+        peer.merges.clear()
+        mix_segments(self._aggregate, peer.own, mixes, out=peer.mixed)
 
 
 @contextlib.contextmanager
