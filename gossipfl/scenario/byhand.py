@@ -28,7 +28,7 @@ from gossipfl.protocol.messages import Collect, PeerId, Record
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
-from gossipfl.scenario.launcher import about_statistics, emulation, fidelity, peer_settings
+from gossipfl.scenario.hosting import about_statistics, emulation, fidelity, peer_settings
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import RunFolder, RunRecord, check_free, final_models, remove_files, summarize
 from gossipfl.scenario.results import RunResult

@@ -12,11 +12,10 @@ import json
 import logging
 import math
 import os
-import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -28,22 +27,28 @@ import tomli_w
 
 from gossipfl import errors
 from gossipfl.errors import ConfigError, GossipflError, RunError
-from gossipfl.learning.datasets import Dataset, open_dataset, save_dataset
-from gossipfl.learning.partition import class_table
 from gossipfl.overlay.churn import Change
 from gossipfl.overlay.links import check_links
 from gossipfl.overlay.topology import degrees_of
 from gossipfl.runtime.addresses import check_loopback
-from gossipfl.runtime.namespaces import Namespaces, check_available
-from gossipfl.runtime.shaping import Emulation
+from gossipfl.runtime.namespaces import Namespaces
 from gossipfl.scenario.config import Scenario, check_names
+from gossipfl.scenario.hosting import (
+    about_statistics,
+    allow_file_descriptors,
+    check_namespaces,
+    emulation,
+    fidelity,
+    groups_of,
+    peer_settings,
+)
 from gossipfl.scenario.memory import check_memory
-from gossipfl.scenario.preparation import deal, prepare
+from gossipfl.scenario.preparation import deal_to_files
 from gossipfl.scenario.presence import Presence, check_churn
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, final_models, planned_event, remove_files, summarize
 from gossipfl.scenario.results import Observer, RunResult
 from gossipfl.scenario.temporary import temporary_folder
-from gossipfl.scenario.workers import Inbox, ProcessWorker, ThreadWorker, WorkerHandle, groups_of, launch
+from gossipfl.scenario.workers import Inbox, ProcessWorker, ThreadWorker, WorkerHandle, launch
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +95,10 @@ class Launcher:
         groups = groups_of(self.scenario, in_process)
         check_churn(self.scenario.build_churn(), groups, in_process)
         if self._is_in_namespaces:
-            self._check_namespaces(in_process)
+            check_namespaces(self.scenario, in_process)
         elif self.scenario.transport.kind == "tcp":
             check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
-        self._check_file_descriptors()
+        allow_file_descriptors(self.scenario.peers)
         folder = RunFolder(out, self.scenario.name, force)
         record = RunRecord(folder.path)
         record.write("scenario.toml", self.scenario.to_toml())
@@ -122,7 +127,7 @@ class Launcher:
             self.workers = [ThreadWorker(groups[0], self.inbox, **objects)]
         else:  # they import torch while the data is prepared
             self.workers += self._launch(groups, folder / "log")
-        data, shards, table = self._prepare_data(folder, objects["dataset"])
+        data, shards, table = deal_to_files(scenario, folder, objects["dataset"])
         if self._is_in_namespaces:
             topology = scenario.build_topology()
             neighbours = [topology.neighbours(index) for index in range(scenario.peers)]
@@ -178,25 +183,6 @@ class Launcher:
         self.processes.append(process)
         return workers
 
-    def _prepare_data(self, folder: Path, dataset: Dataset | None) -> tuple[Path, list[Path], np.ndarray | None]:
-        """Convert the data once, deal it to the peers, keep each peer's indices in a file; also the table of classes."""
-        scenario = self.scenario
-        if dataset is not None:
-            prepared = folder / "data"
-            save_dataset(dataset, prepared)
-        else:
-            prepared = prepare(scenario)
-        opened = open_dataset(prepared)
-        shards = deal(scenario, opened)
-        table = class_table(opened.y_train, shards, opened.num_classes) if opened.num_classes <= 20 else None
-        paths = []
-        for name, shard in zip(scenario.peer_names, shards, strict=True):
-            path = folder / "shards" / f"{name}.npy"
-            path.parent.mkdir(exist_ok=True)
-            np.save(path, shard)
-            paths.append(path)
-        return prepared, paths, table
-
     def _job(self, index: int, peers: list[str], folder: Path, data: Path, shards: list[Path]) -> Event:
         scenario = self.scenario
         topology, names = scenario.build_topology(), scenario.peer_names
@@ -234,22 +220,6 @@ class Launcher:
     def _is_in_namespaces(self) -> bool:
         return self.scenario.resolved_clock == "netns"
 
-    def _check_namespaces(self, in_process: bool) -> None:
-        """ConfigError for what the clock netns cannot do."""
-        scenario = self.scenario
-        check_available(scenario.peers)
-        if scenario.transport.kind != "tcp":
-            raise ConfigError(
-                f"clock = 'netns' runs processes that talk over tcp, and transport.kind = {scenario.transport.kind!r}; "
-                "set transport.kind = 'tcp', or use --clock local"
-            )
-        if in_process:
-            raise ConfigError("clock = 'netns' runs processes, and objects of your own stay in this one; use --clock local")
-        if scenario.peers_per_process not in (None, 1):
-            raise ConfigError(f"peers_per_process = {scenario.peers_per_process}, but each has a network of its own; remove it")
-        if scenario.build_links().changes:
-            raise ConfigError("network.trace is for the clocks virtual and local; remove it, or use one of them")
-
     def _run_number(self, folder: Path) -> int:
         text = f"{self.scenario.sha256}/{folder.resolve()}/{self.began}/{os.getpid()}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
@@ -267,15 +237,6 @@ class Launcher:
             elif event["event"] == "timeout" and time.monotonic() >= deadline:
                 raise RunError(f"{len(self.workers) - len(ready)} processes were not ready after {READY_S:g} s; see log/")
         return [ready[id(worker)] for worker in self.workers]
-
-    def _check_file_descriptors(self) -> None:
-        """Sockets, monitors and pipes of one process, at the most; raises the soft limit where it may."""
-        needed = 256 + 16 * min(self.scenario.peers, 64)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft < needed <= hard or hard == resource.RLIM_INFINITY:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
-        elif needed > hard:
-            raise RunError(f"{self.scenario.peers} peers need {needed} file descriptors, {hard} are allowed; see ulimit -n")
 
     # --- during -------------------------------------------------------------------------------------------------------
 
@@ -450,67 +411,6 @@ class Launcher:
             except ValueError:
                 break  # not the main thread
         return handlers
-
-
-_BUFFERS = {"average": "averaged like the weights", "local": "each peer's own"}
-_FINE_CODECS = ("float32", "float16", "bfloat16", "int8")
-
-
-def about_statistics(scenario: Scenario, has_statistics: bool) -> Iterator[str]:
-    """What to tell of a model with BatchNorm."""
-    if not has_statistics:
-        return
-    yield f"the model has BatchNorm: its statistics are {_BUFFERS[scenario.training.buffers]}"
-    codec = scenario.gossip.codec
-    if scenario.training.buffers == "average" and codec.partition(":")[0] not in _FINE_CODECS:
-        yield (
-            f"gossip.codec = {codec!r} blurs these statistics, which may cost accuracy: "
-            "set training.buffers = 'local', or a finer codec, such as 'int8'"
-        )
-
-
-def peer_settings(scenario: Scenario) -> Event:
-    """What of a scenario every process that hosts peers is told."""
-    gossip = scenario.gossip.model_dump()
-    gossip["patience"] = None if gossip["patience"] == "auto" else gossip["patience"]
-    return {
-        "model": scenario.model,
-        "model_args": scenario.model_args,
-        "model_seed": scenario.model_seed,
-        "training": scenario.training.model_dump() | {"seed": scenario.protocol_seed},
-        "gossip": gossip | {"rounds": scenario.rounds, "seed": scenario.protocol_seed},
-        "evaluate_every": scenario.evaluate_every,
-    }
-
-
-def emulation(scenario: Scenario, kernel_rates: bool = False) -> Event | None:
-    """What processes that host peers emulate around them (`runtime.shaping.Emulation`), None if nothing."""
-    links = scenario.build_links().without_rates() if kernel_rates else scenario.build_links()
-    emulated = Emulation(
-        scenario.peer_names,
-        scenario.protocol_seed,
-        None if links.is_ideal else links,
-        scenario.build_devices() if scenario.compute.model_fields_set else None,
-    )
-    return emulated.to_json() if emulated.links or emulated.devices else None
-
-
-def fidelity(scenario: Scenario, events: Sequence[Event], note: Callable[[str], None], kernel_rates: bool = False) -> Event:
-    """What summary.json says of the emulation: what shaped the links, and how many trainings took longer than told."""
-    emulated = emulation(scenario, kernel_rates)
-    if emulated is None and not kernel_rates:
-        return {}
-    rounds = [event for event in events if event["event"] == "round"]
-    overrun = [event["overrun_s"] for event in rounds if event.get("overrun_s")]
-    if overrun:
-        note(
-            f"{len(overrun)} of {len(rounds)} trainings took longer than [compute] says, by up to {max(overrun):.3f} s: "
-            "this run claims no fidelity; lengthen compute.step_time, or use --clock virtual"
-        )
-    shaping = "user space" if emulated and emulated["links"] else None
-    if kernel_rates:
-        shaping = "kernel: rates; user space: latency, jitter, loss" if shaping else "kernel: rates"
-    return {"shaping": shaping, "overrun": len(overrun)}
 
 
 def tcp_address(host: str, port: int) -> str:

@@ -6,7 +6,7 @@ import psutil
 
 from gossipfl.errors import ConfigError
 from gossipfl.scenario.config import Scenario
-from gossipfl.scenario.workers import groups_of
+from gossipfl.scenario.hosting import groups_of
 from gossipfl.segments.codecs import SparseCodec, codec
 
 PROCESS_BYTES = 250 * 2**20

@@ -36,7 +36,7 @@ from gossipfl.overlay.topology import Topology
 from gossipfl.randomness import generator
 from gossipfl.runtime.host import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
-from gossipfl.scenario.launcher import peer_settings
+from gossipfl.scenario.hosting import peer_settings
 from gossipfl.scenario.memory import available_bytes, needed_bytes, why_too_large
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.topology_view import explain

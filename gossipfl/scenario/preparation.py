@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gossipfl.learning.datasets import Dataset, prepare_dataset
-from gossipfl.learning.partition import partition
+from gossipfl.learning.datasets import Dataset, open_dataset, prepare_dataset, save_dataset
+from gossipfl.learning.partition import class_table, partition
 from gossipfl.randomness import generator
 from gossipfl.scenario.config import Scenario
 
@@ -28,6 +28,25 @@ def deal(scenario: Scenario, dataset: Dataset) -> list[np.ndarray]:
     kind, args = scenario.data.partition.kind, scenario.data.partition.args
     shards = partition(dataset.y_train[dealt], scenario.peers, kind, scenario.data_seed, keys, args)
     return [dealt[shard] for shard in shards]
+
+
+def deal_to_files(scenario: Scenario, folder: Path, dataset: Dataset | None) -> tuple[Path, list[Path], np.ndarray | None]:
+    """Convert the data once, deal it to the peers, keep each peer's indices in a file; also the table of classes."""
+    if dataset is not None:
+        prepared = folder / "data"
+        save_dataset(dataset, prepared)
+    else:
+        prepared = prepare(scenario)
+    opened = open_dataset(prepared)
+    shards = deal(scenario, opened)
+    table = class_table(opened.y_train, shards, opened.num_classes) if opened.num_classes <= 20 else None
+    paths = []
+    for name, shard in zip(scenario.peer_names, shards, strict=True):
+        path = folder / "shards" / f"{name}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, shard)
+        paths.append(path)
+    return prepared, paths, table
 
 
 def calibration_indices(scenario: Scenario, dataset: Dataset) -> np.ndarray:

@@ -32,7 +32,7 @@ from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.messages import Fault, RoundReport
 from gossipfl.runtime.host import GossipSettings, round_event
 from gossipfl.scenario.config import Scenario, check_names
-from gossipfl.scenario.launcher import about_statistics, peer_settings
+from gossipfl.scenario.hosting import about_statistics, peer_settings
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, planned_event, summarize

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -21,8 +20,6 @@ from typing import IO, Any, Protocol
 
 import psutil
 
-from gossipfl.scenario.config import Scenario
-
 Event = dict[str, Any]
 Inbox = SimpleQueue[tuple["WorkerHandle", Event]]
 """What all workers of a run say; `{"event": "ended"}` is the last of each."""
@@ -34,17 +31,6 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # else what comes in costs a page fault for each 20 KiB
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
 }
-
-
-def groups_of(scenario: Scenario, in_process: bool) -> list[list[str]]:
-    """The peers of each process: one process per core, unless the scenario says how many peers share one."""
-    names = scenario.peer_names
-    size = scenario.peers_per_process or math.ceil(len(names) / num_cores())
-    if in_process:
-        size = len(names)
-    elif scenario.resolved_clock == "netns":
-        size = 1
-    return [names[first : first + size] for first in range(0, len(names), size)]
 
 
 def num_cores() -> int:

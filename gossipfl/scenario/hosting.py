@@ -1,0 +1,112 @@
+"""How a scenario is hosted: what its processes are told, which peers share one, what the machine must allow."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Callable, Iterator, Sequence
+
+from gossipfl.errors import ConfigError, RunError
+from gossipfl.runtime.namespaces import check_available
+from gossipfl.runtime.shaping import Emulation
+from gossipfl.scenario.config import Scenario
+from gossipfl.scenario.records import Event
+from gossipfl.scenario.workers import num_cores
+
+
+def peer_settings(scenario: Scenario) -> Event:
+    """What of a scenario every process that hosts peers is told."""
+    gossip = scenario.gossip.model_dump()
+    gossip["patience"] = None if gossip["patience"] == "auto" else gossip["patience"]
+    return {
+        "model": scenario.model,
+        "model_args": scenario.model_args,
+        "model_seed": scenario.model_seed,
+        "training": scenario.training.model_dump() | {"seed": scenario.protocol_seed},
+        "gossip": gossip | {"rounds": scenario.rounds, "seed": scenario.protocol_seed},
+        "evaluate_every": scenario.evaluate_every,
+    }
+
+
+def emulation(scenario: Scenario, kernel_rates: bool = False) -> Event | None:
+    """What processes that host peers emulate around them (`runtime.shaping.Emulation`), None if nothing."""
+    links = scenario.build_links().without_rates() if kernel_rates else scenario.build_links()
+    emulated = Emulation(
+        scenario.peer_names,
+        scenario.protocol_seed,
+        None if links.is_ideal else links,
+        scenario.build_devices() if scenario.compute.model_fields_set else None,
+    )
+    return emulated.to_json() if emulated.links or emulated.devices else None
+
+
+def fidelity(scenario: Scenario, events: Sequence[Event], note: Callable[[str], None], kernel_rates: bool = False) -> Event:
+    """What summary.json says of the emulation: what shaped the links, and how many trainings took longer than told."""
+    emulated = emulation(scenario, kernel_rates)
+    if emulated is None and not kernel_rates:
+        return {}
+    rounds = [event for event in events if event["event"] == "round"]
+    overrun = [event["overrun_s"] for event in rounds if event.get("overrun_s")]
+    if overrun:
+        note(
+            f"{len(overrun)} of {len(rounds)} trainings took longer than [compute] says, by up to {max(overrun):.3f} s: "
+            "this run claims no fidelity; lengthen compute.step_time, or use --clock virtual"
+        )
+    shaping = "user space" if emulated and emulated["links"] else None
+    if kernel_rates:
+        shaping = "kernel: rates; user space: latency, jitter, loss" if shaping else "kernel: rates"
+    return {"shaping": shaping, "overrun": len(overrun)}
+
+
+def groups_of(scenario: Scenario, in_process: bool) -> list[list[str]]:
+    """The peers of each process: one process per core, unless the scenario says how many peers share one."""
+    names = scenario.peer_names
+    size = scenario.peers_per_process or math.ceil(len(names) / num_cores())
+    if in_process:
+        size = len(names)
+    elif scenario.resolved_clock == "netns":
+        size = 1
+    return [names[first : first + size] for first in range(0, len(names), size)]
+
+
+def check_namespaces(scenario: Scenario, in_process: bool) -> None:
+    """ConfigError for what the clock netns cannot do."""
+    check_available(scenario.peers)
+    if scenario.transport.kind != "tcp":
+        raise ConfigError(
+            f"clock = 'netns' runs processes that talk over tcp, and transport.kind = {scenario.transport.kind!r}; "
+            "set transport.kind = 'tcp', or use --clock local"
+        )
+    if in_process:
+        raise ConfigError("clock = 'netns' runs processes, and objects of your own stay in this one; use --clock local")
+    if scenario.peers_per_process not in (None, 1):
+        raise ConfigError(f"peers_per_process = {scenario.peers_per_process}, but each has a network of its own; remove it")
+    if scenario.build_links().changes:
+        raise ConfigError("network.trace is for the clocks virtual and local; remove it, or use one of them")
+
+
+def allow_file_descriptors(num_peers: int) -> None:
+    """Sockets, monitors and pipes of one process, at the most; raises the soft limit where it may."""
+    needed = 256 + 16 * min(num_peers, 64)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed <= hard or hard == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+    elif needed > hard:
+        raise RunError(f"{num_peers} peers need {needed} file descriptors, {hard} are allowed; see ulimit -n")
+
+
+_BUFFERS = {"average": "averaged like the weights", "local": "each peer's own"}
+_FINE_CODECS = ("float32", "float16", "bfloat16", "int8")
+
+
+def about_statistics(scenario: Scenario, has_statistics: bool) -> Iterator[str]:
+    """What to tell of a model with BatchNorm."""
+    if not has_statistics:
+        return
+    yield f"the model has BatchNorm: its statistics are {_BUFFERS[scenario.training.buffers]}"
+    codec = scenario.gossip.codec
+    if scenario.training.buffers == "average" and codec.partition(":")[0] not in _FINE_CODECS:
+        yield (
+            f"gossip.codec = {codec!r} blurs these statistics, which may cost accuracy: "
+            "set training.buffers = 'local', or a finer codec, such as 'int8'"
+        )
