@@ -17,7 +17,8 @@ from gossipfl.cli import main
 from gossipfl.errors import ConfigError
 from gossipfl.overlay import graph_figures
 from gossipfl.overlay.graph_figures import measure
-from gossipfl.overlay.topology import Topology, build_topology
+from gossipfl.overlay.graphs import Topology
+from gossipfl.overlay.topology import build_topology
 from gossipfl.scenario.topology_view import adjacency, explain, write_topology
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from gossipfl.errors import ConfigError
-from gossipfl.overlay import TOPOLOGIES, Topology, build_topology, metropolis_hastings
-from gossipfl.overlay.topology import FullTopology, ListedTopology, degrees_of, redrawn_topology
+from gossipfl.overlay import TOPOLOGIES, Topology, build_topology
+from gossipfl.overlay.graphs import FullTopology, ListedTopology, degrees_of
+from gossipfl.overlay.topology import redrawn_topology
 
 RANDOM_KINDS = ["regular", "small_world", "erdos_renyi", "barabasi_albert"]
 BUILT_IN_KINDS = sorted(set(TOPOLOGIES) - {"file"})
@@ -368,28 +369,6 @@ def test_long_lists_of_components_are_cut_short(tmp_path):
         file_topology(tmp_path, "none.edges", "100\n" + "".join(f"0 {index}\n" for index in range(1, 95)), 100)
     assert "6 components" in str(caught.value)
     assert "(p0 p1 p2 p3 p4 p5 p6 p7 ... 95 in all; p95; p96; p97; and 2 more)" in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------------------------------- weights
-
-
-def test_metropolis_hastings_weights_are_one_over_one_plus_the_larger_degree():
-    assert metropolis_hastings(2, 3) == metropolis_hastings(3, 2) == 0.25
-
-
-@pytest.mark.parametrize("kind", ["star", "barabasi_albert", "grid"])
-def test_the_metropolis_hastings_matrix_is_doubly_stochastic_and_leads_to_the_mean(kind):
-    topology = build(kind, 12)
-    matrix = np.zeros((12, 12))
-    for i, j in links(topology):
-        matrix[i, j] = matrix[j, i] = metropolis_hastings(topology.degree(i), topology.degree(j))
-    np.fill_diagonal(matrix, 1 - matrix.sum(axis=1))
-    assert (np.diag(matrix) > 0).all()  # degree * 1 / (1 + degree) < 1: a peer always keeps some of its own
-    np.testing.assert_allclose(matrix.sum(axis=0), 1, rtol=1e-12)
-    # Symmetric with rows that sum to 1: repeated, it leads to the mean if every other eigenvalue is inside (-1, 1).
-    eigenvalues = np.linalg.eigvalsh(matrix)
-    assert eigenvalues[-1] == pytest.approx(1)
-    assert eigenvalues[0] > -1 and eigenvalues[-2] < 0.99
 
 
 def test_networkx_is_loaded_only_by_kinds_that_draw_or_read_a_graph():

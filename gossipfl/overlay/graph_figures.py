@@ -6,10 +6,11 @@
 Exact up to `EXACT_PEERS` peers and for the complete graph; of more, distances and clustering are those of a sample of peers,
 and the spectral gap may be only a bound. The figures say which.
 
-The mixing matrix W has Metropolis-Hastings weights (`topology.metropolis_hastings`). One round in which everyone averages with
-all neighbours shrinks the distance of the peers from their mean to at most max(|lambda_2|, |lambda_n|) of what it was; the
-spectral gap is 1 minus that (Boyd, Ghosh, Prabhakar and Shah, "Randomized gossip algorithms", IEEE Trans. Inf. Theory 2006;
-Lian et al., NeurIPS 2017).
+The mixing matrix W has Metropolis-Hastings weights: 1 / (1 + the larger degree) for each link, and the rest of each row for the
+peer itself (Xiao and Boyd, "Fast linear iterations for distributed averaging", Systems & Control Letters 2004). One round in
+which everyone averages with all neighbours shrinks the distance of the peers from their mean to at most max(|lambda_2|,
+|lambda_n|) of what it was; the spectral gap is 1 minus that (Boyd, Ghosh, Prabhakar and Shah, "Randomized gossip algorithms",
+IEEE Trans. Inf. Theory 2006; Lian et al., NeurIPS 2017).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gossipfl.overlay.topology import FullTopology, Topology
+from gossipfl.overlay.graphs import FullTopology, Topology
 from gossipfl.randomness import generator
 
 EXACT_PEERS = 2_000

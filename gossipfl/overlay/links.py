@@ -21,7 +21,7 @@ import numpy as np
 
 from gossipfl.errors import ConfigError
 from gossipfl.overlay.csv_files import read_matrix, read_trace
-from gossipfl.overlay.topology import Topology
+from gossipfl.overlay.graphs import Topology
 from gossipfl.randomness import generator
 
 BYTES_PER_MBIT = 125_000.0

@@ -23,7 +23,7 @@ import numpy as np
 from gossipfl.errors import ConfigError, DataError, GossipflError, RunError
 from gossipfl.learning.checkpoint import load_model, write_atomically
 from gossipfl.learning.datasets import open_dataset
-from gossipfl.overlay.topology import degrees_of
+from gossipfl.overlay.graphs import degrees_of
 from gossipfl.protocol.messages import Collect, PeerId, Record
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean

@@ -35,9 +35,10 @@ from pydantic import (
 from gossipfl.errors import ConfigError
 from gossipfl.overlay.churn import Churn as PeerChurn
 from gossipfl.overlay.devices import Devices
+from gossipfl.overlay.graphs import RedrawnTopology
+from gossipfl.overlay.graphs import Topology as PeerTopology
 from gossipfl.overlay.links import Links, check_links
-from gossipfl.overlay.topology import RedrawnTopology, build_topology, redrawn_topology
-from gossipfl.overlay.topology import Topology as PeerTopology
+from gossipfl.overlay.topology import build_topology, redrawn_topology
 from gossipfl.registry import Registry, did_you_mean
 from gossipfl.scenario.emulation import Churn, Compute, Network, unknown_peers
 from gossipfl.scenario.problems import Problem, ScenarioError, misplaced_key, problems_of, shown

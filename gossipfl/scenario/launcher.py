@@ -28,8 +28,8 @@ import tomli_w
 from gossipfl import errors
 from gossipfl.errors import ConfigError, GossipflError, RunError
 from gossipfl.overlay.churn import Change
+from gossipfl.overlay.graphs import degrees_of
 from gossipfl.overlay.links import check_links
-from gossipfl.overlay.topology import degrees_of
 from gossipfl.runtime.addresses import check_loopback
 from gossipfl.runtime.namespaces import Namespaces
 from gossipfl.scenario.config import Scenario, check_names

@@ -30,9 +30,9 @@ from gossipfl.learning.datasets import open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, TrainingConfig
 from gossipfl.overlay.graph_figures import GraphFigures, measure
+from gossipfl.overlay.graphs import Topology
 from gossipfl.overlay.links import Links
 from gossipfl.overlay.selection import SELECTORS
-from gossipfl.overlay.topology import Topology
 from gossipfl.randomness import generator
 from gossipfl.runtime.host import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names

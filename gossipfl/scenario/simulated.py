@@ -26,8 +26,8 @@ from gossipfl.learning.models import build_model
 from gossipfl.learning.partition import class_table
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
 from gossipfl.overlay.churn import Change, Churn
+from gossipfl.overlay.graphs import degrees_of
 from gossipfl.overlay.links import Links, check_links
-from gossipfl.overlay.topology import degrees_of
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.messages import Fault, RoundReport
 from gossipfl.runtime.host import GossipSettings, round_event

@@ -20,7 +20,7 @@ from gossipfl.errors import ConfigError
 from gossipfl.learning.checkpoint import write_atomically
 from gossipfl.overlay.graph_figures import GraphFigures
 from gossipfl.overlay.graph_files import Link
-from gossipfl.overlay.topology import FullTopology, Topology
+from gossipfl.overlay.graphs import FullTopology, Topology
 from gossipfl.scenario.config import Scenario
 
 if TYPE_CHECKING:

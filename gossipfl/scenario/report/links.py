@@ -9,7 +9,8 @@ import numpy as np
 
 from gossipfl.errors import GossipflError
 from gossipfl.overlay.graph_files import Link
-from gossipfl.overlay.topology import Topology, build_topology
+from gossipfl.overlay.graphs import Topology
+from gossipfl.overlay.topology import build_topology
 from gossipfl.scenario.report.plots import MIB, SCALE, Plot, Trace, axis, colourbar, short
 from gossipfl.scenario.report.reading import Run
 
