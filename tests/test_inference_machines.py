@@ -1,0 +1,942 @@
+"""The machines of a device and of its server: what they say to what they hear, and whole runs of both under virtual time."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossipfl.errors import PlanError, RemoteProtocolError
+from gossipfl.inference.planning import answering, offers
+from gossipfl.inference.planning.answering import (
+    Answerer,
+    Caller,
+    Discard,
+    Done,
+    Drain,
+    Finish,
+    Heard,
+    Keep,
+    MakePlan,
+    Published,
+    Reply,
+    Retire,
+    RunStage,
+    Serve,
+    ServerConfig,
+)
+from gossipfl.inference.planning.asking import Asker
+from gossipfl.inference.planning.device_words import (
+    Fail,
+    Forget,
+    Found,
+    HeadDone,
+    Load,
+    Loaded,
+    LookUp,
+    Question,
+    Report,
+    Resolve,
+    RunHead,
+    Send,
+    Unload,
+    Upload,
+)
+from gossipfl.inference.planning.fetching import MAX_REJECTIONS, DeviceConfig
+from gossipfl.inference.planning.offers import FULL_BITS, Ask, Failure, LayerOffer, Manifest, missing, pieces, split
+from gossipfl.inference.planning.profile import DeviceProfile, LayerProfile, ModelProfile, Plan, Prediction, Stage
+from gossipfl.protocol.messages import (
+    NEWEST,
+    Activation,
+    Data,
+    Failed,
+    Later,
+    Offer,
+    PeerDown,
+    PeerUp,
+    PlanRequest,
+    Pull,
+    Received,
+    Refuse,
+    Rejected,
+    Result,
+    Start,
+    Wake,
+)  # fmt: skip
+from gossipfl.segments.planes import Planes, PlaneSet
+
+PROFILE = ModelProfile(
+    (
+        LayerProfile("a", "conv2d", (0, 64), (64, 68), 4, 100, ((4, 2),)),
+        LayerProfile("b", "linear", (68, 132), None, 8, 64, ((8,), (4,))),
+        LayerProfile("c", "linear", (132, 164), (164, 168), 4, 32, ((4,),)),
+    ),
+    (3, 3),
+    4,
+)
+PATIENCE, WAIT = 5.0, 60.0
+
+
+def manifest(version=1, cut=3, bits=4, activation_bits=None, threshold=0.0, **changes) -> Manifest:
+    layers = tuple(
+        LayerOffer(
+            Planes(0, bits, layer.group).name,
+            tuple(f"{layer.name}{version}.{k}" for k in range(bits)),
+            f"{layer.name}{version}.bias" if layer.bias else None,
+        )
+        for layer in PROFILE.layers[:cut]
+    )
+    if activation_bits is None:
+        activation_bits = 8 if cut < 3 else 0
+    prediction = Prediction(0.01, 0.01, 0.0, 0.0, 0.0, 0.01, 10, 10, 10, 0.01)
+    stages = (Stage("device", 0, cut, tuple(layer.codec for layer in layers)),)
+    plan = Plan(version, stages, cut, (bits,) * cut, activation_bits, prediction)
+    return Manifest("m", version, "L", plan, layers, threshold, **changes)
+
+
+def digests(of: Manifest) -> frozenset[str]:
+    return frozenset(piece.digest for piece in pieces(of, PROFILE))
+
+
+# --- offers -----------------------------------------------------------------------------------------------------------
+
+
+def test_asks_and_manifests_come_back_from_json_as_they_went():
+    for ask in (Ask(DeviceProfile()), Ask(DeviceProfile("d", uplink=1e6, memory_bytes=5), 0.02, 7, 60.0)):
+        assert offers.ask_from_json(offers.to_json(ask)) == ask
+    for offer in (manifest(), manifest(2, 0), manifest(3, 2, 16, threshold=math.inf, alpha=0.02, delta=0.05, scale="logits")):
+        assert offers.manifest_from_json(offers.to_json(offer)) == offer
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"[", b"{}", b"null", b"\xff", b"[" * 100_000, b'{"a": NaN}', b"9" * 5000, b'"text"', b'{"device": {}}'],
+)
+def test_what_is_no_ask_and_no_manifest_is_refused(garbage):
+    for read in (offers.ask_from_json, offers.manifest_from_json):
+        with pytest.raises(RemoteProtocolError):
+            read(garbage)
+
+
+def test_twenty_thousand_mutated_manifests_are_manifests_or_refused():
+    chance = random.Random(0)
+    valid = [offers.to_json(offer) for offer in (manifest(), manifest(2, 1, 6, alpha=0.1))]
+    accepted = 0
+    for _ in range(20_000):
+        content = bytearray(chance.choice(valid))
+        for _ in range(chance.randint(1, 3)):
+            position = chance.randrange(len(content))
+            match chance.randrange(3):
+                case 0:
+                    content[position] = chance.choice(b'0123456789-"[]{},:.eEnull')
+                case 1:
+                    del content[position : position + chance.randint(1, 9)]
+                case 2:
+                    content[position:position] = chance.choice([b"null", b"1e999", b"-1", b'""', b"[]", b"true", b"0.5"])
+        try:
+            offer = offers.manifest_from_json(bytes(content))
+            assert offers.manifest_from_json(offers.to_json(offer)) == offer
+            offer.check(PROFILE, "L")
+        except (RemoteProtocolError, PlanError):
+            continue
+        accepted += 1
+    assert 100 < accepted < 10_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout": "other"}, "layout other.*build the same model"),
+        ({"version": 0}, "version 0"),
+        ({"version": 2}, "version 2 with a plan for version 1"),
+        ({"plan": replace(manifest().plan, cut=4)}, "a cut after 4 of 3 layers"),
+        ({"plan": replace(manifest().plan, cut=-1)}, "a cut after -1"),
+        ({"plan": replace(manifest().plan, weight_bits=(4, 4))}, "2 weight bits and 3 layers"),
+        ({"plan": replace(manifest().plan, weight_bits=(4, 4, 17))}, "4 planes as .* for 17 bits of layer 'c'"),
+        ({"plan": replace(manifest().plan, activation_bits=8)}, "activation_bits = 8"),
+        ({"layers": manifest().layers[:2]}, "3 weight bits and 2 layers"),
+        ({"layers": manifest(bits=5).layers}, "5 planes as 'planes:0-5:16' for 4 bits of layer 'a'"),
+        ({"layers": (replace(manifest().layers[0], bias=None), *manifest().layers[1:])}, "layer 'a' has a bias"),
+        ({"threshold": -0.1}, "threshold = -0.1"),
+    ],
+)
+def test_an_offer_that_does_not_add_up_is_refused(changes, message):
+    with pytest.raises(PlanError, match=message):
+        replace(manifest(), **changes).check(PROFILE, "L")
+
+
+def test_offers_that_add_up_are_taken():
+    for cut, activation_bits in ((3, 0), (2, 8), (1, 32), (0, 32), (0, 8)):
+        manifest(cut=cut, activation_bits=activation_bits).check(PROFILE, "L")
+
+
+def test_what_is_missing_is_pulled_once_and_planes_that_follow_each_other_together():
+    offer = manifest(bits=6)
+    everything = digests(offer)
+    assert missing(offer, PROFILE, everything) == {}
+    assert missing(offer, PROFILE, frozenset()) == {
+        "planes:0-6:16": [(0, 64)],
+        "planes:0-6:8": [(68, 132), (132, 164)],
+        "float32": [(64, 68), (164, 168)],
+    }
+    four_bits = everything - {"a1.4", "a1.5", "b1.2"}
+    assert missing(offer, PROFILE, four_bits) == {"planes:4-6:16": [(0, 64)], "planes:2-3:8": [(68, 132)]}
+
+
+@given(st.integers(0, 15), st.integers(1, 16), st.integers(1, 4))
+@settings(deadline=None, max_examples=40)
+def test_pulled_planes_come_apart_into_the_pieces_that_are_cached(start, length, groups):
+    stop = min(16, start + length)
+    values = np.random.default_rng(start).standard_normal(9 * groups).astype(np.float32)
+    payload = Planes(start, stop, 9).encode(values)
+    parts = list(split(f"planes:{start}-{stop}:9", (5, 5 + values.size), payload))
+    assert [piece.codec for piece, _ in parts] == [f"planes:{k}-{k + 1}:9" for k in range(start, stop)]
+    assert b"".join(part for _, part in parts) == bytes(payload)
+    for piece, part in parts:
+        assert part == Planes.of(piece.codec).encode(values)
+    if not start:
+        held = PlaneSet(values.size, 9)
+        for piece, part in parts:
+            held.add(piece.codec, part)
+        np.testing.assert_array_equal(held.decode(), Planes(0, stop, 9).decode(payload, values.size).values)
+
+
+# --- the device's machine ---------------------------------------------------------------------------------------------
+
+
+def asker(servers=("s0", "s1"), **config) -> Asker:
+    settings_ = dict(patience_s=PATIENCE, wait_s=WAIT) | config
+    return Asker(DeviceConfig(**settings_), servers, PROFILE, itertools.count(1))
+
+
+def sent(actions, kind):
+    """(peer, message) of that kind."""
+    return [
+        (action.peer, action.message) for action in actions if isinstance(action, Send) and isinstance(action.message, kind)
+    ]
+
+
+def of(actions, kind):
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def offered(machine, offer, now=0.0, peer="s0"):
+    """The machine has been started; its plan request is answered with `offer`."""
+    plan = machine.fetcher._plan
+    return machine.handle(Received(peer, Offer(plan.request, 0, 1, payload=offer)), now)
+
+
+def ready(offer=None, servers=("s0", "s1"), **config) -> Asker:
+    """A machine that has loaded `offer`, all of whose pieces were cached."""
+    machine = asker(servers, **config)
+    machine.handle(Start(), 0.0)
+    switch(machine, offer or manifest())
+    return machine
+
+
+def switch(machine, offer, now=0.0):
+    offered(machine, offer, now)
+    assert machine.handle(Found(offer.version, digests(offer)), now) == [Load(offer)]
+    return machine.handle(Loaded(offer.version), now)
+
+
+def data(pull, range_=None, offset=0, num_bytes=None, total=100):
+    range_ = range_ or pull.ranges[0]
+    return Data(pull.request, pull.version, pull.version, 0, range_, offset, total, num_bytes or total)
+
+
+def test_a_plan_is_asked_for_and_again_for_what_comes_after_it():
+    machine = asker()
+    ((peer, request),) = sent(machine.handle(Start(), 0.0), PlanRequest)
+    assert peer == "s0" and request.payload == Ask(DeviceProfile(), None, 0, 0.0)
+    actions = offered(machine, manifest())
+    assert actions[0] == LookUp(manifest())
+    ((peer, request),) = sent(actions, PlanRequest)
+    assert peer == "s0" and request.payload == Ask(DeviceProfile(), None, 1, WAIT), "the server may wait with the answer"
+    assert machine.handle(Found(1, digests(manifest())), 0.1) == [Load(manifest())]
+    assert machine.fetcher.active is None
+    assert machine.handle(Loaded(1), 0.2) == [] and machine.fetcher.active == manifest()
+    machine.handle(Received("s0", Later(request.request, 0)), 0.2)
+    assert machine.next_deadline == 0.2 + WAIT + PATIENCE
+
+
+def test_who_does_not_answer_a_plan_request_is_left_alone_and_another_is_asked():
+    machine = asker()
+    ((_, first),) = sent(machine.handle(Start(), 0.0), PlanRequest)
+    assert machine.next_deadline == PATIENCE and machine.handle(Wake(), PATIENCE - 0.1) == []
+    actions = machine.handle(Wake(), PATIENCE)
+    assert Forget("s0", first.request) in actions and [r.peer for r in of(actions, Report)] == ["s0"]
+    assert [peer for peer, _ in sent(actions, PlanRequest)] == ["s1"]
+    actions = machine.handle(PeerDown("s1"), PATIENCE + 1.0)
+    assert [peer for peer, _ in sent(actions, PlanRequest)] == ["s0"], "its time alone is over"
+    actions = machine.handle(PeerDown("s0"), PATIENCE + 1.1)
+    assert not sent(actions, PlanRequest) and PATIENCE + 1.1 < machine.next_deadline < PATIENCE + 2
+    assert [peer for peer, _ in sent(machine.handle(Wake(), machine.next_deadline), PlanRequest)] == ["s1"]
+
+
+def test_what_is_missing_is_pulled_and_then_loaded():
+    machine = asker()
+    machine.handle(Start(), 0.0)
+    offered(machine, manifest())
+    pulls = sent(machine.handle(Found(1, frozenset()), 0.0), Pull)
+    assert {peer for peer, _ in pulls} == {"s0"}
+    by_codec = {pull.codec: pull for _, pull in pulls}
+    assert {codec: pull.ranges for codec, pull in by_codec.items()} == {
+        "planes:0-4:16": ((0, 64),),
+        "planes:0-4:8": ((68, 132), (132, 164)),
+        "float32": ((64, 68), (164, 168)),
+    }
+    assert {(pull.version, pull.oldest) for _, pull in pulls} == {(1, 1)}
+    assert machine.handle(Received("s0", data(by_codec["planes:0-4:16"], num_bytes=60)), 1.0) == []
+    assert machine.handle(Received("s0", data(by_codec["planes:0-4:16"], offset=60, num_bytes=40)), 1.0) == []
+    loads = []
+    for codec in ("planes:0-4:8", "float32"):
+        for range_ in by_codec[codec].ranges:
+            loads += machine.handle(Received("s0", data(by_codec[codec], range_)), 2.0)
+    assert loads == [Load(manifest())]
+
+
+@pytest.mark.parametrize("trouble", ["silent", "gone", "refused", "rejected"])
+def test_what_is_still_missing_is_pulled_elsewhere(trouble):
+    machine = asker()
+    machine.handle(Start(), 0.0)
+    offered(machine, manifest(cut=2))
+    pulls = {
+        pull.codec: pull for _, pull in sent(machine.handle(Found(1, digests(manifest(cut=2)) - {"a1.2", "b1.0"}), 0.0), Pull)
+    }
+    assert {codec: pull.ranges for codec, pull in pulls.items()} == {"planes:2-3:16": ((0, 64),), "planes:0-1:8": ((68, 132),)}
+    machine.handle(Received("s0", data(pulls["planes:0-1:8"])), 0.5)
+    pull = pulls["planes:2-3:16"]
+    event = {
+        "gone": PeerDown("s0"),
+        "refused": Received("s0", Refuse(pull.request, 2, 2)),
+        "rejected": Rejected("s0", pull.request, "its digest is wrong"),
+    }.get(trouble, Wake())
+    actions = machine.handle(event, PATIENCE)
+    assert Forget("s0", pull.request) in actions
+    ((peer, again),) = sent(actions, Pull)
+    assert peer == "s1" and (again.codec, again.ranges) == (pull.codec, pull.ranges) and again.request != pull.request
+    assert machine.handle(Received("s0", data(pull)), PATIENCE) == [], "too late"
+    assert machine.handle(Received("s1", data(again)), PATIENCE) == [Load(manifest(cut=2))]
+
+
+def test_a_version_that_everybody_sends_wrong_is_given_up_with_the_reason():
+    machine = asker()
+    machine.handle(Start(), 0.0)
+    machine.handle(Question(7, 1, 1000.0), 0.0)
+    offer = manifest(cut=1)
+    offered(machine, offer)
+    actions, now = machine.handle(Found(1, digests(offer) - {"a1.0"}), 0.0), 0.0
+    rejections = 0
+    while not of(actions, Fail):
+        now = max(now, machine.next_deadline if not sent(actions, Pull) else now)
+        if sent(actions, Pull):
+            ((peer, pull),) = sent(actions, Pull)
+            rejections += 1
+            actions = machine.handle(Rejected(peer, pull.request, "its digest is wrong"), now)
+        else:
+            actions = machine.handle(Wake(), now)
+    assert rejections <= 2 * MAX_REJECTIONS and now < 100
+    (failure,) = of(actions, Fail)
+    assert failure.number == 7 and "its digest is wrong" in failure.reason
+    assert Unload(1) in actions
+    while not sent(actions, PlanRequest):
+        now = machine.next_deadline
+        actions = machine.handle(Wake(), now)
+    assert of(offered(machine, manifest(2), now, sent(actions, PlanRequest)[0][0]), LookUp), "a new version may be better"
+
+
+def test_a_newer_offer_takes_the_place_of_one_that_is_still_pulled():
+    machine = asker()
+    machine.handle(Start(), 0.0)
+    offered(machine, manifest(1))
+    pulls = sent(machine.handle(Found(1, frozenset()), 0.0), Pull)
+    actions = offered(machine, manifest(2), 1.0)
+    assert {forget.request for forget in of(actions, Forget)} == {pull.request for _, pull in pulls}
+    assert Unload(1) in actions and LookUp(manifest(2)) in actions
+    assert machine.handle(Found(1, frozenset()), 1.0) == [] and machine.handle(Loaded(1), 1.0) == []
+    assert machine.handle(Found(2, digests(manifest(2))), 1.0) == [Load(manifest(2))]
+    assert of(offered(machine, manifest(3), 1.5), LookUp) == [], "one is loading"
+    assert of(machine.handle(Loaded(2), 2.0), LookUp) == [LookUp(manifest(3))]
+    assert machine.fetcher.active == manifest(2)
+
+
+def test_an_older_offer_is_not_taken_and_the_same_one_is_not_asked_for_in_a_hurry():
+    machine = ready(manifest(5))
+    before = machine.fetcher.active
+    for version in (5, 4):
+        actions = offered(machine, manifest(version), 1.0)
+        assert not of(actions, LookUp) and not sent(actions, PlanRequest)
+        assert machine.next_deadline > 1.0
+        machine.handle(Wake(), machine.next_deadline)
+    assert machine.fetcher.active is before
+
+
+def test_a_stage_that_cannot_be_built_leaves_the_one_in_use():
+    machine = ready(manifest(1))
+    offered(machine, manifest(2), 1.0)
+    machine.handle(Found(2, digests(manifest(2))), 1.0)
+    assert Unload(2) in machine.handle(Loaded(2, "no memory"), 1.0)
+    assert machine.fetcher.active == manifest(1) and machine.fetcher.error == ("compute", "no memory")
+    assert machine.handle(Question(1, 1, 100.0), 1.0) == [RunHead(1, 1)]
+
+
+@pytest.mark.parametrize("kind", [Failure.PLAN, Failure.MODEL])
+def test_questions_hear_why_there_is_no_plan(kind):
+    machine = asker(servers=("s0",))
+    ((_, request),) = sent(machine.handle(Start(), 0.0), PlanRequest)
+    assert machine.handle(Question(1, 1, 100.0), 0.0) == []
+    actions = machine.handle(Received("s0", Failed(request.request, kind, "not within 0.001; the nearest is 0.01")), 1.0)
+    assert of(actions, Fail) == [Fail(1, kind, "not within 0.001; the nearest is 0.01")]
+    assert of(machine.handle(Question(2, 1, 100.0), 1.5), Fail), "also those who come later"
+    assert sent(machine.handle(Wake(), machine.next_deadline), PlanRequest), "it may have become possible"
+
+
+def test_a_question_waits_for_the_first_version_and_no_longer_than_its_deadline():
+    machine = asker()
+    machine.handle(Start(), 0.0)
+    assert machine.handle(Question(1, 1, 3.0), 0.0) == [] and machine.handle(Question(2, 1, 9.0), 0.0) == []
+    (failure,) = of(machine.handle(Wake(), machine.next_deadline), Fail)
+    assert machine.next_deadline is not None and (failure.number, failure.kind) == (1, "deadline")
+    offered(machine, manifest(), 3.0)
+    machine.handle(Found(1, digests(manifest())), 3.0)
+    assert of(machine.handle(Loaded(1), 4.0), RunHead) == [RunHead(2, 1)]
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def test_where_all_is_on_the_device_and_sure_no_server_is_asked():
+    machine = ready(manifest(threshold=0.5))
+    assert machine.handle(Question(1, 2, 10.0), 0.0) == [RunHead(1, 1)]
+    assert machine.handle(HeadDone(1, (0.5, 0.9)), 0.1) == [Resolve(1, manifest(threshold=0.5))]
+    assert machine.handle(HeadDone(1, (0.5, 0.9)), 0.1) == [], "it has been answered"
+
+
+def test_only_those_unsure_go_to_the_full_model():
+    machine = ready(manifest(threshold=0.5))
+    machine.handle(Question(1, 4, 10.0), 0.0)
+    (upload,) = machine.handle(HeadDone(1, (0.6, 0.4, 0.9, math.nan)), 0.1)
+    assert upload == Upload(1, "s0", upload.request, 1, 0, FULL_BITS, "full", (1, 3))
+    actions = machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1, payload=())), 0.2)
+    assert actions[0] == Resolve(1, manifest(threshold=0.5), (1, 3), True)
+
+
+def test_a_model_cut_in_the_middle_goes_on_at_the_server_and_falls_back_there():
+    offer = manifest(cut=2, threshold=0.5)
+    machine = ready(offer)
+    machine.handle(Question(1, 2, 10.0), 0.0)
+    (upload,) = machine.handle(HeadDone(1), 0.1)
+    assert upload == Upload(1, "s0", upload.request, 1, 2, 8, "reduced", None)
+    actions = machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1, payload=(0.3, 0.2))), 0.2)
+    assert actions[0] == Forget("s0", upload.request)
+    (full,) = of(actions, Upload)
+    assert full == Upload(1, "s0", full.request, 1, 0, FULL_BITS, "full", None), "all of them"
+    assert machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1, payload=(0.9, 0.9))), 0.2) == []
+    assert machine.handle(Received("s0", Result(full.request, 1, 0.1, 0, 1)), 0.3)[0] == Resolve(1, offer, (0, 1), True)
+
+
+def test_where_everything_goes_to_the_server_as_it_is_nothing_is_reduced():
+    offer = manifest(cut=0, activation_bits=FULL_BITS, threshold=0.5)
+    machine = ready(offer)
+    (upload,) = machine.handle(Question(1, 2, 10.0), 0.0)
+    assert upload == Upload(1, "s0", upload.request, 1, 0, FULL_BITS, "full", None)
+    assert machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1)), 0.3)[0] == Resolve(1, offer, (0, 1), True)
+
+
+def fallen_back(machine, number=1, deadline=100.0, now=0.0):
+    """A question whose one sample is unsure: the upload to the full model."""
+    machine.handle(Question(number, 1, deadline), now)
+    (upload,) = of(machine.handle(HeadDone(number, (0.1,)), now), Upload)
+    return upload
+
+
+@pytest.mark.parametrize("trouble", ["silent", "gone", "draining", "failed", "rejected", "version"])
+def test_another_server_is_asked(trouble):
+    machine = ready(manifest(threshold=0.5))
+    upload = fallen_back(machine)
+    assert upload.peer == "s0"
+    failures = {"draining": Failure.DRAINING, "failed": Failure.COMPUTE, "version": Failure.VERSION}
+    event = {"silent": Wake(), "gone": PeerDown("s0"), "rejected": Rejected("s0", upload.request, "not finite")}.get(trouble)
+    event = event or Received("s0", Failed(upload.request, failures[trouble], "no"))
+    (again,) = of(machine.handle(event, PATIENCE + 1), Upload)
+    assert again == replace(upload, peer="s1", request=again.request)
+    assert machine.handle(Received("s1", Result(again.request, 1, 0.1, 0, 1)), 8.0)[0] == Resolve(
+        1, manifest(threshold=0.5), (0,), True
+    )
+
+
+def test_the_answer_of_a_server_that_was_given_up_is_as_good():
+    machine = ready(manifest(threshold=0.5))
+    upload = fallen_back(machine)
+    (again,) = of(machine.handle(Wake(), PATIENCE + 1), Upload)
+    actions = machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1)), 8.0)
+    assert of(actions, Resolve) and {f.request for f in of(actions, Forget)} == {upload.request, again.request}
+
+
+def test_a_busy_server_is_asked_again_where_there_is_no_other():
+    machine = ready(manifest(threshold=0.5), servers=("s0",))
+    upload = fallen_back(machine)
+    assert machine.handle(Received("s0", Failed(upload.request, Failure.BUSY, "64 wait")), 1.0) == []
+    assert 1.0 < machine.next_deadline < 1.2
+    (again,) = of(machine.handle(Wake(), machine.next_deadline), Upload)
+    assert again.peer == "s0" and again.request != upload.request
+
+
+def test_later_is_a_sign_of_life():
+    machine = ready(manifest(threshold=0.5))
+    upload = fallen_back(machine)
+    machine.handle(Received("s0", Later(upload.request, 0)), 4.0)
+    assert not of(machine.handle(Wake(), PATIENCE + 1), Upload)
+    assert of(machine.handle(Wake(), 4.0 + PATIENCE + 1), Upload)
+
+
+def test_silence_never_takes_more_than_half_of_the_time_where_another_could_answer():
+    machine = ready(manifest(threshold=0.5))
+    fallen_back(machine, deadline=4.0)
+    (again,) = of(machine.handle(Wake(), 2.0), Upload)
+    assert again.peer == "s1"
+    assert of(machine.handle(Wake(), 3.0), Resolve) == [Resolve(1, manifest(threshold=0.5), (0,), False)], "both are silent"
+
+
+@pytest.mark.parametrize("policy", ["unverified", "fail"])
+def test_where_every_server_is_gone_the_policy_decides(policy):
+    machine = ready(manifest(threshold=0.5), on_no_server=policy)
+    fallen_back(machine)
+    assert of(machine.handle(PeerDown("s0"), 1.0), Upload)
+    actions = machine.handle(PeerDown("s1"), 2.0)
+    if policy == "unverified":
+        assert of(actions, Resolve) == [Resolve(1, manifest(threshold=0.5), (0,), False)]
+        machine.handle(Question(2, 1, 100.0), 2.1)
+        assert of(machine.handle(HeadDone(2, (0.1,)), 2.2), Resolve), "at once: it is known that nobody is there"
+    else:
+        assert not of(actions, Fail), "somebody may come back before the deadline"
+        while not of(actions, Fail):
+            now = machine.next_deadline
+            actions = machine.handle(Wake(), now)
+        assert now == 100.0 and of(actions, Fail)[0].kind == "deadline"
+    assert 1 not in machine._questions and not machine._by_request
+
+
+def test_a_server_that_comes_back_is_asked_at_once():
+    machine = ready(manifest(threshold=0.5), on_no_server="fail")
+    fallen_back(machine)
+    machine.handle(PeerDown("s0"), 1.0)
+    machine.handle(PeerDown("s1"), 1.0)
+    (again,) = of(machine.handle(PeerUp("s1"), 1.01), Upload)
+    assert again.peer == "s1"
+
+
+def test_a_question_that_cannot_be_right_fails_without_asking_others():
+    machine = ready(manifest(cut=1))
+    machine.handle(Question(1, 1, 100.0), 0.0)
+    (upload,) = machine.handle(HeadDone(1), 0.1)
+    actions = machine.handle(Received("s0", Failed(upload.request, Failure.INPUT, "4 bytes for 8")), 0.2)
+    assert of(actions, Fail) == [Fail(1, "input", "4 bytes for 8")] and not of(actions, Upload)
+
+
+def test_layers_that_fail_fail_the_question_only():
+    machine = ready(manifest(cut=1))
+    machine.handle(Question(1, 1, 100.0), 0.0)
+    assert of(machine.handle(HeadDone(1, error="no memory"), 0.1), Fail) == [Fail(1, "compute", "no memory")]
+    assert of(machine.handle(Question(2, 1, 100.0), 0.2), RunHead)
+
+
+def test_a_question_ends_with_the_version_it_began_with():
+    machine = ready(manifest(1, threshold=0.5))
+    upload = fallen_back(machine)
+    machine.handle(Question(2, 1, 100.0), 0.0)
+    assert not of(switch(machine, manifest(2, threshold=0.5), 1.0), Unload), "two questions use it"
+    assert machine.handle(Question(3, 1, 100.0), 1.0) == [RunHead(3, 2)]
+    assert machine.handle(Received("s0", Result(upload.request, 2, 0.1, 0, 1)), 1.0) == [], "of another version"
+    actions = machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1)), 1.1)
+    assert actions[0] == Resolve(1, manifest(1, threshold=0.5), (0,), True) and Unload(1) not in actions
+    actions = machine.handle(HeadDone(2, (0.9,)), 1.2)
+    assert actions == [Resolve(2, manifest(1, threshold=0.5)), Unload(1)]
+
+
+def test_where_no_server_has_the_version_any_more_the_question_begins_again_with_the_newest():
+    machine = ready(manifest(1, threshold=0.5))
+    upload = fallen_back(machine)
+    switch(machine, manifest(2, threshold=0.5), 1.0)
+    (again,) = of(machine.handle(Received("s0", Failed(upload.request, Failure.VERSION, "gone")), 1.0), Upload)
+    actions = machine.handle(Received("s1", Failed(again.request, Failure.VERSION, "gone")), 1.0)
+    assert RunHead(1, 2) in actions and Unload(1) in actions
+    assert machine.handle(HeadDone(1, (0.9,)), 1.1)[0] == Resolve(1, manifest(2, threshold=0.5))
+
+
+def test_where_the_newest_is_not_ready_yet_the_question_waits_for_it():
+    machine = ready(manifest(1, threshold=0.5), servers=("s0",))
+    upload = fallen_back(machine)
+    assert not of(machine.handle(Received("s0", Failed(upload.request, Failure.VERSION, "gone")), 1.0), Resolve)
+    assert RunHead(1, 2) in switch(machine, manifest(2), 2.0)
+
+
+def test_a_version_that_is_asked_for_by_number_is_that_one_or_an_error():
+    machine = ready(manifest(1, threshold=0.5))
+    fallen_back(machine)
+    switch(machine, manifest(2), 1.0)
+    assert machine.handle(Question(2, 1, 100.0, version=1), 1.0) == [RunHead(2, 1)]
+    (failure,) = of(machine.handle(Question(3, 1, 100.0, version=9), 1.0), Fail)
+    assert failure.kind == "version" and "1, 2" in failure.reason
+
+
+def test_what_strangers_say_and_answers_to_nothing_change_nothing():
+    machine = ready(manifest(threshold=0.5))
+    upload = fallen_back(machine)
+    for peer in ("x", "s1"):
+        for message in (Result(upload.request, 1, 0.0, 0, 1), Failed(upload.request, "busy", "x"), Later(upload.request, 0)):
+            assert machine.handle(Received(peer, message), 1.0) == []
+    for event in (PeerDown("x"), PeerUp("x"), Rejected("x", upload.request, "?")):
+        assert machine.handle(event, 1.0) == []
+    assert machine.handle(Received("s0", Refuse(999, 0, 0)), 1.0) == []
+
+
+# --- the server's machine ---------------------------------------------------------------------------------------------
+
+DEVICE = Caller(b"1", "device", "m@0")
+OTHER = Caller(b"2", "device", "m@0")
+
+
+def num_bytes(cut, bits, samples):
+    return 10 * samples if cut < 3 else None
+
+
+def server(versions=(1,), **config) -> Answerer:
+    machine = Answerer(ServerConfig(**config))
+    for version in versions:
+        machine.handle(Published("m", version, num_bytes), 0.0)
+    return machine
+
+
+def activation(request=1, version=1, samples=1, offset=0, total=None, length=None, cut=1):
+    total = 10 * samples if total is None else total
+    return Activation(request, version, cut, 8, samples, offset, total, payload=bytes(total if length is None else length))
+
+
+def failures(actions):
+    return [action.message.kind for action in actions if isinstance(action, Reply) and isinstance(action.message, Failed)]
+
+
+def test_a_plan_is_made_at_once_or_when_there_is_something_newer():
+    machine = server()
+    ask = Ask(DeviceProfile(), held=0, wait_s=60.0)
+    assert machine.handle(Heard(DEVICE, PlanRequest(1, payload=ask)), 0.0) == [MakePlan(DEVICE, 1, 1, ask)]
+    ask = Ask(DeviceProfile(), held=1, wait_s=60.0)
+    assert machine.handle(Heard(DEVICE, PlanRequest(2, payload=ask)), 0.0) == [Reply(DEVICE, Later(2, 0))]
+    assert machine.handle(Heard(OTHER, PlanRequest(2, payload=replace(ask, wait_s=1.0))), 0.0) == [Reply(OTHER, Later(2, 0))]
+    assert machine.next_deadline == 1.0 and machine.handle(answering.Wake(), 1.0) == []
+    assert machine.handle(Published("m", 2, num_bytes), 2.0) == [MakePlan(DEVICE, 2, 2, ask)], "the other has gone"
+    at_once = replace(ask, held=2, wait_s=0.0)
+    assert machine.handle(Heard(DEVICE, PlanRequest(3, payload=at_once)), 0.0) == [MakePlan(DEVICE, 3, 2, at_once)]
+    assert failures(machine.handle(Heard(DEVICE, PlanRequest(4)), 0.0)) == ["input"]
+    stranger = Caller(b"1", "device", "unheard of")
+    assert failures(machine.handle(Heard(stranger, PlanRequest(5, payload=ask)), 0.0)) == ["model"]
+
+
+def test_pulls_of_versions_that_are_kept_are_served():
+    machine = server((3, 4))
+    pull = Pull(1, 3, 3, ((0, 4),), "float32", 5.0)
+    assert machine.handle(Heard(DEVICE, pull), 0.0) == [Serve(DEVICE, pull)]
+    assert machine.handle(Heard(DEVICE, replace(pull, version=NEWEST)), 0.0) == [Serve(DEVICE, replace(pull, version=4))]
+    assert machine.handle(Heard(DEVICE, replace(pull, version=2)), 0.0) == [Reply(DEVICE, Refuse(1, 3, 4))]
+    assert machine.handle(Heard(Caller(b"1", "d", "n"), pull), 0.0) == [Reply(Caller(b"1", "d", "n"), Refuse(1, 0, 0))]
+
+
+def test_an_activation_runs_when_it_is_whole():
+    machine = server()
+    first, last = activation(samples=2, length=15), activation(samples=2, offset=15, length=5)
+    assert machine.handle(Heard(DEVICE, first), 0.0) == [Keep(DEVICE, first)]
+    for wrong in (last_ := replace(last, offset=16), replace(last, total=21), first):
+        assert machine.handle(Heard(DEVICE, wrong), 0.0) == [], wrong
+    assert machine.handle(Heard(OTHER, last_), 0.0) == [], "of another connection"
+    assert machine.handle(Heard(DEVICE, last), 0.0) == [Keep(DEVICE, last), RunStage(DEVICE, last)]
+    assert machine.handle(Heard(DEVICE, first), 0.0) == [], "it runs"
+    assert machine.num_running == 1 and machine.handle(Done(DEVICE, 1), 1.0) == [] and machine.num_running == 0
+
+
+@pytest.mark.parametrize(
+    ("chunk", "kind"),
+    [
+        (activation(version=2), "version"),
+        (activation(cut=3), "input"),
+        (activation(total=11), "input"),
+        (activation(samples=0, total=1), "input"),
+        (activation(samples=2**62, total=1), "input"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_kept(chunk, kind):
+    actions = server().handle(Heard(DEVICE, chunk), 0.0)
+    assert failures(actions) == [kind] and len(actions) == 1
+
+
+def test_what_waits_is_bounded_in_number_by_caller_and_in_bytes():
+    machine = server(max_queued=3, max_per_caller=2, max_bytes=1000)
+    for request in (1, 2):
+        assert machine.handle(Heard(DEVICE, activation(request)), 0.0)
+    assert failures(machine.handle(Heard(DEVICE, activation(3)), 0.0)) == ["busy"]
+    assert failures(machine.handle(Heard(OTHER, activation(1, samples=99)), 0.0)) == ["busy"]
+    assert not failures(machine.handle(Heard(OTHER, activation(1)), 0.0))
+    assert failures(machine.handle(Heard(OTHER, activation(2)), 0.0)) == ["busy"]
+    machine.handle(Done(DEVICE, 1), 1.0)
+    assert not failures(machine.handle(Heard(OTHER, activation(2)), 0.0)), "there is room again"
+
+
+def test_an_activation_that_does_not_go_on_is_dropped():
+    machine = server(upload_s=10.0)
+    machine.handle(Heard(DEVICE, activation(samples=2, length=5)), 0.0)
+    machine.handle(Heard(DEVICE, activation(samples=2, offset=5, length=5)), 8.0)
+    assert machine.next_deadline == 18.0 and machine.handle(answering.Wake(), 18.0) == [Discard(DEVICE, 1)]
+    assert machine.handle(Heard(DEVICE, activation(samples=2, offset=10, length=10)), 19.0) == []
+    assert machine.next_deadline is None
+
+
+def test_a_version_is_kept_while_a_question_uses_it():
+    machine = server((1, 2), versions_kept=2)
+    machine.handle(Heard(DEVICE, activation(1, version=1)), 0.0)
+    assert machine.handle(Published("m", 3, num_bytes), 1.0) == [], "a question uses version 1"
+    assert failures(machine.handle(Heard(DEVICE, activation(2, version=1)), 1.0)) == ["version"], "but no new one may"
+    assert machine.handle(Done(DEVICE, 1), 2.0) == [Retire("m", 1)]
+    assert machine.handle(Published("m", 4, num_bytes), 3.0) == [Retire("m", 2)]
+
+
+def test_a_server_that_drains_finishes_what_it_has_taken_and_takes_nothing_more():
+    machine = server()
+    waiting = Ask(DeviceProfile(), held=1, wait_s=60.0)
+    machine.handle(Heard(OTHER, PlanRequest(9, payload=waiting)), 0.0)
+    machine.handle(Heard(DEVICE, activation(1)), 0.0)
+    machine.handle(Heard(DEVICE, PlanRequest(2, payload=Ask(DeviceProfile()))), 0.0)
+    assert failures(machine.handle(Drain(), 1.0)) == ["draining"], "who waits for news asks another"
+    assert failures(machine.handle(Heard(DEVICE, activation(3)), 1.0)) == ["draining"]
+    assert failures(machine.handle(Heard(DEVICE, PlanRequest(4, payload=waiting)), 1.0)) == ["draining"]
+    assert machine.handle(Done(DEVICE, 1), 2.0) == []
+    assert machine.handle(Done(DEVICE, 2), 2.0) == [Finish()]
+    assert server().handle(Drain(), 0.0) == [Finish()]
+
+
+# --- both, under virtual time -----------------------------------------------------------------------------------------
+
+
+class World:
+    """A device and servers that lose messages, die and come back, with versions that change; all drawn from a seed.
+
+    Every score is the version that it was computed with, so that a mixture would show.
+    """
+
+    def __init__(self, seed: int, num_servers: int, loss: float, policy: str) -> None:
+        self.chance = random.Random(seed)
+        self.loss = loss
+        self.now = 0.0
+        self.events: list = []
+        self.tickets = itertools.count()
+        self.peers = [f"m@{k}" for k in range(num_servers)]
+        self.device = Asker(
+            DeviceConfig(on_no_server=policy, patience_s=0.5, wait_s=2.0), self.peers, PROFILE, itertools.count(1)
+        )
+        self.servers = {peer: Answerer(ServerConfig(versions_kept=2, max_queued=4)) for peer in self.peers}
+        self.lives = dict.fromkeys(self.peers, True)
+        self.newest = 0
+        self.computed: dict[int, dict[str, tuple[int, int]]] = {}  # question -> tier -> version
+        self.tiers: dict[tuple[str, int], tuple[int, str]] = {}  # request -> question and tier
+        self.loaded: set[int] = set()
+        self.ends: dict[int, tuple[float, object]] = {}
+        self.deadlines: dict[int, float] = {}
+        self.last_wakes = 0
+
+    def after(self, delay: float, call) -> None:
+        heapq.heappush(self.events, (self.now + delay, next(self.tickets), call))
+
+    def run(self, until: float) -> None:
+        wakes = 0
+        while True:
+            machines = [(self.device, self.tell_device)]
+            machines += [(machine, lambda e, p=peer: self.tell_server(p, e)) for peer, machine in self.servers.items()]
+            due = [(machine.next_deadline, k) for k, (machine, _) in enumerate(machines) if machine.next_deadline is not None]
+            wake_at, index = min(due, default=(math.inf, 0))
+            next_at = self.events[0][0] if self.events else math.inf
+            if min(wake_at, next_at) > until:
+                self.now = until
+                return
+            if wake_at <= next_at:
+                wakes = wakes + 1 if wake_at <= self.now else 0
+                assert wakes < 50, "the machine wakes and wakes"
+                self.now = max(self.now, wake_at)
+                machines[index][1](Wake() if index == 0 else answering.Wake())
+            else:
+                self.now, _, call = heapq.heappop(self.events)
+                call()
+
+    # the device's shell
+
+    def tell_device(self, event) -> None:
+        for action in self.device.handle(event, self.now):
+            match action:
+                case Send(peer, message):
+                    self.to_server(peer, message)
+                case LookUp(offer):
+                    have = frozenset(d for d in digests(offer) if self.chance.random() < 0.5)
+                    self.after(0.01, lambda v=offer.version, have=have: self.tell_device(Found(v, have)))
+                case Load(offer):
+                    self.after(0.05, lambda v=offer.version: self.load(v))
+                case Unload(version):
+                    self.loaded.discard(version)
+                case RunHead(number, version):
+                    assert version in self.loaded
+                    whole = self.device.fetcher.loaded[version].cut == 3
+                    if whole:
+                        self.computed[number] = {"reduced": version}
+                    found = (self.chance.random(),) if whole else None
+                    self.after(0.01, lambda n=number, m=found: self.tell_device(HeadDone(n, m)))
+                case Upload():
+                    self.tiers[action.peer, action.request] = action.number, action.tier
+                    if action.tier == "reduced":
+                        self.computed[action.number] = {}
+                    total = num_bytes(action.cut, action.bits, 1)
+                    message = Activation(action.request, action.version, action.cut, action.bits, 1, 0, total, bytes(total))
+                    self.to_server(action.peer, message)
+                case Resolve(number, offer, unsure, is_verified):
+                    found = self.computed.get(number, {})
+                    used = {found["full"]} if unsure and is_verified else {found["reduced"]}
+                    assert used == {offer.version}, "a mixture of versions"
+                    assert number not in self.ends
+                    self.ends[number] = self.now, action
+                case Fail(number):
+                    assert number not in self.ends
+                    self.ends[number] = self.now, action
+
+    def load(self, version: int) -> None:
+        self.loaded.add(version)
+        self.tell_device(Loaded(version))
+
+    def ask(self, number: int, budget: float) -> None:
+        self.deadlines[number] = self.now + budget
+        self.tell_device(Question(number, 1, self.now + budget))
+
+    # the network
+
+    def to_server(self, peer, message) -> None:
+        if self.chance.random() >= self.loss:
+            caller = Caller(b"o", "device", peer)
+            self.after(
+                self.chance.uniform(0.001, 0.02), lambda: self.lives[peer] and self.tell_server(peer, Heard(caller, message))
+            )
+
+    def to_device(self, peer, message) -> None:
+        if self.chance.random() >= self.loss and self.lives[peer]:
+            event = Received(peer, message)
+            if self.chance.random() < self.loss and not isinstance(message, Later | Failed):
+                event = Rejected(peer, message.request, "garbage")
+            self.after(self.chance.uniform(0.001, 0.02), lambda: self.hear(peer, event))
+
+    def hear(self, peer, event) -> None:
+        message = getattr(event, "message", None)
+        if isinstance(message, Result):  # as the shell does: computed scores are kept, then the machine hears of them
+            known = self.tiers.get((peer, message.request))
+            number, tier = known or (None, None)
+            if number is not None and number not in self.ends:
+                self.computed.setdefault(number, {})
+                asked = self.device._by_request.get(message.request)
+                if asked is not None and asked.tier == tier and message.request in asked.requests:
+                    self.computed[number][tier] = message.version
+        self.tell_device(event)
+
+    # the servers' shells
+
+    def tell_server(self, peer, event) -> None:
+        for action in self.servers[peer].handle(event, self.now):
+            match action:
+                case Reply(_, message):
+                    self.to_device(peer, message)
+                case MakePlan(caller, request, version, _):
+                    self.after(0.01, lambda c=caller, r=request, v=version: self.offer(peer, c, r, v))
+                case Serve(_, pull):
+                    for range_ in pull.ranges:
+                        self.to_device(peer, data(pull, range_))
+                case RunStage(caller, chunk):
+                    self.after(0.02, lambda c=caller, a=chunk: self.ran(peer, c, a))
+
+    def offer(self, peer, caller, request, version) -> None:
+        cut, activation_bits = [(3, 0), (2, 8), (0, 32), (0, 8)][version % 4]
+        self.to_device(peer, Offer(request, 0, 1, payload=manifest(version, cut, 4, activation_bits, threshold=0.3)))
+        self.tell_server(peer, Done(caller, request))
+
+    def ran(self, peer, caller, chunk) -> None:
+        self.to_device(peer, Result(chunk.request, chunk.version, 0.02, 0, 1, payload=(self.chance.random(),)))
+        self.tell_server(peer, Done(caller, chunk.request))
+
+    def publish(self) -> None:
+        self.newest += 1
+        for peer in self.peers:
+            if self.lives[peer]:
+                self.tell_server(peer, Published("m", self.newest, num_bytes))
+
+    def kill(self, peer) -> None:
+        if self.lives[peer]:
+            self.lives[peer] = False
+            self.after(0.005, lambda: self.tell_device(PeerDown(peer)))
+
+    def revive(self, peer) -> None:
+        if not self.lives[peer]:
+            self.lives[peer] = True
+            self.servers[peer] = Answerer(ServerConfig(versions_kept=2, max_queued=4))
+            if self.newest:
+                self.tell_server(peer, Published("m", self.newest, num_bytes))
+            self.after(0.01, lambda: self.tell_device(PeerUp(peer)))
+
+
+def troubled_world(seed: int, loss: float, policy: str) -> World:
+    world = World(seed, num_servers=1 + seed % 3, loss=loss, policy=policy)
+    chance = random.Random(seed + 1)
+    world.publish()
+    world.tell_device(Start())
+    for number in range(60):
+        world.after(chance.uniform(0, 20), lambda n=number: world.ask(n, chance.choice([0.05, 0.5, 3.0])))
+    for _ in range(chance.randrange(8)):
+        world.after(chance.uniform(0, 20), world.publish)
+    for _ in range(chance.randrange(6)):
+        peer, at = chance.choice(world.peers), chance.uniform(0, 18)
+        world.after(at, lambda p=peer: world.kill(p))
+        world.after(at + chance.uniform(0.02, 3), lambda p=peer: world.revive(p))
+    world.run(300.0)
+    return world
+
+
+@pytest.mark.parametrize("policy", ["unverified", "fail"])
+@pytest.mark.parametrize("loss", [0.0, 0.1, 0.4])
+def test_whatever_is_lost_and_whoever_dies_every_question_ends_in_time_and_with_one_version(loss, policy):
+    kinds = set()
+    for seed in range(12):
+        world = troubled_world(seed, loss, policy)
+        assert len(world.ends) == 60
+        for number, (ended, how) in world.ends.items():
+            assert ended <= world.deadlines[number] + 1e-9, (seed, number, how)
+            kinds.add(type(how).__name__ + str(getattr(how, "is_verified", "")))
+        assert not world.device._questions and not world.device._by_request
+        assert world.loaded == {world.device.fetcher.active.version} and world.device.fetcher.active.version == world.newest
+    assert "ResolveTrue" in kinds
+    assert ("ResolveFalse" in kinds) <= (policy == "unverified")
+
+
+def test_without_trouble_every_question_is_answered():
+    for seed in range(6):
+        world = World(seed, 2, 0.0, "fail")
+        world.publish()
+        world.tell_device(Start())
+        for number in range(100):
+            world.after(0.5 + number * 0.05, lambda n=number, w=world: w.ask(n, 5.0))
+        for k in range(5):
+            world.after(1.0 + k, world.publish)
+        world.run(20.0)
+        assert len(world.ends) == 100 and all(isinstance(how, Resolve) and how.is_verified for _, how in world.ends.values())
+
+
+def test_the_same_events_give_the_same_run():
+    runs = [troubled_world(5, 0.2, "unverified") for _ in range(2)]
+    assert runs[0].ends == runs[1].ends
