@@ -135,7 +135,6 @@ class _Segment:
     tried: set[PeerId]
     copies: list[Contribution] = field(default_factory=list)
     is_merging: bool = False
-    is_merged: bool = False
 
 
 PROTOCOLS: Registry[Callable[[PeerId, Mapping[PeerId, int], GossipConfig, Iterator[int]], Gossip]] = Registry("protocol")
@@ -164,6 +163,7 @@ class Gossip:
         self.report = RoundReport(0)
         self._segment_of = {range_: index for index, range_ in enumerate(config.segments)}
         self._segments: list[_Segment] = []
+        self._num_merged = 0
         self._transfers: dict[int, Transfer] = {}
         self._finished_rates: list[float] = []
         self._numbers = numbers or count(1)
@@ -183,7 +183,7 @@ class Gossip:
             case Phase.JOINING | Phase.LINGERING:
                 return None if self._wake_at is None else min(self._wake_at, self._give_up_at)
             case Phase.TRAINING | Phase.GATHERING:
-                return min((transfer.deadline for transfer in self._transfers.values()), default=None)
+                return min([transfer.deadline for transfer in self._transfers.values()], default=None)
         return None
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -354,6 +354,7 @@ class Gossip:
     def _ask(self, chosen: Sequence[Sequence[PeerId]], now: float) -> list[Action]:
         """Pull segment i from each of `chosen[i]`."""
         self._segments = [_Segment(wanted=len(peers), tried=set(peers)) for peers in chosen]
+        self._num_merged = 0
         ranges: dict[PeerId, list[Range]] = {}
         for range_, peers in zip(self.config.segments, chosen, strict=True):
             for peer in peers:
@@ -387,12 +388,12 @@ class Gossip:
 
     def _take(self, peer: PeerId, data: Data, now: float) -> list[Action]:
         """A chunk came: note the progress; a range's last chunk completes one copy of its segment."""
-        neighbour = self.membership.neighbours[peer]
-        neighbour.heard(data.newest)
+        neighbour = self.membership.heard(peer, data.newest)
+        is_last = data.is_last
         transfer = self._transfers.get(data.request)
         if transfer is None or transfer.peer != peer or data.range not in transfer.missing:
             self.report.repeated_bytes += data.num_bytes
-            self.report.late += data.is_last
+            self.report.late += is_last
             return []
         neighbour.num_samples = neighbour.num_samples or data.num_samples
         if not 1 <= data.num_samples <= MAX_SAMPLES or data.num_samples != neighbour.num_samples:
@@ -406,28 +407,29 @@ class Gossip:
         if not transfer.continues_with(data):
             self.report.repeated_bytes += data.num_bytes
             return []
-        if data.is_last and data.payload is None:
+        if is_last and data.payload is None:
             return self._reject(peer, data.request, f"the end of {data.range} came without its beginning", now)
         transfer.advance(data, now)
-        transfer.flows(now, neighbour.answer_deadline_s, self._patience_s)
         self.report.payload_bytes += data.num_bytes
-        if not data.is_last:
-            return self._give_up(transfer, now) if self._crawls(transfer, now) else []
-        if not transfer.missing:
+        if transfer.missing:
+            transfer.flows(now, neighbour.answer_deadline_s, self._patience_s)
+        else:
             del self._transfers[data.request]
             self._finished_rates.append(transfer.rate(now))
             neighbour.transferred(transfer.link_rate(now))
+        if not is_last:
+            return self._give_up(transfer, now) if self._crawls(transfer, now) else []
         if self._is_far_behind and not self.report.adopted:
             return self._fall_behind(now)
         return self._copy_is_in(peer, data)
 
     def _copy_is_in(self, peer: PeerId, data: Data) -> list[Action]:
-        index = self._segment_of[data.range]
+        index, report = self._segment_of[data.range], self.report
         segment = self._segments[index]
         staleness = max(0, self.round - data.version)
-        self.report.segments_mixed += 1
-        self.report.staleness_sum += staleness
-        self.report.staleness_max = max(self.report.staleness_max, staleness)
+        report.segments_mixed += 1
+        report.staleness_sum += staleness
+        report.staleness_max = max(report.staleness_max, staleness)
         segment.copies.append(Contribution(peer, data.payload, self._weight(peer, data.num_samples, staleness), staleness))
         return self._merge_if_complete(index)
 
@@ -453,8 +455,9 @@ class Gossip:
 
     def _merge_if_complete(self, index: int) -> list[Action]:
         segment = self._segments[index]
-        is_complete = len(segment.copies) >= segment.wanted and not segment.is_merging
-        return self._merge(index) if is_complete else []
+        if len(segment.copies) < segment.wanted or segment.is_merging:
+            return []
+        return self._merge(index)
 
     def _merge(self, index: int) -> list[Action]:
         """Step 3: mix one segment, at once: less memory, and no burst at the end of the round."""
@@ -469,8 +472,8 @@ class Gossip:
         """Step 4: when every segment is merged the round is over."""
         if self.phase is not Phase.GATHERING or round_ != self.round:
             return []
-        self._segments[index].is_merged = True
-        if not all(segment.is_merged for segment in self._segments):
+        self._num_merged += 1
+        if self._num_merged < len(self._segments):
             return []
         self.report.wait_s = now - self._began
         done = self._round_done(now)
@@ -491,7 +494,7 @@ class Gossip:
 
     def _wait(self, peer: PeerId, request: int, bytes_queued: int, now: float) -> list[Action]:
         """Later: that neighbour lives. Wait for its training within the patience, for its queue as for a transfer."""
-        self.membership.neighbours[peer].heard()
+        neighbour = self.membership.heard(peer)
         transfer = self._transfers.get(request)
         if transfer is None or transfer.peer != peer:
             return []
@@ -499,7 +502,7 @@ class Gossip:
         if bytes_queued:
             if self._crawls(transfer, now):
                 return self._give_up(transfer, now)
-            transfer.flows(now, self.membership.neighbours[peer].answer_deadline_s, self._patience_s)
+            transfer.flows(now, neighbour.answer_deadline_s, self._patience_s)
         elif not transfer.is_flowing:
             transfer.park(max(self._patience_end, now))
         return []
@@ -524,7 +527,7 @@ class Gossip:
         return self._replace(transfer, now)
 
     def _refused(self, peer: PeerId, request: int, newest: int, now: float) -> list[Action]:
-        self.membership.neighbours[peer].heard(newest)
+        self.membership.heard(peer, newest)
         transfer = self._transfers.get(request)
         if transfer is None or transfer.peer != peer:
             return []
@@ -593,7 +596,8 @@ class Gossip:
 
     @property
     def _is_far_behind(self) -> bool:
-        return self.membership.newest - self.round > self.config.versions_kept
+        oldest = self.round + self.config.versions_kept
+        return self.membership.claimed > oldest and self.membership.newest > oldest
 
     def _fall_behind(self, now: float) -> list[Action]:
         detail = f"{self.name} is at round {self.round}, others at {self.membership.newest}: adopting the newest model"
@@ -612,7 +616,7 @@ class Gossip:
     # --- serving and leaving ------------------------------------------------------------------------------------------
 
     def _answer(self, peer: PeerId, pull: Pull, now: float) -> list[Action]:
-        self.membership.neighbours[peer].heard()
+        self.membership.heard(peer)
         strange = [range_ for range_ in pull.ranges if range_ not in self._segment_of]
         if strange or pull.codec != self.config.codec:
             size, number = self.config.segments[-1][1], len(self.config.segments)
@@ -639,9 +643,7 @@ class Gossip:
         return [Send(n.name, Leave(self.round)) for n in self.membership.neighbours.values() if n.is_live and n.met]
 
     def _left(self, peer: PeerId, now: float) -> list[Action]:
-        neighbour = self.membership.neighbours[peer]
-        neighbour.heard()
-        neighbour.gone = True
+        self.membership.heard(peer).gone = True
         return self._finish_if_alone()
 
     def _finish_if_alone(self) -> list[Action]:

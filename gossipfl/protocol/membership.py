@@ -56,7 +56,8 @@ class Neighbour:
     def heard(self, newest: int = 0) -> None:
         self.strikes = 0
         self.met = True
-        self.newest = max(self.newest, newest)
+        if newest > self.newest:
+            self.newest = newest
 
     def transferred(self, bytes_per_s: float) -> None:
         """Note how fast a transfer from it was; the last few count."""
@@ -96,6 +97,8 @@ class Membership:
     degrees: Mapping[PeerId, int]
     quorum: int
     late: frozenset[PeerId] = frozenset()
+    claimed: int = 0
+    """The newest version that anybody has claimed to have trained."""
     neighbours: dict[PeerId, Neighbour] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,10 +107,17 @@ class Membership:
     def hello(self, newest: int, wants_reply: bool) -> Hello:
         return Hello(self.layout, newest, wants_reply)
 
+    def heard(self, name: PeerId, newest: int = 0) -> Neighbour:
+        """Note that a message came from this neighbour, who has trained that version if it says so."""
+        neighbour = self.neighbours[name]
+        neighbour.heard(newest)
+        if newest > self.claimed:
+            self.claimed = newest
+        return neighbour
+
     def greeted(self, name: PeerId, hello: Hello) -> bool:
         """Take a Hello in; False if its layout differs from ours."""
-        neighbour = self.neighbours[name]
-        neighbour.heard(hello.newest)
+        neighbour = self.heard(name, hello.newest)
         neighbour.answered = True
         neighbour.away = False  # a Hello alone brings back: other messages may be the last words of one that has gone
         neighbour.gone = False

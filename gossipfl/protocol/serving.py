@@ -85,8 +85,9 @@ class PullDesk:
         """The stored version to serve; None if there is none that will do yet."""
         if not self.versions:
             return None
-        if pull.version == NEWEST or pull.oldest <= self.newest < pull.version:
-            return self.newest
+        newest = self.versions[-1]
+        if pull.version in (newest, NEWEST) or pull.oldest <= newest < pull.version:
+            return newest
         return next((version for version in self.versions if version >= pull.version), None)
 
     def _refusal(self, peer: PeerId, pull: Pull) -> Send:

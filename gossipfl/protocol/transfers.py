@@ -43,10 +43,13 @@ class Transfer:
 
     def begin(self, data: Data) -> int:
         """Note the version that a range is served in; bytes that had come of another one, which count for nothing now."""
-        self.versions.setdefault(data.range, data.version)
-        wasted = self.missing[data.range] if data.offset == 0 else 0
+        range_ = data.range
+        if range_ not in self.versions:
+            self.versions[range_] = data.version
+            return 0
+        wasted = self.missing[range_] if data.offset == 0 else 0
         if wasted:
-            self.missing[data.range], self.versions[data.range] = 0, data.version
+            self.missing[range_], self.versions[range_] = 0, data.version
         return wasted
 
     def continues_with(self, data: Data) -> bool:
@@ -54,15 +57,17 @@ class Transfer:
 
     def advance(self, data: Data, now: float) -> None:
         """Take a chunk that continues its range; the range is no longer missing after its last one."""
-        if self.last_byte_at is not None:
-            self.longest_gap_s = max(self.longest_gap_s, now - self.last_byte_at)
+        num_bytes = data.num_bytes
+        if self.last_byte_at is not None and now - self.last_byte_at > self.longest_gap_s:
+            self.longest_gap_s = now - self.last_byte_at
         self.last_byte_at = now
-        self.num_bytes += data.num_bytes
+        self.num_bytes += num_bytes
         if self.timed_from is not None:
-            self.timed_bytes += data.num_bytes
-        self.missing[data.range] += data.num_bytes
+            self.timed_bytes += num_bytes
         if data.is_last:
             del self.missing[data.range]
+        else:
+            self.missing[data.range] += num_bytes
 
     def flows(self, now: float, answer_s: float, patience_s: float) -> None:
         """Bytes are on their way: silence may last for the patience until chunks are timed, then for four of their gaps."""

@@ -363,20 +363,20 @@ class Simulator:
                 self._send(peer, to, Later(pull.request, queued))
                 return
             ahead = flow.bytes_queued()
-        total = sum(self._codec.num_bytes(stop - start) for start, stop in pull.ranges)
+        sizes = [self._codec.num_bytes(stop - start) for start, stop in pull.ranges]
+        total = sum(sizes)
         if ahead or total > self._chunk_bytes:
             self._send(peer, to, Later(pull.request, ahead + total))
-        desk, num_samples = peer.machine.desk, peer.machine.config.num_samples
+        newest, num_samples = peer.machine.desk.newest, peer.machine.config.num_samples
         resumed = pull.offset if version == pull.version else 0
-        for range_ in pull.ranges:
+        for range_, size in zip(pull.ranges, sizes, strict=True):
             values = self._read(peer, version, range_)
-            size = self._codec.num_bytes(range_[1] - range_[0])
             first = min(resumed, size - 1)
             for start in range(first - first % self._chunk_bytes, size, self._chunk_bytes):
                 offset = max(start, first)
                 num_bytes = min(start + self._chunk_bytes, size) - offset
                 payload = values if offset + num_bytes == size else None
-                data = Data(pull.request, version, desk.newest, num_samples, range_, offset, size, num_bytes, payload)
+                data = Data(pull.request, version, newest, num_samples, range_, offset, size, num_bytes, payload)
                 header_bytes = len(wire.encode(RUN, peer.name, to, data))
                 self.network.stream(
                     peer.index,
