@@ -42,7 +42,7 @@ Coding = Literal["bipolar", "signed"]
 BATCH = 256
 
 
-def scores_of(model: nn.Module, inputs: Tensor) -> np.ndarray:
+def scores_of(model: Callable[[Tensor], Tensor | tuple[Tensor, ...]], inputs: Tensor) -> np.ndarray:
     """The scores (f32[n, K]) of `inputs`; of a stage, its only live tensor."""
     with torch.no_grad():
         found = [model(batch) for batch in inputs.split(BATCH)]

@@ -7,6 +7,7 @@ scenarios for the virtual clock, or whatever else the reproduction has a functio
 one, register it in `REPRODUCTIONS` from a file in this folder and import it here.
 """
 
+from gossipfl.scenario.reproduce.ari import ari
 from gossipfl.scenario.reproduce.bacombo import bacombo
 from gossipfl.scenario.reproduce.combo import combo
 from gossipfl.scenario.reproduce.epidemic import epidemic
@@ -19,6 +20,7 @@ __all__ = [
     "Reproduction",
     "Row",
     "Table",
+    "ari",
     "bacombo",
     "combo",
     "epidemic",

@@ -1,0 +1,367 @@
+"""Adaptive Resolution Inference: how much the reduced model saves where the full one is run only for small margins.
+
+Wang, Reviriego, Niknia, Conde, Liu and Lombardi, IEEE IoT Journal 2023, arXiv 2408.14528. Published: 40 to 85 % of the energy
+saved at unchanged accuracy, for an MLP and a CNN on MNIST, Fashion-MNIST, SVHN and CIFAR-10, in stochastic computing of 6 to 12
+bits and in floats cut from FP16 down to FP8. The recompute rates here are read off the plots of the co-authors' repository
+(github.com/javicond3/Adaptive-Resolution-Inference_ARI), to about a point. That the longest streams stand for the energy of the
+full model is assumed: it gives the published savings. Models, their training and the coding of the streams were not at hand.
+
+Each arm trains one model centrally, sets the thresholds on calibration data and measures on test data, the three disjoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossipfl.errors import ConfigError, RunError
+from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.execution.engines import compile_stage
+from gossipfl.inference.execution.noise import Coding, scores_of, with_integers, with_mantissas, with_streams
+from gossipfl.inference.planning.cascade import (
+    Cost,
+    of_cascade,
+    relative_energy_of_integers,
+    relative_energy_of_mantissas,
+    relative_energy_of_streams,
+)
+from gossipfl.inference.planning.margins import Basis, accepted, certify, largest_change, margins
+from gossipfl.learning.datasets import Dataset, normalise, open_dataset
+from gossipfl.learning.models import build_model
+from gossipfl.learning.training import Engine, Learner, TrainingConfig
+from gossipfl.scenario.config import load_scenario
+from gossipfl.scenario.preparation import calibration_indices, prepare
+from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arm, Arms, Reproduction, Row, Table
+
+ALPHA, DELTA = 0.01, 0.05
+STREAM_BITS = tuple(range(12, 5, -1))
+INTEGER_BITS = (8, 6, 5, 4, 3)
+MANTISSA_BITS = (8, 6, 4, 3, 2)
+SAVED = (0.40, 0.85)
+READING = 1.0
+"""Points by which a recompute rate may have been misread."""
+SAMPLES = 4000
+"""Of calibration and of test data at most, but for the paper's size."""
+RANGE_SAMPLES = 256
+"""Calibration samples that set the range of each layer's inputs."""
+STREAMS: dict[Coding, str] = {"signed": "streams with signs", "bipolar": "bipolar streams"}
+FULL = Cost(1.0, 1.0, 1.0, 1.0)
+
+DATA_SETS = {"digits": "digits", "mnist": "idx", "fashion-mnist": "idx", "svhn": "npz", "cifar10": "cifar10"}
+"""Their kinds, as the scenarios' `[data]`."""
+STEPS = {("mlp", False): 3000, ("cnn", False): 1200, ("mlp", True): 20_000, ("cnn", True): 15_000}
+"""Of training, with 64 samples each; digits take few."""
+PUBLISHED: dict[tuple[str, str], tuple[float, ...]] = {
+    ("mlp", "mnist"): (0, 0, 0, 0, 1, 1, 1),
+    ("cnn", "mnist"): (0, 0, 0, 0, 1, 1, 3),
+    ("mlp", "fashion-mnist"): (0, 0, 0.7, 2.8, 8.3, 17.7, 38),
+    ("cnn", "fashion-mnist"): (0.3, 1, 2, 4, 8.5, 19, 40),
+    ("mlp", "svhn"): (3, 8, 15, 27, 44, 64, 78),
+    ("cnn", "svhn"): (0, 1, 2.5, 6.5, 13.6, 25, 48),
+    ("mlp", "cifar10"): (2, 6, 14, 34, 57, 77, 95),
+    ("cnn", "cifar10"): (0, 1.3, 6, 15, 30, 47, 98),
+}
+"""Recompute rate in % with the paper's threshold M, for each of `STREAM_BITS`; of MNIST, "less than 1" stands as 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cascade:
+    """A threshold, and what comes of it on the test data."""
+
+    threshold: float
+    expected_fallback: float
+    """On the calibration data."""
+    fallback: float
+    accuracy: float
+    accuracy_sd: float
+    """Standard error of the difference to the full model's accuracy, from the samples on which just one of them is right."""
+    disagreement: float
+
+    def keeps(self, full: float) -> bool:
+        """Whether the full model's accuracy is kept, as far as these samples can tell."""
+        return self.accuracy >= full - 2 * self.accuracy_sd
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One reduced model. `cost` is of a request, relative to the full model's."""
+
+    kind: str
+    bits: int
+    accuracy: float
+    cost: Cost
+    largest: Cascade
+    certified: Cascade
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What an arm came to."""
+
+    model: str
+    data: str
+    accuracy: float
+    """Of the full model."""
+    num_calibration: int
+    num_test: int
+    points: list[Point]
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.3f}, {len(self.points)} reduced models, took {self.seconds:.0f} s"
+
+
+# --- arms -------------------------------------------------------------------------------------------------------------
+
+
+def _arms(full: bool) -> Arms:
+    """Scenarios, as far as they say what is trained on what; the largest first."""
+    return {
+        f"{model}-{data}": {
+            "model": model,
+            "data": _data(data),
+            "rounds": 1,
+            "training": {
+                "local_steps": 400 if data == "digits" else STEPS[model, full],
+                "batch_size": 64,
+                "learning_rate": 0.001,
+                "optimizer": "adam",
+            },
+            "samples": None if full else SAMPLES,
+        }
+        for data in reversed(DATA_SETS)
+        for model in ("cnn", "mlp")
+    }
+
+
+def _data(name: str) -> dict[str, Any]:
+    if name == "digits":
+        return {"kind": name, "test_fraction": 0.3, "calibration_fraction": 0.45}
+    return {"kind": DATA_SETS[name], "path": name, "calibration_fraction": 0.1}
+
+
+def measure(name: str, arm: Arm, folder: Path) -> Measured:
+    """Train, calibrate and test one model; `folder / name.json` is the record."""
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    scenario = load_scenario({key: value for key, value in arm.items() if key != "samples"})
+    dataset = _in_0_to_1(open_dataset(prepare(scenario)))
+    kept = calibration_indices(scenario, dataset)
+    model = build_model(scenario.model, dataset.input_shape, dataset.num_classes, scenario.model_args, scenario.model_seed)
+    engine = Engine(model, TrainingConfig(**scenario.training.model_dump(), seed=scenario.protocol_seed), dataset)
+    learner = Learner("central", np.setdiff1d(np.arange(len(dataset.y_train)), kept))
+    engine.flat.write(engine.train(learner, engine.initial_vector(), 1).vector)
+    chain = Chain.of(model, dataset.input_shape)
+    calibration = _inputs(dataset.x_train[kept[: arm["samples"]]], dataset)
+    test = _inputs(dataset.x_test[: arm["samples"]], dataset)
+    accuracy, points = measure_cascades(chain, calibration, test, dataset.y_test[: arm["samples"]])
+    seconds = time.perf_counter() - began
+    measured = Measured(arm["model"], name.partition("-")[2], accuracy, len(calibration), len(test), points, seconds)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(asdict(measured), indent=1))
+    return measured
+
+
+def _in_0_to_1(dataset: Dataset) -> Dataset:
+    """Images as a stream takes them: a pixel is 0 to 1, and the background is 0."""
+    if dataset.mean is None or dataset.std is None:
+        return dataset
+    return replace(dataset, mean=(0.0,) * len(dataset.mean), std=(1.0,) * len(dataset.std))
+
+
+def _inputs(x: np.ndarray, dataset: Dataset) -> Tensor:
+    return torch.from_numpy(np.array(normalise(x, dataset)))
+
+
+def measure_cascades(chain: Chain, calibration: Tensor, test: Tensor, labels: np.ndarray) -> tuple[float, list[Point]]:
+    """The full model's accuracy on `test`, and every reduced model with its thresholds from `calibration` (f32[n, ...])."""
+    full = chain.stage(0, len(chain.profile.layers))
+    expected, answers = scores_of(full, calibration).argmax(1), scores_of(full, test).argmax(1)
+    points = []
+    for kind, bits, cost, run in _reduced(chain, calibration[:RANGE_SAMPLES]):
+        known, found = run(calibration), run(test)
+        known_margins, found_margins = margins(known), margins(found)
+        differs = known.argmax(1) != expected
+        basis = Basis("", 0, 0, (bits,), bits, (kind,), "calibration")
+        thresholds = (
+            largest_change(known_margins, differs, "softmax"),
+            certify(known_margins, differs, basis, ALPHA, DELTA).threshold,
+        )
+        cascades = []
+        for threshold in thresholds:
+            accept = accepted(found_margins, threshold)
+            mixed = np.where(accept, found.argmax(1), answers)
+            swings = np.count_nonzero((mixed == labels) != (answers == labels))
+            cascades.append(
+                Cascade(
+                    threshold,
+                    1.0 - float(accepted(known_margins, threshold).mean()),
+                    1.0 - float(accept.mean()),
+                    float((mixed == labels).mean()),
+                    math.sqrt(swings) / len(labels),
+                    float((mixed != answers).mean()),
+                )
+            )
+        points.append(Point(kind, bits, float((found.argmax(1) == labels).mean()), cost, *cascades))
+    return float((answers == labels).mean()), points
+
+
+def _reduced(chain: Chain, samples: Tensor) -> Iterator[tuple[str, int, Cost, Callable[[Tensor], np.ndarray]]]:
+    """Kind, bits, relative cost and scores of every reduced model."""
+    full = chain.stage(0, len(chain.profile.layers))
+    for coding in get_args(Coding):
+        for bits in STREAM_BITS:
+            model = with_streams(full, samples, bits, 0, coding)
+            yield STREAMS[coding], bits, _cost(bits, bits, relative_energy_of_streams(bits)), partial(scores_of, model)
+    for bits in INTEGER_BITS:
+        model = with_integers(full, samples, bits)
+        yield "integers", bits, _cost(bits, bits, relative_energy_of_integers(bits, bits)), partial(scores_of, model)
+    for bits in MANTISSA_BITS:
+        model = with_mantissas(full, bits)
+        yield "mantissas", bits, _cost(6 + bits, 1 + bits, relative_energy_of_mantissas(bits), 11), partial(scores_of, model)
+    try:
+        engine, plain = (compile_stage(full, (samples,), name) for name in ("int8", "fp32"))
+    except (ConfigError, RunError):  # this machine has no such kernels
+        return
+    cost = Cost(seconds=engine.seconds / plain.seconds, num_bytes=8 / 32, bit_macs=(8 / 32) ** 2)
+    yield "int8 engine", 8, cost, partial(scores_of, engine)
+
+
+def _cost(stored_bits: int, computed_bits: int, energy: float, full_bits: int = 16) -> Cost:
+    """Against 16 bits that are stored and `full_bits` that are computed with; nothing is timed, as it is only modelled here."""
+    return Cost(num_bytes=stored_bits / 16, bit_macs=(computed_bits / full_bits) ** 2, energy=energy)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _tables(outcomes: Mapping[str, Measured], full: bool) -> list[Table]:
+    measured = list(outcomes.values())
+    best = [(each, points) for each in measured for points in _by_kind(each).values()]
+    return [
+        Table("saved by the paper's rule at each model's best number of bits", [_best_row(*each) for each in best], NOTES),
+        Table(
+            "the same points, by what is counted: saved with the paper's rule", [_cost_row(*each) for each in best], COST_NOTES
+        ),
+        *(
+            Table(
+                f"{each.model} on {each.data}: full model {each.accuracy:.3f}, {each.num_calibration} samples to calibrate, "
+                f"{each.num_test} to test",
+                [_point_row(each, point) for point in each.points],
+                [f"published: recompute rate, in %; inside: within {READING:g} point of it"] if _published(each) else [],
+            )
+            for each in measured
+        ),
+    ]
+
+
+NOTES = [
+    "best: what saves most on the calibration data; everything shown is of the test data",
+    "recomputed: share of samples that the full model is run for; saved: 1 - E_R / E_F - that share",
+    "E_R / E_F is assumed: 2^(bits - 12) for streams, bits^2 / 16^2 for integers, (1 + bits)^2 / 11^2 for mantissas; of an "
+    "engine it is its time over that of float32, as measured",
+    "published: 40 to 85 %, and beside it the most that the plots of its authors give for this model and data set",
+    "kept: within two standard errors of the full model's accuracy",
+    f"certified: the threshold of which P( more than {ALPHA:.0%} answered otherwise than by the full model ) <= {DELTA:.0%}",
+    "the MLP has 128 hidden units and the CNN is that of FedAvg; those of the paper were not at hand",
+]
+COST_NOTES = [
+    "bytes: of weights and activations; bit-MACs: multiply-accumulates times the bits of both factors; against 16 bits",
+    "time is measured, of one sample on this machine, where the reduced model runs on it; the others are modelled",
+]
+
+
+def _by_kind(measured: Measured) -> dict[str, list[Point]]:
+    kinds = dict.fromkeys(point.kind for point in measured.points)
+    return {kind: [point for point in measured.points if point.kind == kind] for kind in kinds}
+
+
+def _best(points: list[Point], choose: Callable[[Point], Cascade]) -> Point:
+    return max(points, key=lambda point: _saved(point.cost, choose(point).expected_fallback))
+
+
+def _saved(cost: Cost, fallback: float) -> float:
+    """Of energy, or of time where that is measured."""
+    mixed = of_cascade(cost, FULL, fallback)
+    value = mixed.energy if mixed.energy is not None else mixed.seconds
+    assert value is not None, "every reduced model has one of the two"
+    return 1.0 - value
+
+
+def _best_row(measured: Measured, points: list[Point]) -> Row:
+    largest, certified = _best(points, lambda point: point.largest), _best(points, lambda point: point.certified)
+    saved = _saved(largest.cost, largest.largest.fallback)
+    is_published = points[0].kind not in ("integers", "int8 engine")
+    values = {
+        "bits": str(largest.bits),
+        "published": f"40-85 %{_implied(measured, points[0].kind)}" if is_published else "",
+        "saved": f"{saved:.0%}",
+        "recomputed": f"{largest.largest.fallback:.1%}",
+        "full": f"{measured.accuracy:.4f}",
+        "cascade": f"{largest.largest.accuracy:.4f}",
+        "kept": "yes" if largest.largest.keeps(measured.accuracy) else "no",
+        "certified: bits": str(certified.bits),
+        "saved ": f"{_saved(certified.cost, certified.certified.fallback):.0%}",
+        "recomputed ": f"{certified.certified.fallback:.1%}",
+        "differs": f"{certified.certified.disagreement:.2%}",
+        "cascade ": f"{certified.certified.accuracy:.4f}",
+    }
+    return Row(f"{measured.model} {measured.data}, {points[0].kind}", values, saved, SAVED if is_published else None)
+
+
+def _implied(measured: Measured, kind: str) -> str:
+    """What the published recompute rates come to at their best."""
+    rates = _published(measured)
+    if not rates or kind not in STREAMS.values():
+        return ""
+    most = max(1 - relative_energy_of_streams(bits) - rate / 100 for bits, rate in zip(STREAM_BITS, rates, strict=True))
+    return f" ({most:.0%})"
+
+
+def _published(measured: Measured) -> tuple[float, ...]:
+    return PUBLISHED.get((measured.model, measured.data), ())
+
+
+def _cost_row(measured: Measured, points: list[Point]) -> Row:
+    point = _best(points, lambda point: point.largest)
+    mixed = of_cascade(point.cost, FULL, point.largest.fallback)
+    columns = {"energy": mixed.energy, "time": mixed.seconds, "bytes": mixed.num_bytes, "bit-MACs": mixed.bit_macs}
+    values = {name: "" if value is None else f"{1 - value:.0%}" for name, value in columns.items()}
+    return Row(f"{measured.model} {measured.data}, {point.kind}, {point.bits} bits", values)
+
+
+def _point_row(measured: Measured, point: Point) -> Row:
+    rates = _published(measured) if point.kind in STREAMS.values() else ()
+    rate = rates[STREAM_BITS.index(point.bits)] if rates else None
+    recomputed = 100 * point.largest.fallback
+    values = {
+        "published": "" if rate is None else f"{rate:g}",
+        "recomputed": f"{recomputed:.1f}",
+        "threshold": f"{point.largest.threshold:.3f}",
+        "reduced": f"{point.accuracy:.4f}",
+        "cascade": f"{point.largest.accuracy:.4f}",
+        "saved": f"{_saved(point.cost, point.largest.fallback):.0%}",
+        "certified: recomputed": f"{100 * point.certified.fallback:.1f}",
+        "threshold ": f"{point.certified.threshold:.3f}",
+        "differs": f"{100 * point.certified.disagreement:.2f}",
+        "cascade ": f"{point.certified.accuracy:.4f}",
+        "saved ": f"{_saved(point.cost, point.certified.fallback):.0%}",
+    }
+    band = None if rate is None else (rate - READING, rate + READING)
+    return Row(f"{point.kind}, {point.bits}", values, recomputed, band)
+
+
+@REPRODUCTIONS.register("ari")
+def ari() -> Reproduction:
+    """Reduced models whose margins are too small are run in full."""
+    return Reproduction(_arms, _tables, measure)
