@@ -1,69 +1,25 @@
-"""The command line. Results go to stdout, progress and messages to stderr.
-
-Exit codes: 0 done (at least `min_peers` peers finished), 1 the run failed, 2 wrong usage or scenario, 130 interrupted.
-"""
+"""The commands that run scenarios, look at them beforehand, and look at their records."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 
-from gossipfl._version import __version__
-from gossipfl.errors import ConfigError, GossipflError
+from gossipfl.cli.options import EPILOG, errors_are_messages, insecure_option, quiet_option, set_option
+from gossipfl.errors import ConfigError
 
-_EPILOG = "Exit codes: 0 done, 1 the run failed, 2 wrong usage or scenario, 130 interrupted."
 CLOCKS = ["virtual", "local", "netns"]
-F = Callable[..., Any]
 
 
-def _errors_are_messages(command: F) -> F:
-    """A user's mistake ends with one clear message and its exit code, never a traceback."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except GossipflError as error:
-            click.echo(f"gossipfl: {error}", err=True)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            sys.exit(130)
-
-    return wrapped
-
-
-_set = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change any key of the scenario; may be repeated."
-)
-_insecure = click.option("--insecure", is_flag=True, help="Listen beyond loopback, though peers are not authenticated.")
-_quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
-@click.version_option(__version__, prog_name="gossipfl")
-def main() -> None:
-    """Decentralized learning without a server: peers train locally and gossip model segments.
-
-    \b
-    gossipfl run quickstart                                  a first run, under a minute
-    gossipfl run my.toml --set peers=12 --out runs/mine      your own scenario
-    gossipfl run my.toml --json | jq .accuracy               figures for a script
-    gossipfl scenarios                                       what comes with gossipfl
-    """
-
-
-@main.command(epilog=_EPILOG)
+@click.command(epilog=EPILOG)
 @click.argument("scenario")
-@_set
+@set_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the record (default: runs/<name>, numbered if taken).")
 @click.option("--force", is_flag=True, help="Replace the folder of an earlier run.")
 @click.option(
@@ -73,9 +29,9 @@ def main() -> None:
     "(default: the scenario's).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json to stdout and nothing else.")
-@_quiet
-@_insecure
-@_errors_are_messages
+@quiet_option
+@insecure_option
+@errors_are_messages
 def run(
     scenario: str,
     overrides: tuple[str, ...],
@@ -119,8 +75,8 @@ def run(
     sys.exit(result.exit_code)
 
 
-@main.command(epilog=_EPILOG)
-@_errors_are_messages
+@click.command(epilog=EPILOG)
+@errors_are_messages
 def scenarios() -> None:
     """List the scenarios that come with gossipfl, and where their files are.
 
@@ -133,17 +89,17 @@ def scenarios() -> None:
         click.echo(f"{name:16} {path}")
 
 
-@main.command(epilog=_EPILOG)
+@click.command(epilog=EPILOG)
 @click.option("--name", required=True, help="This peer's name, p0, p1, ...: its place in the roster and its shard of the data.")
 @click.option("--config", "scenario", required=True, help="The scenario, the same at every peer.")
 @click.option("--roster", required=True, type=click.Path(path_type=Path), help="Who listens where (see below).")
-@_set
+@set_option
 @click.option("--bind", help="Where to listen, if not at the roster's address: tcp://0.0.0.0:5703.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of this peer's record (default: runs/<scenario>-<name>).")
 @click.option("--force", is_flag=True, help="Replace the folder of an earlier run.")
 @click.option("--keep", "keep_s", type=float, default=60.0, show_default=True, help="Seconds to wait for `collect` at the end.")
-@_insecure
-@_errors_are_messages
+@insecure_option
+@errors_are_messages
 def peer(
     name: str,
     scenario: str,
@@ -175,7 +131,7 @@ def peer(
     click.echo(folder)
 
 
-@main.command(epilog=_EPILOG)
+@click.command(epilog=EPILOG)
 @click.argument("roster", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the record (default: runs/<scenario>).")
 @click.option("--force", is_flag=True, help="Replace the folder of an earlier run.")
@@ -183,7 +139,7 @@ def peer(
     "--timeout", "timeout_s", type=float, default=600.0, show_default=True, help="Seconds to wait for peers to finish."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json to stdout and nothing else.")
-@_errors_are_messages
+@errors_are_messages
 def collect(roster: Path, out: Path | None, force: bool, timeout_s: float, as_json: bool) -> None:
     """Gather a run of peers by hand into one record, one summary and the average model.
 
@@ -203,13 +159,13 @@ def collect(roster: Path, out: Path | None, force: bool, timeout_s: float, as_js
     sys.exit(result.exit_code)
 
 
-@main.command(epilog=_EPILOG)
+@click.command(epilog=EPILOG)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The page to write (default: report.html in the first run's folder)."
 )
 @click.option("--tensorboard", type=click.Path(path_type=Path), help="Also write the curves to this folder, for TensorBoard.")
-@_errors_are_messages
+@errors_are_messages
 def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -> None:
     """Make one HTML page of the records RUNS, to be opened without a network; of several, with curves overlaid.
 
@@ -229,7 +185,7 @@ def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -
     click.echo(page)
 
 
-@main.command(epilog=_EPILOG)
+@click.command(epilog=EPILOG)
 @click.argument("name")
 @click.option("--full", is_flag=True, help="The paper's size, which may take hours, instead of a quarter of an hour.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the records (default: runs/reproduce-<name>).")
@@ -242,7 +198,7 @@ def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -
     help="Folder with the data sets that do not come with gossipfl: mnist/, cifar10.tar, ...",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
-@_errors_are_messages
+@errors_are_messages
 def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: Path, as_json: bool) -> None:
     """Run a published comparison again: what was published and what is measured, side by side.
 
@@ -271,12 +227,12 @@ def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: P
         click.echo(f"records  {folder}/")
 
 
-@main.command(epilog=_EPILOG)
+@click.command(epilog=EPILOG)
 @click.argument("scenario")
-@_set
+@set_option
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the graph: a .svg, .graphml or .edges file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures to stdout as JSON and nothing else.")
-@_errors_are_messages
+@errors_are_messages
 def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Show who is whose neighbour in a SCENARIO, how far peers are apart, and how fast averaging brings them together.
 
@@ -302,12 +258,12 @@ def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_jso
         print_topology(Console(), loaded, graph, figures)
 
 
-@main.command(epilog=_EPILOG)
+@click.command(epilog=EPILOG)
 @click.argument("scenario")
-@_set
+@set_option
 @click.option("--clock", type=click.Choice(CLOCKS), help="As of `gossipfl run` (default: the scenario's).")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan to stdout as JSON and nothing else.")
-@_errors_are_messages
+@errors_are_messages
 def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: bool) -> None:
     """Tell what a SCENARIO will take before it is run: bytes, time, memory, and which link or device is the bottleneck.
 
@@ -319,7 +275,8 @@ def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: 
     gossipfl plan my.toml --json | jq .timing.bottleneck
     """
     from gossipfl.scenario import load_scenario
-    from gossipfl.scenario.plan import make_plan, print_plan
+    from gossipfl.scenario.plan import make_plan
+    from gossipfl.scenario.plan_view import print_plan
 
     made = make_plan(load_scenario(scenario, [*overrides, *([f"clock={clock}"] if clock else [])]))
     if as_json:
@@ -330,18 +287,18 @@ def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: 
         raise ConfigError(f"the run would be refused: {made.too_large}")
 
 
-@main.command(epilog=_EPILOG)
+@click.command(epilog=EPILOG)
 @click.argument("scenario")
 @click.option("--param", "params", multiple=True, metavar="KEY=VALUE,...", help="Values of a key to try; may be repeated.")
 @click.option("--seeds", metavar="N,...", help="Run every combination with each of these seeds.")
-@_set
+@set_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of all records (default: runs/<name>-sweep).")
 @click.option("--skip-existing", is_flag=True, help="Go on where an earlier sweep into this folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the folders of earlier runs.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Virtual runs side by side (default: one per core).")
 @click.option("--clock", type=click.Choice(CLOCKS), help="As of `gossipfl run` (default: the scenario's).")
-@_quiet
-@_errors_are_messages
+@quiet_option
+@errors_are_messages
 def sweep(
     scenario: str,
     params: tuple[str, ...],
@@ -387,7 +344,3 @@ def _process_began() -> float:
 
     began = psutil.Process().create_time()
     return began if 0 <= time.time() - began < 60 else time.time()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,38 @@
+"""What the commands have in common."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from gossipfl.errors import GossipflError
+
+EPILOG = "Exit codes: 0 done, 1 the run failed, 2 wrong usage or scenario, 130 interrupted."
+F = Callable[..., Any]
+
+
+def errors_are_messages(command: F) -> F:
+    """A user's mistake ends with one clear message and its exit code, never a traceback."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except GossipflError as error:
+            click.echo(f"gossipfl: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return wrapped
+
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change any key of the scenario; may be repeated."
+)
+insecure_option = click.option("--insecure", is_flag=True, help="Listen beyond loopback, though peers are not authenticated.")
+quiet_option = click.option("--quiet", is_flag=True, help="Show no progress.")
