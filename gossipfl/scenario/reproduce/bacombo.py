@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arms, Outcome, Reproduction, Row, Table
+from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arms, Outcome, Reproduction, Row, Table, to_target
 
 PEERS = 30
 SEGMENTS, REPLICAS = 8, 5
@@ -78,9 +78,9 @@ def _tables(outcomes: Mapping[str, Outcome], full: bool) -> list[Table]:
 
     def details(suffix: str) -> list[Row]:
         rows = [
-            Row(f"epsilon = {exploration:g}", _values(outcomes[_name(exploration) + suffix])) for exploration in EXPLORATIONS
+            Row(f"epsilon = {exploration:g}", to_target(outcomes[_name(exploration) + suffix])) for exploration in EXPLORATIONS
         ]
-        return rows + [Row(title, _values(outcomes[name + suffix])) for name, (title, _) in BASELINES.items()]
+        return rows + [Row(title, to_target(outcomes[name + suffix])) for name, (title, _) in BASELINES.items()]
 
     comparison = f"time to accuracy {_target(full)}, the baseline's / BACombo's"
     return [
@@ -98,17 +98,6 @@ def _ratio(name: str, bacombo: Outcome, baseline: Outcome) -> Row:
     ratio = baseline.seconds_to_target / bacombo.seconds_to_target
     values |= {"measured": f"{ratio:.2f}", "of synchronising alone": f"{baseline.sync_s / bacombo.sync_s:.2f}"}
     return Row(name, values, ratio, band, is_best=True)
-
-
-def _values(outcome: Outcome) -> dict[str, str]:
-    if outcome.seconds_to_target is None:
-        return {"seconds": f"target not reached, accuracy {outcome.summary['accuracy']['mean']:.3f}"}
-    return {
-        "seconds": f"{outcome.seconds_to_target:.2f}",
-        "rounds": str(outcome.rounds_to_target),
-        "MiB received": f"{(outcome.bytes_to_target or 0) / 2**20:.1f}",
-        "synchronising, s": f"{outcome.sync_s:.3f}",
-    }
 
 
 def _notes(full: bool) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arms, Outcome, Reproduction, Row, Table
+from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arms, Outcome, Reproduction, Row, Table, to_target
 
 WORKERS = (20, 30, 40)
 FEWEST = WORKERS[0]
@@ -87,9 +87,9 @@ def _tables(outcomes: Mapping[str, Outcome], full: bool) -> list[Table]:
         rows.append(_ratio(f"{workers} workers, plain", combo, outcomes[f"plain-{workers}"], PLAIN))
     segments = [Row(f"S = {number}", {"seconds": f"{outcomes[f'segments-{number}'].sync_s:.3f}"}) for number in SEGMENTS]
     replicas = [
-        Row(f"R = {number}", _values(published if number == 2 else outcomes[f"replicas-{number}"])) for number in REPLICAS
+        Row(f"R = {number}", to_target(published if number == 2 else outcomes[f"replicas-{number}"])) for number in REPLICAS
     ]
-    beyond = [Row(name, _values(outcomes[_slug(name)] if changes else published)) for name, changes in BEYOND.items()]
+    beyond = [Row(name, to_target(outcomes[_slug(name)] if changes else published)) for name, changes in BEYOND.items()]
     return [
         Table("time to accuracy of a server or of plain gossip over that of Combo (S = 10, R = 2)", rows, _assumptions(full)),
         Table("the same against the server, had a step taken another time", _other_steps(outcomes), OTHER_STEPS_NOTES),
@@ -130,17 +130,6 @@ def _other_steps(outcomes: Mapping[str, Outcome]) -> list[Row]:
         }
         rows.append(Row(f"{workers} workers", ratios))
     return rows
-
-
-def _values(outcome: Outcome) -> dict[str, str]:
-    if outcome.seconds_to_target is None:
-        return {"seconds": f"target not reached, accuracy {outcome.summary['accuracy']['mean']:.3f}"}
-    return {
-        "seconds": f"{outcome.seconds_to_target:.2f}",
-        "rounds": str(outcome.rounds_to_target),
-        "MiB received": f"{(outcome.bytes_to_target or 0) / 2**20:.1f}",
-        "sync s": f"{outcome.sync_s:.3f}",
-    }
 
 
 def _assumptions(full: bool) -> list[str]:

@@ -10,7 +10,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arms, Outcome, Reproduction, Row, Table
+from gossipfl.scenario.reproduce.figures import (
+    REPRODUCTIONS,
+    Arms,
+    Outcome,
+    Reproduction,
+    Row,
+    Table,
+    accuracies,
+    mean_and_spread,
+)
 
 SEEDS = (0, 1, 2)
 PEERS = 96
@@ -95,23 +104,6 @@ def _better(name: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> Row:
 
 def _accuracy(outcome: Outcome) -> float:
     return float(outcome.summary["accuracy"]["mean"])
-
-
-def accuracies(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """What several seeds of one arm came to."""
-    summaries = [outcome.summary for outcome in outcomes]
-    return {
-        "accuracy of the peers": mean_and_spread([summary["accuracy"]["mean"] for summary in summaries], ".3f"),
-        "of the worst": mean_and_spread([summary["accuracy"]["min"] for summary in summaries], ".3f"),
-        "of their average model": mean_and_spread([summary["accuracy"]["average_model"] for summary in summaries], ".3f"),
-        "consensus distance": mean_and_spread([summary["consensus_distance"]["last"] for summary in summaries], ".2g"),
-        "KiB per peer and round": f"{statistics.fmean(s['bytes']['payload_per_peer_round'] for s in summaries) / 1024:.1f}",
-    }
-
-
-def mean_and_spread(values: Sequence[float], spec: str) -> str:
-    """`0.870 (0.861 to 0.882)`"""
-    return f"{statistics.fmean(values):{spec}} ({min(values):{spec}} to {max(values):{spec}})"
 
 
 def _notes(full: bool) -> list[str]:

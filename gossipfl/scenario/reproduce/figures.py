@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from gossipfl.errors import DataError
 from gossipfl.registry import Registry
 from gossipfl.scenario.pool import processes
 from gossipfl.scenario.runner import run
+from gossipfl.scenario.workers import num_cores
 
 Arm = dict[str, Any]
 """The settings of one run, plain values. Where it has a table `data`, its `path` is the data set's name (see `find_data`)."""
@@ -104,7 +104,7 @@ def run_arms(
 ) -> dict[str, Any]:
     """Run all arms, several at once, each in a process of its own; records are kept under `folder`. Outcomes by name."""
     outcomes: dict[str, Any] = {}
-    workers = min(jobs or len(os.sched_getaffinity(0)), len(arms))
+    workers = min(jobs or num_cores(), len(arms))
     with processes(workers) as pool:
         largest_first = sorted(arms, key=lambda name: -arms[name].get("peers", 0))
         names = {pool.submit(run, name, arms[name], folder): name for name in largest_first}
@@ -147,9 +147,41 @@ def outcome_of(folder: Path, summary: dict[str, Any], target: float | None) -> O
             rounds.setdefault(event["round"], []).append(event)
     sync_s = statistics.median(event["wait_s"] for peers in rounds.values() for event in peers)
     for reached, peers in sorted(rounds.items()):
-        accuracies = [event["accuracy_after"] for event in peers if event["accuracy_after"] is not None]
-        if target is not None and accuracies and statistics.fmean(accuracies) >= target:
+        known = [event["accuracy_after"] for event in peers if event["accuracy_after"] is not None]
+        if target is not None and known and statistics.fmean(known) >= target:
             received = sum(event["payload_bytes"] for number in rounds if number <= reached for event in rounds[number])
             seconds = max(event["time_s"] for event in peers)
             return Outcome(summary, seconds, reached, received / summary["peers"], sync_s)
     return Outcome(summary, None, None, None, sync_s)
+
+
+# --- cells of tables --------------------------------------------------------------------------------------------------
+
+
+def to_target(outcome: Outcome) -> dict[str, str]:
+    """What one arm took to reach its target."""
+    if outcome.seconds_to_target is None:
+        return {"seconds": f"target not reached, accuracy {outcome.summary['accuracy']['mean']:.3f}"}
+    return {
+        "seconds": f"{outcome.seconds_to_target:.2f}",
+        "rounds": str(outcome.rounds_to_target),
+        "MiB received": f"{(outcome.bytes_to_target or 0) / 2**20:.1f}",
+        "sync s": f"{outcome.sync_s:.3f}",
+    }
+
+
+def accuracies(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """What several seeds of one arm came to."""
+    summaries = [outcome.summary for outcome in outcomes]
+    return {
+        "accuracy of the peers": mean_and_spread([summary["accuracy"]["mean"] for summary in summaries], ".3f"),
+        "of the worst": mean_and_spread([summary["accuracy"]["min"] for summary in summaries], ".3f"),
+        "of their average model": mean_and_spread([summary["accuracy"]["average_model"] for summary in summaries], ".3f"),
+        "consensus distance": mean_and_spread([summary["consensus_distance"]["last"] for summary in summaries], ".2g"),
+        "KiB per peer and round": f"{statistics.fmean(s['bytes']['payload_per_peer_round'] for s in summaries) / 1024:.1f}",
+    }
+
+
+def mean_and_spread(values: Sequence[float], spec: str) -> str:
+    """`0.870 (0.861 to 0.882)`"""
+    return f"{statistics.fmean(values):{spec}} ({min(values):{spec}} to {max(values):{spec}})"

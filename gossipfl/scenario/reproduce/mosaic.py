@@ -11,8 +11,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gossipfl.scenario.reproduce.epidemic import SEEDS, accuracies, mean_and_spread
-from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arms, Outcome, Reproduction, Row, Table
+from gossipfl.scenario.reproduce.epidemic import SEEDS
+from gossipfl.scenario.reproduce.figures import (
+    REPRODUCTIONS,
+    Arms,
+    Outcome,
+    Reproduction,
+    Row,
+    Table,
+    accuracies,
+    mean_and_spread,
+)
 
 SEGMENTS = (1, 4, 16)
 PROTOCOLS = {"epidemic": "Mosaic", "gossip": "segmented gossip"}
