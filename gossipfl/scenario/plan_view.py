@@ -1,0 +1,76 @@
+"""What a person sees of a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from gossipfl.scenario.plan import Plan, Spread
+from gossipfl.scenario.topology_view import explain
+
+_ALONE = {
+    "compute": "training",
+    "uplink": "uplink",
+    "downlink": "downlink",
+    "pair": "slowest pair",
+    "latency": "latency, there and back",
+}
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """The plan as a table, and what it leaves out."""
+    table = Table(title=f"{plan.scenario}: {plan.peers:,} peers, {plan.rounds:,} rounds, {plan.protocol}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in _rows(plan):
+        table.add_row(name, value)
+    console.print(table)
+    console.print(explain(plan.topology), highlight=False, soft_wrap=True)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    yield "model parameters", f"{plan.parameters:,}"
+    yield "model, in memory / as sent", f"{size_text(plan.model_bytes)} / {size_text(plan.encoded_bytes)}"
+    yield "a peer receives per round", _spread_text(plan.received_bytes)
+    yield "a peer sends per round, expected", _spread_text(plan.sent_bytes)
+    yield "payload, all", size_text(plan.total_bytes)
+    yield "memory needed / free", f"{size_text(plan.memory_bytes)} / {size_text(plan.available_bytes)}"
+    yield "spectral gap", f"{plan.topology.spectral_gap:.4g}"
+    if plan.timing is None:
+        return
+    for name, cost in plan.timing.costs.items():
+        if cost.seconds > 0:
+            yield f"  {_ALONE[name]} alone", f"{_seconds_text(cost.seconds)}{f' ({cost.peer})' if cost.peer else ''}"
+    yield "bottleneck", plan.timing.bottleneck
+    yield "a round, at least", _seconds_text(plan.timing.least_s)
+    if plan.timing.round_s is not None and plan.timing.total_s is not None:
+        yield "a round, expected", _seconds_text(plan.timing.round_s)
+        yield "all rounds, expected", _seconds_text(plan.timing.total_s)
+
+
+def _spread_text(spread: Spread) -> str:
+    if math.isclose(spread.min, spread.max):
+        return size_text(spread.mean)
+    return f"{size_text(spread.min)} to {size_text(spread.max)}"
+
+
+def _seconds_text(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds:,.0f} s" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.2f} GiB"
