@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from gossipfl._version import __version__
-from gossipfl.cli import runs
+from gossipfl.cli import inference, runs
 from gossipfl.cli.options import EPILOG
 
 
@@ -35,5 +35,7 @@ for _command in (
     runs.topology,
     runs.plan,
     runs.sweep,
+    inference.calibrate,
+    inference.plan_inference,
 ):
     main.add_command(_command)

@@ -11,7 +11,7 @@ Everything is measured end to end, so that residual links and what follows a lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,7 +114,7 @@ def _batches(inputs: np.ndarray) -> Iterator[tuple[int, Tensor]]:
         yield start + len(batch), torch.from_numpy(batch)
 
 
-def _run(layers: list[nn.Module], live: Live) -> Tensor:
+def _run(layers: Sequence[nn.Module], live: Live) -> Tensor:
     for layer in layers:
         live = layer(*live)
     return live[0]

@@ -24,10 +24,10 @@ from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, quantized, rounded
 from gossipfl.inference.planning.bits import allocate_bits
 
-LEVELS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05)
+LEVELS = (0.002, 0.005, 0.01, 0.02, 0.05)
 """Losses of accuracy that tables are made for."""
-BUDGETS = tuple(2.0**power for power in range(-8, 11))
-"""Noise in units of what changes REFERENCE_CHANGE of the classes; from one to the next, every layer has half a bit less."""
+BUDGETS = tuple(2.0 ** (power / 2) for power in range(-16, 21))
+"""Noise in units of what changes REFERENCE_CHANGE of the classes; each a quarter of a bit less in every layer."""
 LEAST_BITS, MOST_BITS = 2, 16
 
 Bits = tuple[tuple[int, ...], int]

@@ -1,0 +1,203 @@
+"""What it takes to serve a model: bits for every cut and allowed loss, seconds of every engine, thresholds with a guarantee.
+
+    calibrator = Calibrator(Chain.of(model, input_shape), seen, unseen, data="mnist-test-a")
+    catalogue, rows = calibrator.catalogue()
+    plan, _ = choose_plan(catalogue, device, max_accuracy_loss=0.01)
+    certificate = calibrator.certify(plan)
+
+Two kinds of samples: `seen` ones, that the model was trained on, for the noise of each layer and the ranges of activations; and
+`unseen` ones, in two disjoint parts, for the harm of each table (`tables`) and for certificates (`planning.margins`). Where
+there are too few unseen ones for both, the tables are made from seen ones and `warning` says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gossipfl.errors import ConfigError
+from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.execution.engines import Compiled, available_engines, compile_stage, stage_seconds
+from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, measure, quantized, rounded
+from gossipfl.inference.execution.tables import Row, make_tables, planned_scores
+from gossipfl.inference.planning.cuts import EXACT_BITS, Catalogue
+from gossipfl.inference.planning.margins import (
+    ALPHA,
+    DELTA,
+    Basis,
+    Certificate,
+    Scale,
+    certify,
+    differing,
+    margins,
+    samples_needed,
+)
+from gossipfl.inference.planning.profile import ON_DEVICE, Plan
+
+Samples = tuple[np.ndarray, np.ndarray | None]
+"""Inputs f32[n, *input_shape] and their labels i64[n], or None."""
+MAX_SAMPLES = 2000
+"""Of the unseen ones, for the tables: one forward pass of all of them for each row that is tried."""
+NUM_SAMPLES, SAMPLE_BITS = 16, 8
+"""Inputs that engines are compiled with, here and on the device, so that both compute the same; they travel at these bits."""
+PARTS = (0.1, 0.8)
+"""Of all work, done after the noise and after the tables."""
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What `gossipfl calibrate` stores beside a model; `digest` is of the served vector, `data` the name of the samples."""
+
+    model: str
+    digest: str
+    data: str
+    catalogue: Catalogue
+    harm: dict[float, dict[int, float]]
+    """Of the rows of the catalogue, by level and cut: what they were measured to keep within."""
+    certificates: tuple[Certificate, ...]
+    warning: str | None
+    made_with: dict[str, str]
+    """Versions, machine and seed."""
+
+    def certificate_for(self, basis: Basis) -> Certificate | None:
+        return next((certificate for certificate in self.certificates if certificate.holds_for(basis)), None)
+
+    def to_json(self) -> str:
+        values = {
+            "model": self.model,
+            "digest": self.digest,
+            "data": self.data,
+            "catalogue": self.catalogue.to_json(),
+            "harm": {str(level): {str(cut): harm for cut, harm in cuts.items()} for level, cuts in self.harm.items()},
+            "certificates": [json.loads(certificate.to_json()) for certificate in self.certificates],
+            "warning": self.warning,
+            "made_with": self.made_with,
+        }
+        return json.dumps(values, indent=1, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Calibration:
+        """ConfigError for what `to_json` cannot have written."""
+        try:
+            values = json.loads(text)
+            return Calibration(
+                values["model"],
+                values["digest"],
+                values["data"],
+                Catalogue.from_json(values["catalogue"]),
+                {float(level): {int(cut): float(x) for cut, x in cuts.items()} for level, cuts in values["harm"].items()},
+                tuple(Certificate.from_json(json.dumps(one)) for one in values["certificates"]),
+                values["warning"],
+                dict(values["made_with"]),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"no calibration ({error}); calibrate the model again") from error
+
+
+class Calibrator:
+    """Measures one version of a chain. Deterministic but for seconds."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        seen: np.ndarray,
+        unseen: Samples,
+        *,
+        data: str,
+        version: int = 1,
+        vector: np.ndarray | None = None,
+        engines: Sequence[str] | None = None,
+        alpha: float = ALPHA,
+        delta: float = DELTA,
+        scale: Scale = "softmax",
+    ) -> None:
+        """`seen` f32[n, *input_shape]; `vector` f32[P], by default the chain's own; `engines` by default all that work here."""
+        self.chain, self.version, self.data = chain, version, data
+        self.vector = chain.vector() if vector is None else vector
+        self.digest = hashlib.blake2b(self.vector.tobytes(), digest_size=16).hexdigest()
+        self.seen, self.engines = seen, tuple(engines or available_engines())
+        (self.samples,) = (values.numpy() for values in rounded((torch.from_numpy(seen[:NUM_SAMPLES]),), SAMPLE_BITS))
+        self.alpha, self.delta, self.scale = alpha, delta, scale
+        inputs, labels = unseen
+        self.warning: str | None = None
+        if len(inputs) >= 2 * samples_needed(alpha, delta):
+            half = min(len(inputs) // 2, MAX_SAMPLES)
+            self._tried: Samples = inputs[:half], None if labels is None else labels[:half]
+            self._kept = inputs[half:]
+        else:
+            self._tried, self._kept = (seen, None), inputs
+            self.warning = (
+                f"{len(inputs)} unseen samples are too few for tables and certificates: the tables are made from samples that "
+                f"the model was trained on; keep {2 * samples_needed(alpha, delta)} with data.calibration_fraction"
+            )
+        self._full: np.ndarray | None = None
+
+    def sensitivity(self, progress: Callable[[float], None] = lambda share: None) -> Sensitivity:
+        return measure(self.chain, self.vector, self.seen, progress)
+
+    def catalogue(self, progress: Progress = lambda what, share: None) -> tuple[Catalogue, dict[float, dict[int, Row]]]:
+        """The catalogue, and its rows with the harm that was measured. The inputs as they are go up at any level."""
+        begun, tabled = PARTS
+        sensitivity = self.sensitivity(lambda share: progress("noise of each layer", begun * share))
+        rows = make_tables(
+            self.chain,
+            self.vector,
+            sensitivity,
+            *self._tried,
+            lambda share: progress("bits for each cut", begun + (tabled - begun) * share),
+        )
+        rows = {0.0: {0: Row((), EXACT_BITS, 0.0)}, **{level: cuts for level, cuts in rows.items() if cuts}}
+        seconds = stage_seconds(self.chain, self.vector, self.samples, self.engines)
+        progress("seconds of each engine", 1.0)
+        levels = {
+            level: {cut: (row.weight_bits, row.activation_bits) for cut, row in cuts.items()} for level, cuts in rows.items()
+        }
+        device_s, server_s = (
+            {engine: tuple(time if math.isfinite(time) else None for time in times[side]) for engine, times in seconds.items()}
+            for side in (0, 1)
+        )
+        return Catalogue(self.chain.profile, self.version, levels, device_s, server_s), rows
+
+    def basis(self, plan: Plan) -> Basis:
+        """What a certificate of this plan speaks of; the engine is the device's, the rest runs in full precision."""
+        engines = tuple(stage.engine for stage in plan.stages if stage.device == ON_DEVICE)
+        return Basis(
+            self.digest, self.version, plan.cut, plan.weight_bits, plan.activation_bits, engines, self.data, self.scale
+        )
+
+    def certify(self, plan: Plan) -> Certificate:
+        """From which margin on the plan's answers may be accepted. A plan that reduces nothing accepts all."""
+        if self._full is None:
+            self._full = planned_scores(self.chain, self.vector, 0, ((), EXACT_BITS), self._kept).argmax(1)
+        scores = self.scores(plan, self._kept)
+        differs = differing(scores.argmax(1), self._full)
+        return certify(margins(scores, self.scale), differs, self.basis(plan), self.alpha, self.delta)
+
+    def scores(self, plan: Plan, inputs: np.ndarray) -> np.ndarray:
+        """What the plan answers (f32[n, K]), its device's stage carried out with its engine."""
+        head, last = self.head(plan), len(self.chain.profile.layers)
+        tail = self.chain.stage(plan.cut, last, self.vector) if plan.cut < last else None
+        scores = []
+        for start in range(0, len(inputs), BATCH):
+            live: tuple[torch.Tensor, ...] = (torch.from_numpy(np.ascontiguousarray(inputs[start : start + BATCH])),)
+            with torch.inference_mode():
+                live = head(*live) if head is not None else live
+                if tail is not None:
+                    live = tail(*rounded(live, plan.activation_bits))
+                scores.append(live[0].numpy())
+        return np.concatenate(scores)
+
+    def head(self, plan: Plan) -> Compiled | None:
+        """The device's stage; None where it has none."""
+        if not plan.cut:
+            return None
+        engine = next(stage.engine for stage in plan.stages if stage.device == ON_DEVICE)
+        stage = self.chain.stage(0, plan.cut, quantized(self.chain, self.vector, plan.weight_bits))
+        return compile_stage(stage, (torch.from_numpy(self.samples),), engine)
