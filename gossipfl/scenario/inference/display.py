@@ -128,7 +128,7 @@ def print_plan(console: Console, profile: ModelProfile, plan: Plan, rows: Sequen
         name = profile.layers[row.cut - 1].name if row.cut else "all on server"
         found = row.prediction
         if found is None:
-            table.add_row(name, *[""] * 7, row.obstacle)
+            table.add_row(name, *[""] * 7, row.obstacle or "")
             continue
         is_chosen = row.cut == plan.cut
         table.add_row(
