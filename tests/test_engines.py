@@ -260,6 +260,7 @@ def test_every_part_of_every_cut_is_timed(monkeypatch: pytest.MonkeyPatch) -> No
     for engine, (device_s, server_s) in seconds.items():
         assert len(device_s) == len(server_s) == 6
         assert device_s[0] == server_s[5] == 0 and device_s[5] == server_s[0]
+        assert device_s == sorted(device_s) and server_s == sorted(server_s, reverse=True)
         assert all(
             (0 < value < math.inf) if engine != "planted" else value == math.inf for value in device_s[1:] + server_s[:5]
         )

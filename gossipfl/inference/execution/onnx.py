@@ -15,8 +15,6 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from torch import Tensor, fx
 
 OPSET = 17
-MAX_CALIBRATION = 16
-"""Samples that decide the scales; one at a time, as the extremes of each tensor are kept."""
 
 
 def quantized_session(stage: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, ...]]:
@@ -37,6 +35,7 @@ def quantized_session(stage: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Call
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},  # scores are not rounded to codes
         )
         session = _session(quantized, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
 
@@ -86,7 +85,7 @@ def _root_logger_as_it_is() -> Iterator[None]:
 
 class _Samples(CalibrationDataReader):
     def __init__(self, names: list[str], inputs: tuple[Tensor, ...]) -> None:
-        samples = zip(*(tensor[:MAX_CALIBRATION].split(1) for tensor in inputs), strict=True)
+        samples = zip(*(tensor.split(1) for tensor in inputs), strict=True)
         self._samples: Iterator = iter([dict(zip(names, (t.numpy() for t in sample), strict=True)) for sample in samples])
 
     def get_next(self) -> dict | None:
