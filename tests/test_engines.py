@@ -58,7 +58,8 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         both = torch.relu(self.left(x)) + self.right(x).clamp(min=-1)
         gate = torch.sigmoid(both.mean((2, 3), keepdim=True))
-        deep = F.avg_pool2d(F.max_pool2d(self.deep(both * gate).relu() + both, 2), 2)
+        deep = F.max_pool2d(self.deep(both * gate).relu() + both, 2)
+        deep = F.avg_pool2d(deep + deep, 2)
         flat = torch.cat([deep.view(x.shape[0], -1), x.amax((2, 3))], 1)
         return self.head(F.relu(self.hidden(flat)))
 

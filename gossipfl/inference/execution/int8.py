@@ -76,7 +76,8 @@ class _Quantizer:
                 given = (self._as_float(source), *self._range(source), packed)
                 self._floats[node] = self._graph.call_function(getattr(kernels, TO_FLOAT), given)
         elif kind in ADDS and self._adds_tensors(node) and any(argument in self._codes for argument in node.all_input_nodes):
-            self._write_on_codes(node, "add", *(self._as_codes(argument) for argument in node.all_input_nodes))
+            terms: Any = node.args
+            self._write_on_codes(node, "add", *map(self._as_codes, terms))
         elif kind in (*RELUS, *SAME_ON_CODES) and source in self._codes and self._is_same_on_codes(node):
             copy, codes = self._codes[source]
             self._codes[node] = self._copy(node, {source: copy}), codes
