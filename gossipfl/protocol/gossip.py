@@ -259,7 +259,7 @@ class Gossip:
         if self.phase is not Phase.JOINING:
             return []  # all whom it waits for had greeted it before it was told to begin
         self._give_up_at = now + self.config.join_timeout_s
-        return self._greet(now) if self.membership.unanswered else self._begin(now)
+        return self._begin(now) if self.membership.all_answered else self._greet(now)
 
     def _greet(self, now: float) -> list[Action]:
         self._wake_at = now + HELLO_INTERVAL_S
@@ -274,8 +274,8 @@ class Gossip:
         if hello.wants_reply:
             actions.append(Send(peer, self.membership.hello(self.desk.newest, wants_reply=False)))
         if self.phase is Phase.JOINING:
-            under_way = self.membership.has_quorum and self.membership.newest > 0
-            if under_way or not self.membership.unanswered:
+            under_way = self.membership.claimed > 0 and self.membership.newest > 0 and self.membership.has_quorum
+            if under_way or self.membership.all_answered:
                 actions += self._begin(now)
         return actions
 

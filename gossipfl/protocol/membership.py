@@ -100,9 +100,14 @@ class Membership:
     claimed: int = 0
     """The newest version that anybody has claimed to have trained."""
     neighbours: dict[PeerId, Neighbour] = field(init=False)
+    contacts: list[Neighbour] = field(init=False)
+    """The neighbours to greet on joining: those that follow in the order of names, so that nobody is greeted by all."""
 
     def __post_init__(self) -> None:
         self.neighbours = {name: Neighbour(name, away=name in self.late) for name in sorted(self.degrees)}
+        names = [name for name in self.neighbours if name not in self.late]
+        first = bisect(names, self.name)
+        self.contacts = [self.neighbours[name] for name in (names[first:] + names[:first])[:MAX_CONTACTS]]
 
     def hello(self, newest: int, wants_reply: bool) -> Hello:
         return Hello(self.layout, newest, wants_reply)
@@ -125,15 +130,12 @@ class Membership:
         return not neighbour.foreign
 
     @property
-    def contacts(self) -> list[Neighbour]:
-        """The neighbours to greet on joining: those that follow in the order of names, so that nobody is greeted by all."""
-        names = [name for name in self.neighbours if name not in self.late]
-        first = bisect(names, self.name)
-        return [self.neighbours[name] for name in (names[first:] + names[:first])[:MAX_CONTACTS]]
-
-    @property
     def unanswered(self) -> list[PeerId]:
         return [neighbour.name for neighbour in self.contacts if not neighbour.answered]
+
+    @property
+    def all_answered(self) -> bool:
+        return all(neighbour.answered for neighbour in self.contacts)
 
     @property
     def has_quorum(self) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gossipfl.overlay.links import Change, Links
+from gossipfl.overlay.links import Change, Links, PairValues
 from gossipfl.simulation.clock import VirtualClock
 
 EXACT_PEERS = 100
@@ -27,7 +27,7 @@ Delivery = tuple[Callable[..., None], tuple[Any, ...]]
 class Flow:
     """What one peer sends another; active while anything is queued."""
 
-    __slots__ = ("is_active", "left", "pair", "queue", "rate", "receiver", "sender", "since", "stamp")
+    __slots__ = ("is_active", "left", "number", "pair", "queue", "rate", "receiver", "sender", "since", "stamp")
 
     def __init__(self, sender: int, receiver: int, pair: float) -> None:
         self.sender, self.receiver, self.pair = sender, receiver, pair
@@ -37,6 +37,7 @@ class Flow:
         self.since = 0.0
         self.stamp = 0  # of the completion that is planned; others are out of date
         self.is_active = False
+        self.number = 0  # in the order in which flows became active
 
     def bytes_queued(self, request: int | None = None) -> int:
         """Bytes not yet sent in full, of one request or of all."""
@@ -50,6 +51,9 @@ class Network:
         self._links, self._clock, self._rng = links, clock, rng
         self._uplink, self._downlink = links.uplink.tolist(), links.downlink.tolist()
         self._up_share, self._down_share = [0.0] * links.num_peers, [0.0] * links.num_peers  # of a flow there
+        self._widest_pair = _greatest(links.pair)
+        self._opened: list[Flow] = []  # since capacities were shared
+        self._num_opened = 0
         self._flows: dict[tuple[int, int], Flow] = {}
         self._sending: list[dict[Flow, None]] = [{} for _ in range(links.num_peers)]
         self._receiving: list[dict[Flow, None]] = [{} for _ in range(links.num_peers)]
@@ -80,8 +84,10 @@ class Network:
         flow = self._flow(sender, receiver)
         flow.queue.append((request, num_bytes, (deliver, args)))
         if not flow.is_active:
-            flow.is_active, flow.left, flow.rate = True, float(num_bytes), 0.0
+            self._num_opened += 1
+            flow.is_active, flow.left, flow.rate, flow.number = True, float(num_bytes), 0.0, self._num_opened
             self._sending[sender][flow] = self._receiving[receiver][flow] = None
+            self._opened.append(flow)
             self._touch(flow)
 
     def flow(self, sender: int, receiver: int) -> Flow | None:
@@ -103,6 +109,7 @@ class Network:
         else:
             self._share_evenly()
         self._touched.clear()
+        self._opened.clear()
 
     def _share_fairly(self) -> None:
         flows = [flow for flows in self._sending for flow in flows]
@@ -112,20 +119,28 @@ class Network:
                 self._set_rate(flow, rate)
 
     def _share_evenly(self) -> None:
+        """A rate changes only where an end has another share for each of its flows, or with a flow that is new."""
         up_share, down_share = self._up_share, self._down_share
+        flows = {flow: None for flow in self._opened if flow.is_active}
         for peer in self._touched:
-            up_share[peer] = self._uplink[peer] / (len(self._sending[peer]) or 1)
-            down_share[peer] = self._downlink[peer] / (len(self._receiving[peer]) or 1)
-        for peer in self._touched:
-            for flows in (self._sending[peer], self._receiving[peer]):
-                for flow in flows:
-                    rate, down = up_share[flow.sender], down_share[flow.receiver]
-                    if down < rate:
-                        rate = down
-                    if flow.pair < rate:
-                        rate = flow.pair
-                    if rate != flow.rate:
-                        self._set_rate(flow, rate)
+            for share, capacity, there in (
+                (up_share, self._uplink[peer], self._sending[peer]),
+                (down_share, self._downlink[peer], self._receiving[peer]),
+            ):
+                of_each = min(capacity / (len(there) or 1), self._widest_pair)
+                if of_each != share[peer]:
+                    share[peer] = of_each
+                    flows.update(there)
+        changed = []
+        for flow in flows:
+            rate = min(up_share[flow.sender], down_share[flow.receiver], flow.pair)
+            if rate != flow.rate:
+                changed.append((flow, rate))
+        if len(changed) > 1:  # the seed decides which of two messages comes first at one time, so this order has to be one
+            place = {peer: number for number, peer in enumerate(self._touched)}
+            changed.sort(key=lambda entry: _order(entry[0], place))
+        for flow, rate in changed:
+            self._set_rate(flow, rate)
 
     # --- flows --------------------------------------------------------------------------------------------------------
 
@@ -187,6 +202,17 @@ class Network:
         arrival = max(self._clock.now + latency, self._last_arrival.get((sender, receiver), 0.0))
         self._last_arrival[sender, receiver] = arrival
         self._clock.at(arrival, deliver, *args)
+
+
+def _greatest(pair: PairValues) -> float:
+    """A bound of the capacities of all pairs."""
+    return float(np.max(pair.values)) if isinstance(pair.values, np.ndarray) else pair.constant or math.inf
+
+
+def _order(flow: Flow, place: dict[int, int]) -> tuple[int, bool, int]:
+    """By the end of it that has the first place, what that sends before what it receives, and what was there first."""
+    sender, receiver = place.get(flow.sender, len(place)), place.get(flow.receiver, len(place))
+    return min(sender, receiver), receiver < sender, flow.number
 
 
 def fair_rates(flows: list[Flow], uplink: np.ndarray, downlink: np.ndarray) -> np.ndarray:

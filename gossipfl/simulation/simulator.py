@@ -264,14 +264,12 @@ class Simulator:
     # --- the shell of a machine ---------------------------------------------------------------------------------------
 
     def _handle(self, peer: SimulatedPeer, event: Event) -> None:
-        if not peer.is_there:
-            return
+        if peer.is_there:
+            self._carry_out(peer, peer.machine.handle(event, self.clock.now))
+
+    def _carry_out(self, peer: SimulatedPeer, actions: list[Any]) -> None:
+        """What the machine has decided, and what follows from that."""
         now = self.clock.now
-        actions = peer.machine.handle(event, now)
-        if type(event) is Received and (not actions or type(event.message) is Pull):
-            for action in actions:
-                self._perform(peer, action)
-            return  # no deadline comes nearer by that, and looking for the nearest takes longer than all else here
         following = [happened for action in actions if (happened := self._perform(peer, action)) is not None]
         for happened in following:
             for action in peer.machine.handle(happened, now):
@@ -350,7 +348,14 @@ class Simulator:
             received_from[sender.name] = received_from.get(sender.name, 0) + message.num_bytes
         else:
             traffic.control_bytes += num_bytes
-        self._handle(receiver, Received(sender.name, message))
+        actions = receiver.machine.handle(Received(sender.name, message), self.clock.now)
+        if not actions:
+            return
+        if type(message) is Pull:  # no deadline comes nearer by that, and looking for the nearest takes longer than all else
+            for action in actions:
+                self._perform(receiver, action)
+        else:
+            self._carry_out(receiver, actions)
 
     def _serve(self, peer: SimulatedPeer, to: PeerId, pull: Pull, version: int) -> None:
         """The chunks of an answer, as `Node._serve` sends them."""
