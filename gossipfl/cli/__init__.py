@@ -37,5 +37,6 @@ for _command in (
     runs.sweep,
     inference.calibrate,
     inference.plan_inference,
+    inference.bench_inference,
 ):
     main.add_command(_command)

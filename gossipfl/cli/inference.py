@@ -83,3 +83,38 @@ def plan_inference(run: Path, model: str, device_file: Path | None, max_accuracy
         click.echo(json.dumps(plain(values)))
     else:
         print_plan(Console(), catalogue.profile, plan, rows, f"{device.name}, for a loss of {max_accuracy_loss:.1%} at most")
+
+
+@click.command("bench-inference", epilog=EPILOG)
+@run_argument
+@model_option
+@json_option
+@quiet_option
+@errors_are_messages
+def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
+    """What plans and thresholds promise for a calibrated model of a RUN, and what they keep on test samples.
+
+    \b
+    gossipfl bench-inference runs/quickstart
+    gossipfl bench-inference runs/quickstart --json | jq '.plans[] | select(.level == 0.01)'
+    """
+    from gossipfl.scenario.inference.bench import plan_rows, threshold_rows
+    from gossipfl.scenario.inference.calibrate import calibrator_of, load_calibration
+    from gossipfl.scenario.inference.display import plain, print_plan_rows, print_threshold_rows
+    from gossipfl.scenario.inference.trained import load_trained
+
+    trained = load_trained(run, model)
+    calibration = load_calibration(trained)
+    calibrator, samples = calibrator_of(trained), trained.test_samples
+    plans = list(plan_rows(calibrator, calibration.catalogue, calibration.harm, *samples))
+    thresholds = list(threshold_rows(calibrator, calibration.catalogue, *samples))
+    if as_json:
+        values = {
+            "plans": [asdict(row) | {"saved": row.saved} for row in plans],
+            "thresholds": [asdict(row) for row in thresholds],
+        }
+        click.echo(json.dumps(plain(values)))
+    else:
+        print_plan_rows(Console(), plans)
+        print_threshold_rows(Console(), thresholds)
+        click.echo(f"{len(samples[1])} test samples, that neither training nor calibration saw")

@@ -173,12 +173,16 @@ class Calibrator:
         )
 
     def certify(self, plan: Plan) -> Certificate:
-        """From which margin on the plan's answers may be accepted. A plan that reduces nothing accepts all."""
+        """From which margin on the plan's answers may be accepted."""
+        scores, differs = self.kept_scores(plan)
+        return certify(margins(scores, self.scale), differs, self.basis(plan), self.alpha, self.delta)
+
+    def kept_scores(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+        """The plan's scores (f32[n, K]) of the samples kept for certificates, and where its class is not the full model's."""
         if self._full is None:
             self._full = planned_scores(self.chain, self.vector, 0, ((), EXACT_BITS), self._kept).argmax(1)
         scores = self.scores(plan, self._kept)
-        differs = differing(scores.argmax(1), self._full)
-        return certify(margins(scores, self.scale), differs, self.basis(plan), self.alpha, self.delta)
+        return scores, differing(scores.argmax(1), self._full)
 
     def scores(self, plan: Plan, inputs: np.ndarray) -> np.ndarray:
         """What the plan answers (f32[n, K]), its device's stage carried out with its engine."""

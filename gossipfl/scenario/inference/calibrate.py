@@ -18,7 +18,7 @@ from gossipfl.learning.checkpoint import write_atomically
 from gossipfl.scenario.inference.trained import Trained
 from gossipfl.scenario.records import machine
 
-NEVER_CUT = DeviceProfile(name="alone", price_weight=1e9, time_weight=1e-9, requests=1_000_000)
+ALONE = DeviceProfile("alone", time_weight=1e-9, price_weight=1e9, requests=10**9)
 """Whatever the server does costs it dearly, so it does all by itself."""
 
 
@@ -61,7 +61,7 @@ def calibrate(trained: Trained, calibrator: Calibrator, progress: Progress = lam
 def alone(catalogue: Catalogue, rows: Mapping[float, Mapping[int, Row]]) -> dict[float, Plan]:
     """By level, the plan that has all layers on the device."""
     last = len(catalogue.profile.layers)
-    return {level: choose_plan(catalogue, NEVER_CUT, level)[0] for level, cuts in rows.items() if last in cuts}
+    return {level: choose_plan(catalogue, ALONE, level)[0] for level, cuts in rows.items() if last in cuts}
 
 
 def load_calibration(trained: Trained) -> Calibration:

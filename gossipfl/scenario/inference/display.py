@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich import box
@@ -16,9 +17,11 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from gossipfl.inference.execution.calibration import Calibration, Progress
-from gossipfl.inference.planning.cuts import CutRow, activation_bytes, weight_bytes
+from gossipfl.inference.planning.cuts import CutRow
 from gossipfl.inference.planning.profile import ModelProfile, Plan
+from gossipfl.scenario.inference.bench import PlanRow, ThresholdRow
 from gossipfl.scenario.inference.calibrate import certificates_by_bits
+from gossipfl.scenario.inference.payload import payload, saved
 
 LINE_S = 5.0
 """Where there is no terminal, seconds between two lines of progress."""
@@ -55,23 +58,6 @@ def bits_text(bits: Sequence[int]) -> str:
         else:
             runs.append([value, 1])
     return ", ".join(f"{value}" + (f" x{count}" if count > 1 else "") for value, count in runs) or "-"
-
-
-def saved(profile: ModelProfile, cut: int, weight_bits: Sequence[int], activation_bits: int) -> float:
-    """Share of the bytes of one cold request that quantization saves, against 32 bits for the same cut."""
-    return 1 - payload(profile, cut, weight_bits, activation_bits) / payload_32(profile, cut)
-
-
-def payload(profile: ModelProfile, cut: int, weight_bits: Sequence[int], activation_bits: int) -> int:
-    """Bytes of one request whose weights are not there yet: weights, scales and biases down, the cut up."""
-    return weight_bytes(profile, weight_bits) + activation_bytes(profile, cut, activation_bits)
-
-
-def payload_32(profile: ModelProfile, cut: int) -> int:
-    """The same in float32."""
-    layers = profile.layers[:cut]
-    biases = sum(layer.bias[1] - layer.bias[0] for layer in layers if layer.bias)
-    return 4 * (sum(layer.num_weights for layer in layers) + biases + profile.num_cut(cut))
 
 
 def print_calibration(console: Console, calibration: Calibration) -> None:
@@ -153,3 +139,45 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_plan_rows(console: Console, rows: Sequence[PlanRow]) -> None:
+    """Devices that get the same plan share a line."""
+    title = "QPART: bytes of one cold request against 32 bits, and accuracy on test samples"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("loss", "cut", "bits: layers | cut", "bytes", "saved", "predicted", "measured", "devices"):
+        table.add_column(column, justify="left" if column in ("bits: layers | cut", "devices") else "right")
+    devices: dict[PlanRow, list[str]] = {}
+    for row in rows:
+        devices.setdefault(replace(row, device=""), []).append(row.device)
+    for row, names in devices.items():
+        table.add_row(
+            f"{row.level:.1%}",
+            f"{row.cut}/{row.num_layers}",
+            f"{bits_text(row.weight_bits)} | {row.activation_bits or '-'}",
+            size_text(row.payload),
+            f"{row.saved:.1%}",
+            f"{row.predicted_loss:.2%}",
+            f"{row.measured_loss:.2%}",
+            ", ".join(names),
+        )
+    console.print(table)
+
+
+def print_threshold_rows(console: Console, rows: Sequence[ThresholdRow]) -> None:
+    title = "ARI: all on the device, the full model for small margins; on test samples"
+    table = Table("bits", "threshold", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("margin", "falls back", "differs", "loss", "energy saved", "time saved"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row.bits:.1f}",
+            row.rule,
+            f"{row.threshold:.3f}",
+            f"{row.fallback:.1%}",
+            f"{row.risk:.2%}",
+            f"{row.loss:.2%}",
+            f"{row.energy_saved:.0%}",
+            f"{row.time_saved:.0%}",
+        )
+    console.print(table)
