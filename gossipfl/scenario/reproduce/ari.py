@@ -50,7 +50,7 @@ MANTISSA_BITS = (8, 6, 4, 3, 2)
 SAVED = (0.40, 0.85)
 READING = 1.0
 """Points by which a recompute rate may have been misread."""
-SAMPLES = 4000
+SAMPLES = 2000
 """Of calibration and of test data at most, but for the paper's size."""
 RANGE_SAMPLES = 256
 """Calibration samples that set the range of each layer's inputs."""
@@ -155,7 +155,7 @@ def measure(name: str, arm: Arm, folder: Path) -> Measured:
     began = time.perf_counter()
     torch.set_num_threads(1)
     scenario = load_scenario({key: value for key, value in arm.items() if key != "samples"})
-    dataset = _in_0_to_1(open_dataset(prepare(scenario)))
+    dataset = _with_background_0(open_dataset(prepare(scenario)))
     kept = calibration_indices(scenario, dataset)
     model = build_model(scenario.model, dataset.input_shape, dataset.num_classes, scenario.model_args, scenario.model_seed)
     engine = Engine(model, TrainingConfig(**scenario.training.model_dump(), seed=scenario.protocol_seed), dataset)
@@ -172,11 +172,9 @@ def measure(name: str, arm: Arm, folder: Path) -> Measured:
     return measured
 
 
-def _in_0_to_1(dataset: Dataset) -> Dataset:
-    """Images as a stream takes them: a pixel is 0 to 1, and the background is 0."""
-    if dataset.mean is None or dataset.std is None:
-        return dataset
-    return replace(dataset, mean=(0.0,) * len(dataset.mean), std=(1.0,) * len(dataset.std))
+def _with_background_0(dataset: Dataset) -> Dataset:
+    """Grey images as 0 to 1: drawn on a background that streams then need not carry. Colours are standardised as ever."""
+    return replace(dataset, mean=(0.0,), std=(1.0,)) if dataset.mean and len(dataset.mean) == 1 else dataset
 
 
 def _inputs(x: np.ndarray, dataset: Dataset) -> Tensor:
