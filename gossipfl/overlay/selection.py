@@ -32,7 +32,7 @@ def uniform(candidates: Sequence[str], replicas: int, links: Mapping[str, Any], 
         return list(candidates)
     chosen: list[str] = []
     while len(chosen) < replicas:
-        drawn = candidates[rng.integers(len(candidates))]  # one at a time: numpy takes longer for an array of two
+        drawn = candidates[int(rng.integers(len(candidates)))]  # one at a time: numpy takes longer for an array of two
         if drawn not in chosen:
             chosen.append(drawn)
     return chosen

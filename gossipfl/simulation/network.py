@@ -27,10 +27,10 @@ Delivery = tuple[Callable[..., None], tuple[Any, ...]]
 class Flow:
     """What one peer sends another; active while anything is queued."""
 
-    __slots__ = ("is_active", "left", "number", "pair", "queue", "rate", "receiver", "sender", "since", "stamp")
+    __slots__ = ("is_active", "latency", "left", "number", "pair", "queue", "rate", "receiver", "sender", "since", "stamp")
 
-    def __init__(self, sender: int, receiver: int, pair: float) -> None:
-        self.sender, self.receiver, self.pair = sender, receiver, pair
+    def __init__(self, sender: int, receiver: int, pair: float, latency: float = 0.0) -> None:
+        self.sender, self.receiver, self.pair, self.latency = sender, receiver, pair, latency
         self.queue: deque[tuple[int, int, Delivery]] = deque()  # request, bytes, what to do on arrival
         self.left = 0.0  # bytes of the first chunk, at `since`
         self.rate = 0.0  # bytes per second
@@ -147,7 +147,9 @@ class Network:
     def _flow(self, sender: int, receiver: int) -> Flow:
         flow = self._flows.get((sender, receiver))
         if flow is None:
-            flow = self._flows[sender, receiver] = Flow(sender, receiver, self._links.pair(sender, receiver))
+            links = self._links
+            flow = Flow(sender, receiver, links.pair(sender, receiver), links.latency(sender, receiver))
+            self._flows[sender, receiver] = flow
         return flow
 
     def _touch(self, flow: Flow) -> None:
@@ -170,7 +172,10 @@ class Network:
         if stamp != flow.stamp:
             return
         _, _, (deliver, args) = flow.queue.popleft()
-        self.send(flow.sender, flow.receiver, deliver, *args)
+        if self._is_plain:
+            self._clock.at(self._clock.now + flow.latency, deliver, *args)
+        else:
+            self._launch(flow.sender, flow.receiver, deliver, args)
         if flow.queue:
             flow.left, flow.since = float(flow.queue[0][1]), self._clock.now
             self._plan(flow)
