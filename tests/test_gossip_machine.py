@@ -316,6 +316,30 @@ def test_after_two_expired_deadlines_a_neighbour_is_drawn_last_until_heard_from(
     assert a.membership.candidates(at_least=1) == list(OTHERS)
 
 
+def test_a_neighbour_that_stays_silent_costs_no_round_more_than_its_patience():
+    a = joined(replicas=1, others=("b",), patience_s=3, rounds=5)
+    now, waited = 1.0, []
+    for round_ in range(1, 6):
+        assert pulls(a.handle(Trained(round_, 100), now)), "there is nobody else to ask"
+        deadline = a.next_deadline
+        merges = only(a.handle(Wake(), deadline), Merge)
+        waited.append(deadline - now)
+        now = deadline
+        for merge in merges:
+            a.handle(Merged(merge.round, merge.segment), now)
+    assert waited == [3.0] * 5  # and not 5, 10, 20, ...
+    assert a.membership.neighbours["b"].strikes == 5
+
+
+def test_after_the_patience_too_an_answer_is_waited_for_as_long_as_a_healthy_peer_may_take():
+    a, asked = gathering(replicas=1, others=("b", "c"), patience_s=10)
+    for other in asked:
+        a.membership.neighbours[other].strikes = 5
+        a.handle(Received(other, Later(asked[other].request, 0)), 1.1)
+        a.membership.neighbours[other].strikes = 5
+    assert pulls(a.handle(Wake(), 20.5)) and a.next_deadline == 20.5 + 2
+
+
 def test_a_silent_transfer_is_resumed_at_the_same_neighbour_before_it_is_given_up():
     a, asked = gathering(replicas=1, others=("b",), patience_s=10)
     pull = asked["b"]

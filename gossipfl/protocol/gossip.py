@@ -27,10 +27,10 @@ What the paper leaves open, and how it is settled:
     LINGERING  Leave from every live neighbour, or Wake   DONE                      keep serving; Finish
     any        Pull                                       same                      Serve, Later or Refuse (`serving.py`)
 
-Deadlines. A first answer is due within an adaptive time (`membership.py`). One patience budget per round, from Trained,
-bounds the waiting for versions that are not trained yet; after it, replacements take the newest stored version and nothing
-waits again. A transfer that progresses is not cut off by either (`transfers.py`): after a silence its pull is repeated at the
-same neighbour, which resumes it, and only a second silence, or a crawl, ends it.
+Deadlines. One patience budget per round, from Trained, bounds the waiting for versions that are not trained yet; after it,
+replacements take the newest stored version and nothing waits again. A first answer is due within an adaptive time
+(`membership.py`), and within the patience. A transfer that progresses is not cut off by either (`transfers.py`): after a
+silence its pull is repeated at the same neighbour, which resumes it, and only a second silence, or a crawl, ends it.
 
 Far behind. Who finds itself more than `versions_kept` rounds behind a neighbour adopts the newest model, by segments from
 several peers, and jumps to its round: a slow peer is never left to train alone.
@@ -45,7 +45,7 @@ from enum import Enum
 from itertools import count
 
 from gossipfl.overlay.selection import SELECTORS, exploring
-from gossipfl.protocol.membership import HELLO_INTERVAL_S, Membership
+from gossipfl.protocol.membership import HELLO_INTERVAL_S, MIN_ANSWER_S, Membership
 from gossipfl.protocol.messages import (
     MAX_RANGES,
     NEWEST,
@@ -366,15 +366,21 @@ class Gossip:
 
     def _pull(self, peer: PeerId, ranges: Sequence[Range], now: float) -> list[Action]:
         version, oldest = self._version_wanted(now)
-        patience_left_s = max(self._patience_end - now, 1.0)
+        expires_s = max(self._patience_end - now, 1.0)
+        deadline = now + min(self.membership.neighbours[peer].answer_deadline_s, self._patience_left_s(now))
         actions: list[Action] = []
         for first in range(0, len(ranges), MAX_RANGES):
             some = tuple(ranges[first : first + MAX_RANGES])
-            pull = Pull(next(self._numbers), version, oldest, some, self.config.codec, patience_left_s)
-            deadline = now + self.membership.neighbours[peer].answer_deadline_s
+            pull = Pull(next(self._numbers), version, oldest, some, self.config.codec, expires_s)
             self._transfers[pull.request] = Transfer(peer, pull, now, deadline, dict.fromkeys(some, 0))
             actions.append(Send(peer, pull))
         return actions
+
+    def _patience_left_s(self, now: float) -> float:
+        """How long a first answer may take at most, however long its peer has been silent before: what is left of the patience,
+        or of the time after it in which replacements are asked; not less than a healthy peer may need."""
+        end = self._patience_end if now < self._patience_end else self._patience_end + self._patience_s
+        return max(end - now, min(MIN_ANSWER_S, self._patience_s))
 
     def _version_wanted(self, now: float) -> tuple[int, int]:
         """`(version, oldest)` to ask for now."""
