@@ -241,7 +241,7 @@ def test_an_offence_is_found_on_each_floor(file, source, found):
         ("learning/x.py", "import time, torch\nmodel.eval()\nfile.load('x')\nnp.load('x', allow_pickle=False)"),
         ("runtime/x.py", "import zmq, threading\nfrom gossipfl.learning import training"),
         ("scenario/x.py", "from gossipfl import cli, runtime\nfrom ..learning import models"),
-        ("cli.py", "import click\nfrom gossipfl.scenario import runner"),
+        ("cli/x.py", "import click\nfrom gossipfl.scenario import runner"),
     ],
 )
 def test_what_is_allowed_is_let_pass(file, source):
