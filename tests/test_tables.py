@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,11 @@ from gossipfl.errors import CodecError
 from gossipfl.inference.execution.activations import EXACT_BITS, decode_live, encode_live, num_bytes
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.sensitivity import BITS, measure, quantized
-from gossipfl.inference.execution.tables import LEVELS, make_tables, payload_bits, planned_scores, smallest_samples
+from gossipfl.inference.execution.tables import LEVELS, harm_bound, make_tables, planned_scores
+from gossipfl.inference.planning.margins import samples_needed
 from gossipfl.learning.datasets import load_dataset
 from gossipfl.learning.models import build_model
+from gossipfl.scenario.inference.payload import payload, payload_32, saved
 
 # --- activations ------------------------------------------------------------------------------------------------------
 
@@ -133,7 +137,7 @@ def test_every_row_keeps_within_its_level_and_a_greater_loss_takes_no_more_bits(
     for cut in range(3):
         rows = [(level, tables[level][cut]) for level in tables if cut in tables[level]]
         assert all(row.harm <= level for level, row in rows)
-        bits = [payload_bits(chain, cut, (row.weight_bits, row.activation_bits))[0] for _, row in rows]
+        bits = [payload(chain.profile, cut, row.weight_bits, row.activation_bits) for _, row in rows]
         assert bits == sorted(bits, reverse=True)
 
 
@@ -143,14 +147,21 @@ def test_the_allowed_loss_holds_on_samples_that_calibration_did_not_see(trained,
     for level, cuts in tables.items():
         for cut, row in cuts.items():
             found = planned_scores(chain, vector, cut, (row.weight_bits, row.activation_bits), x).argmax(1)
-            # The mean harm is at most the level; what these samples show of it has this standard error.
+            # The harm is at most the level; what these samples show of it has this standard error.
             assert full - (found == y).mean() <= level + 3 * (level / len(y)) ** 0.5
 
 
 def test_levels_that_so_few_samples_cannot_vouch_for_are_left_out(trained, sensitivity):
     chain, vector, _, ((x, y), _) = trained
-    found = make_tables(chain, vector, sensitivity, x[:60], y[:60])
-    assert list(found) == [level for level in LEVELS if smallest_samples(level) <= 60] == [0.02, 0.05]
+    found = make_tables(chain, vector, sensitivity, x[:200], y[:200])
+    assert list(found) == [level for level in LEVELS if samples_needed(level) <= 200] == [0.02, 0.05]
+
+
+def test_the_bound_of_harm_is_where_so_few_are_seen_with_five_percent():
+    assert harm_bound(0, 299) == pytest.approx(1 - 0.05 ** (1 / 299))
+    p = harm_bound(3, 500)
+    assert sum(math.comb(500, k) * p**k * (1 - p) ** (500 - k) for k in range(4)) == pytest.approx(0.05)
+    assert harm_bound(5, 5) == 1.0
 
 
 def test_without_labels_a_change_of_class_is_harm(trained, sensitivity):
@@ -161,10 +172,8 @@ def test_without_labels_a_change_of_class_is_harm(trained, sensitivity):
             assert sum(row.weight_bits) >= sum(with_labels[level][cut].weight_bits)
 
 
-def test_the_bits_of_a_request_are_those_of_its_codecs(trained):
-    chain, vector, fit, _ = trained
-    (first, second), cut = chain.profile.layers, 1
-    bits, full = payload_bits(chain, cut, ((4,), 5))
-    assert full == 32 * (64 * 128 + 128 + 128)
-    assert bits == (4 * 64 * 128 + 32 * 128) + 32 * 128 + 8 * num_bytes([(128,)], 1, 5)
-    assert second.macs == 1280 and first.group == 64
+def test_the_bytes_of_a_request_are_those_of_its_codecs(trained):
+    profile = trained[0].profile
+    assert payload_32(profile, 1) == 4 * (64 * 128 + 128 + 128)
+    assert payload(profile, 1, (4,), 5) == (4 * 64 * 128 // 8 + 4 * 128) + 4 * 128 + num_bytes([(128,)], 1, 5)
+    assert saved(profile, 1, (4,), 5) == 1 - payload(profile, 1, (4,), 5) / payload_32(profile, 1)

@@ -202,7 +202,7 @@ def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -
 def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: Path, as_json: bool) -> None:
     """Run a published comparison again: what was published and what is measured, side by side.
 
-    NAME is combo, bacombo, epidemic, mosaic or ari.
+    NAME is combo, bacombo, epidemic, mosaic, ari or qpart.
 
     \b
     gossipfl reproduce combo

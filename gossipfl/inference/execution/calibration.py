@@ -42,6 +42,8 @@ from gossipfl.inference.planning.profile import ON_DEVICE, Plan
 
 Samples = tuple[np.ndarray, np.ndarray | None]
 """Inputs f32[n, *input_shape] and their labels i64[n], or None."""
+COMMON_LEVEL = 0.01
+"""Tables are made from unseen samples if those can vouch for this loss of accuracy."""
 MAX_SAMPLES = 2000
 """Of the unseen ones, for the tables: one forward pass of all of them for each row that is tried."""
 NUM_SAMPLES, SAMPLE_BITS = 16, 8
@@ -123,11 +125,12 @@ class Calibrator:
         self.vector = chain.vector() if vector is None else vector
         self.digest = hashlib.blake2b(self.vector.tobytes(), digest_size=16).hexdigest()
         self.seen, self.engines = seen, tuple(engines or available_engines())
-        (self.samples,) = (values.numpy() for values in rounded((torch.from_numpy(seen[:NUM_SAMPLES]),), SAMPLE_BITS))
+        (self.samples,) = (values.numpy() for values in rounded((torch.tensor(seen[:NUM_SAMPLES]),), SAMPLE_BITS))
         self.alpha, self.delta, self.scale = alpha, delta, scale
         inputs, labels = unseen
         self.warning: str | None = None
-        if len(inputs) >= 2 * samples_needed(alpha, delta):
+        needed = 2 * samples_needed(COMMON_LEVEL)
+        if len(inputs) >= needed:
             half = min(len(inputs) // 2, MAX_SAMPLES)
             self._tried: Samples = inputs[:half], None if labels is None else labels[:half]
             self._kept = inputs[half:]
@@ -135,7 +138,7 @@ class Calibrator:
             self._tried, self._kept = (seen, None), inputs
             self.warning = (
                 f"{len(inputs)} unseen samples are too few for tables and certificates: the tables are made from samples that "
-                f"the model was trained on; keep {2 * samples_needed(alpha, delta)} with data.calibration_fraction"
+                f"the model was trained on; keep {needed} with data.calibration_fraction"
             )
         self._full: np.ndarray | None = None
 
@@ -190,7 +193,7 @@ class Calibrator:
         tail = self.chain.stage(plan.cut, last, self.vector) if plan.cut < last else None
         scores = []
         for start in range(0, len(inputs), BATCH):
-            live: tuple[torch.Tensor, ...] = (torch.from_numpy(np.ascontiguousarray(inputs[start : start + BATCH])),)
+            live: tuple[torch.Tensor, ...] = (torch.tensor(inputs[start : start + BATCH]),)
             with torch.inference_mode():
                 live = head(*live) if head is not None else live
                 if tail is not None:

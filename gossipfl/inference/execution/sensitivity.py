@@ -110,8 +110,8 @@ def rounded(live: Live, bits: int) -> Live:
 
 def _batches(inputs: np.ndarray) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, len(inputs), BATCH):
-        batch = np.ascontiguousarray(inputs[start : start + BATCH])
-        yield start + len(batch), torch.from_numpy(batch)
+        batch = torch.tensor(inputs[start : start + BATCH])
+        yield start + len(batch), batch
 
 
 def _run(layers: Sequence[nn.Module], live: Live) -> Tensor:

@@ -5,24 +5,26 @@ Accuracy-aware Edge Inference" (arXiv 2506.23934), Algorithm 1. The closed form 
 bits. Which budget keeps within which loss is not taken from a formula, for the noise of few bits does not add up: it is
 measured for every cut, on samples that were not trained on.
 
-What is counted is harm, the share of samples that the full model has right and the quantized one wrong, which is at least the
-loss of accuracy. With k of n samples harmed, bits are said to keep within `(k + 1) / (n + 1)`: the mean harm of new samples is
-at most that, where harm grows with the budget (conformal risk control; Angelopoulos, Bates, Fisch, Lei and Schuster, arXiv
-2208.02814).
+What is counted is harm, the share of requests that the full model has right and the quantized one wrong, which is at least
+the loss of accuracy. Bits are said to keep within a level if so few of n samples are harmed that, were the harm of requests
+greater, no more would be with probability DELTA only (exact binomial). Budgets are tried in their order up to the first that
+fails, so trying many does not add up (fixed-sequence testing; Angelopoulos, Bates, Candes, Jordan and Lei, arXiv 2110.01052),
+as far as harm grows with the budget: to save time, the search for a cut begins where that for the cut before it ended.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import bdtri
 
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, quantized, rounded
 from gossipfl.inference.planning.bits import allocate_bits
+from gossipfl.inference.planning.margins import DELTA, samples_needed
 
 LEVELS = (0.002, 0.005, 0.01, 0.02, 0.05)
 """Losses of accuracy that tables are made for."""
@@ -36,7 +38,10 @@ Bits = tuple[tuple[int, ...], int]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The fewest bits found for one cut that keep within a level; `harm` is what they were measured to keep within."""
+    """The fewest bits found for one cut that keep within a level.
+
+    `harm` is the upper bound of what was measured, true with probability 1 - DELTA.
+    """
 
     weight_bits: tuple[int, ...]
     activation_bits: int
@@ -64,7 +69,7 @@ def planned_scores(chain: Chain, vector: np.ndarray, cut: int, bits: Bits, input
     scores = []
     with torch.no_grad():
         for start in range(0, len(inputs), BATCH):
-            live: tuple[torch.Tensor, ...] = (torch.from_numpy(np.ascontiguousarray(inputs[start : start + BATCH])),)
+            live: tuple[torch.Tensor, ...] = (torch.tensor(inputs[start : start + BATCH]),)
             if device is not None:
                 live = device(*live)
             if server is not None:
@@ -88,7 +93,7 @@ def make_tables(
     """
     full = planned_scores(chain, vector, 0, ((), 0), inputs).argmax(1)
     is_right = full == (full if labels is None else labels)
-    levels = [level for level in LEVELS if len(inputs) >= smallest_samples(level)]
+    levels = [level for level in LEVELS if len(inputs) >= samples_needed(level, DELTA)]
     tables: dict[float, dict[int, Row]] = {level: {} for level in levels}
     last = len(chain.profile.layers)
     places = dict.fromkeys(levels, 0)  # where the search begins: where it ended for the cut before
@@ -99,7 +104,7 @@ def make_tables(
             bits = bits_for(sensitivity, chain, cut, BUDGETS[place])
             if bits not in known:
                 found = planned_scores(chain, vector, cut, bits, inputs).argmax(1)
-                known[bits] = (float((is_right & (found != full)).sum()) + 1) / (len(inputs) + 1)
+                known[bits] = harm_bound(int((is_right & (found != full)).sum()), len(inputs))
             return Row(*bits, known[bits])
 
         for level in levels:
@@ -115,19 +120,6 @@ def make_tables(
     return tables
 
 
-def smallest_samples(level: float) -> int:
-    """Samples without any harm that it takes to vouch for a loss of `level`."""
-    return math.ceil(1 / level) - 1
-
-
-def payload_bits(chain: Chain, cut: int, bits: Bits) -> tuple[int, int]:
-    """What goes over the link for one request whose weights are not there yet, scales included, and the same in float32."""
-    profile, (weight_bits, activation_bits) = chain.profile, bits
-    layers = profile.layers[:cut]
-    weights = sum(layer.num_weights * b + 32 * layer.channels for layer, b in zip(layers, weight_bits, strict=True))
-    biases = sum(32 * (layer.bias[1] - layer.bias[0]) for layer in layers if layer.bias)
-    live = len(profile.layers[cut - 1].live) if cut else 1
-    values = profile.num_cut(cut)
-    activations = values * activation_bits + 64 * live * (values > 0)
-    full = 32 * (sum(layer.num_weights for layer in layers) + values) + biases
-    return weights + biases + activations, full
+def harm_bound(num_harmed: int, num_samples: int) -> float:
+    """The greatest harm of which so few would be seen with probability DELTA or more (Clopper and Pearson, 1934)."""
+    return float(bdtri(num_harmed, num_samples, DELTA)) if num_harmed < num_samples else 1.0

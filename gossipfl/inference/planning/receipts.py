@@ -24,7 +24,7 @@ class Receipt:
     threshold: float | None = None
     """The margin from which a reduced answer is accepted; None where nothing was reduced."""
     alpha: float | None = None
-    """Share of accepted answers that may differ from the full model's, with probability 1 - delta; None: no certificate."""
+    """Share of all requests whose answers may differ from the full model's, with probability 1 - delta. None: unknown."""
     delta: float | None = None
     cut: int = 0
     weight_bits: tuple[int, ...] = ()

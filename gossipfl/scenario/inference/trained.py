@@ -51,7 +51,7 @@ class Trained:
         """What a certificate says that it was calibrated on."""
         return f"{self.scenario.data.kind}-{len(self.dataset.y_train)}-{len(self.dataset.y_test)}"
 
-    def fit_samples(self, num_samples: int = 512) -> Samples:
+    def fit_samples(self, num_samples: int = 1024) -> Samples:
         """Samples that peers trained on, for what needs no unseen ones: noise energies, ranges of activations."""
         kept = calibration_indices(self.scenario, self.dataset)
         rng = generator(self.scenario.data_seed, "noise")

@@ -13,6 +13,7 @@ from gossipfl.scenario.reproduce.combo import combo
 from gossipfl.scenario.reproduce.epidemic import epidemic
 from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Outcome, Reproduction, Row, Table, find_data, run_arms
 from gossipfl.scenario.reproduce.mosaic import mosaic
+from gossipfl.scenario.reproduce.qpart import qpart
 
 __all__ = [
     "REPRODUCTIONS",
@@ -26,5 +27,6 @@ __all__ = [
     "epidemic",
     "find_data",
     "mosaic",
+    "qpart",
     "run_arms",
 ]

@@ -1,0 +1,135 @@
+"""QPART: how much less moves where layers and cut are quantized for an allowed loss of accuracy.
+
+Li, Ghafouri, Ji, Vandierendonck, John and Nikolopoulos, "QPART: Adaptive Model Quantization and Dynamic Workload Balancing for
+Accuracy-aware Edge Inference", arXiv 2506.23934. Published, from simulation, for a fully connected net on MNIST and for ResNets
+on SVHN, CIFAR and ImageNet: 11.88 to 18.12 % of the bits of a 32-bit model move, at 0.08 to 0.66 % of accuracy. What it counts
+is taken to be the weights of the device's part and the values at the cut. Here scales and biases count as well.
+
+Each arm trains one model centrally and briefly (the loss is relative to the full model), calibrates it on samples kept for that,
+and measures on test samples.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gossipfl.inference.execution.calibration import Calibrator
+from gossipfl.inference.execution.chain import Chain
+from gossipfl.learning.datasets import normalise, open_dataset
+from gossipfl.learning.models import build_model
+from gossipfl.learning.training import Engine, Learner, TrainingConfig
+from gossipfl.scenario.config import load_scenario
+from gossipfl.scenario.inference.bench import PlanRow, plan_rows
+from gossipfl.scenario.inference.calibrate import ALONE
+from gossipfl.scenario.inference.display import bits_text, size_text
+from gossipfl.scenario.preparation import calibration_indices, prepare
+from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arm, Arms, Reproduction, Row, Table
+
+SAVED = (0.8188, 0.8812)
+"""1 minus what was published."""
+LEVEL = 0.01
+SEEN, UNSEEN = 256, 3000
+"""Samples for the noise of each layer, and for tables and certificates."""
+ADAM = {"batch_size": 64, "learning_rate": 0.001, "optimizer": "adam"}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What came of one model."""
+
+    name: str
+    accuracy: float
+    calibrated: int
+    tested: int
+    rows: tuple[PlanRow, ...]
+    train_s: float
+    calibrate_s: float
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.3f}, took {self.train_s:.0f} s to train and {self.calibrate_s:.0f} s to calibrate"
+
+
+def _arms(full: bool) -> Arms:
+    """The largest first."""
+    idx = {"kind": "idx", "path": "mnist", "calibration_fraction": 0.1}
+    cifar10 = {"kind": "cifar10", "path": "cifar10", "calibration_fraction": 0.1}
+    digits = {"kind": "digits", "test_fraction": 0.3, "calibration_fraction": 0.5}
+    return {
+        "resnet20-cifar10": {
+            "model": "resnet20",
+            "data": cifar10,
+            "training": ADAM | {"local_steps": 15_000 if full else 1200},
+        },
+        "cnn-mnist": {"model": "cnn", "data": idx, "training": ADAM | {"local_steps": 5000 if full else 600}},
+        "mlp-mnist": {"model": "mlp", "data": idx, "training": ADAM | {"local_steps": 10_000 if full else 2000}},
+        "mlp-digits": {"model": "mlp", "data": digits, "training": ADAM | {"local_steps": 400}},
+    }
+
+
+def measure(name: str, arm: Arm, folder: Path) -> Measured:
+    """Train, calibrate and test one model; `folder / name.json` is the record."""
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    scenario = load_scenario(arm | {"rounds": 1})
+    dataset = open_dataset(prepare(scenario))
+    kept = calibration_indices(scenario, dataset)
+    used = np.setdiff1d(np.arange(len(dataset.y_train)), kept)
+    model = build_model(scenario.model, dataset.input_shape, dataset.num_classes, scenario.model_args, scenario.model_seed)
+    engine = Engine(model, TrainingConfig(**scenario.training.model_dump(), seed=scenario.protocol_seed), dataset)
+    engine.flat.write(engine.train(Learner("central", used), engine.initial_vector(), 1).vector)
+    trained = time.perf_counter()
+    kept = kept[:UNSEEN]
+    calibrator = Calibrator(
+        Chain.of(model, dataset.input_shape),
+        normalise(dataset.x_train[used[:: len(used) // SEEN][:SEEN]], dataset),
+        (normalise(dataset.x_train[kept], dataset), dataset.y_train[kept]),
+        data=name,
+    )
+    catalogue, found = calibrator.catalogue()
+    calibrated = time.perf_counter()
+    harm = {level: {cut: row.harm for cut, row in cuts.items()} for level, cuts in found.items()}
+    rows = tuple(plan_rows(calibrator, catalogue, harm, normalise(dataset.x_test, dataset), dataset.y_test))
+    accuracy = engine.evaluate(engine.flat.read())
+    measured = Measured(name, accuracy, len(kept), len(dataset.y_test), rows, trained - began, calibrated - trained)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(asdict(measured), indent=1))
+    return measured
+
+
+def _tables(outcomes: Mapping[str, Measured], full: bool) -> list[Table]:
+    notes = [
+        f"{name}: accuracy {found.accuracy:.4f}; {found.calibrated:,} samples to calibrate, {found.tested:,} to measure"
+        for name, found in outcomes.items()
+    ]
+    cuts = [_row(found, row, row.device) for found in outcomes.values() for row in found.rows if row.level == LEVEL]
+    alone = [
+        _row(found, row, f"{row.level:.1%}") for found in outcomes.values() for row in found.rows if row.device == ALONE.name
+    ]
+    return [
+        Table(f"for a loss of accuracy of {LEVEL:.0%} at most, at the cut that a device would get", cuts, notes),
+        Table("all on the device, by the loss of accuracy that is allowed", alone),
+    ]
+
+
+def _row(found: Measured, row: PlanRow, what: str) -> Row:
+    values = {
+        "cut": f"{row.cut}/{row.num_layers}",
+        "bits": f"{bits_text(row.weight_bits)} | {row.activation_bits or '-'}",
+        "bytes": size_text(row.payload),
+        "saved": f"{row.saved:.1%}",
+        "loss": f"{row.measured_loss:.2%}",
+        "bound": f"{row.predicted_loss:.2%}",
+    }
+    return Row(f"{found.name} {what}", values, row.saved, SAVED)
+
+
+@REPRODUCTIONS.register("qpart")
+def qpart() -> Reproduction:
+    return Reproduction(_arms, _tables, measure)
