@@ -60,7 +60,7 @@ def test_every_published_rate_has_its_bits():
 def test_every_kind_of_reduced_model_is_measured(digits):
     measured, record = digits
     kinds = {(point.kind, point.bits) for point in measured.points}
-    for kind, bits in (("streams with signs", STREAM_BITS), ("bipolar streams", STREAM_BITS)):
+    for kind, bits in (("signed", STREAM_BITS), ("bipolar", STREAM_BITS)):
         assert {(kind, number) for number in bits} <= kinds
     assert {("integers", bits) for bits in INTEGER_BITS} <= kinds and {("mantissas", bits) for bits in MANTISSA_BITS} <= kinds
     assert measured.num_calibration >= samples_needed(ALPHA, DELTA)
@@ -73,12 +73,14 @@ def test_on_digits_both_models_of_streams_save_what_was_published_at_the_same_ac
     summary, *_ = ari().tables({"mlp-digits": measured}, False)
     for row in summary.rows:
         if row.published is not None:
-            assert row.verdict in ("inside", "above") and row.values["kept"] == "yes", row
+            assert row.verdict in ("inside", "above"), row
+    best = {(row.name.partition(", ")[2], int(row.values["bits"])) for row in summary.rows}
+    assert all(point.largest.keeps(measured.accuracy) for point in measured.points if (point.kind, point.bits) in best)
 
 
 def test_more_bits_disagree_less(digits):
     measured, _ = digits
-    for kind in ("streams with signs", "bipolar streams"):
+    for kind in ("signed", "bipolar"):
         thresholds = {point.bits: point.largest.threshold for point in measured.points if point.kind == kind}
         assert thresholds[12] < thresholds[9] < thresholds[6]
 
@@ -103,7 +105,7 @@ def cascade(expected: float, fallback: float, accuracy: float = 0.9) -> Cascade:
 
 def made_up(data: str = "cifar10") -> Measured:
     streams = [
-        Point("streams with signs", bits, 0.8, Cost(None, bits / 16, 0.25, 2.0 ** (bits - 12)), mine, certified)
+        Point("signed", bits, 0.8, Cost(None, bits / 16, 0.25, 2.0 ** (bits - 12)), mine, certified)
         for bits, mine, certified in (
             (10, cascade(0.1, 0.15), cascade(0.0, 0.0)),
             (8, cascade(0.2, 0.30), cascade(0.1, 0.12)),
@@ -115,21 +117,21 @@ def made_up(data: str = "cifar10") -> Measured:
 
 
 def test_the_best_number_of_bits_is_chosen_on_the_calibration_data():
-    best, costs, _ = ari().tables({"cnn-cifar10": made_up()}, False)
+    best, certified, costs, *_ = ari().tables({"cnn-cifar10": made_up()}, False)
     streams, engine = best.rows
     assert streams.values["bits"] == "8" and streams.measured == pytest.approx(1 - 1 / 16 - 0.30)
-    assert streams.verdict == "inside" and streams.values["certified: bits"] == "8"
-    assert streams.values["published"] == "40-85 % (72%)"
-    assert engine.values["saved"] == "50%" and engine.published is None
-    assert [row.values["time"] for row in costs.rows] == ["", "50%"]
-    assert [row.values["bytes"] for row in costs.rows] == ["20%", "65%"]
+    assert streams.verdict == "inside" and streams.values["plots"] == "72"
+    assert engine.values["saved"] == "50" and engine.published is None
+    assert certified.rows[0].values["bits"] == "8" and certified.rows[0].values["differ"] == "1.00"
+    assert [row.values["time"] for row in costs.rows] == ["", "50"]
+    assert [row.values["bytes"] for row in costs.rows] == ["20", "65"]
 
 
 def test_recompute_rates_are_compared_with_the_published_ones_to_a_point():
-    *_, points = ari().tables({"cnn-cifar10": made_up()}, False)
+    *_, points, _ = ari().tables({"cnn-cifar10": made_up()}, False)
     assert [row.values["published"] for row in points.rows] == ["6", "30", "98", ""]
     assert [row.verdict for row in points.rows] == ["above", "inside", "below", ""]
-    *_, unpublished = ari().tables({"cnn-digits": made_up("digits")}, False)
+    *_, unpublished, _ = ari().tables({"cnn-digits": made_up("digits")}, False)
     assert all(row.verdict == "" for row in unpublished.rows)
 
 

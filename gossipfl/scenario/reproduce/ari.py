@@ -259,12 +259,12 @@ def _tables(outcomes: Mapping[str, Measured], full: bool) -> list[Table]:
 
 NOTES = [
     "best: what saves most on the calibration data; everything shown is of the test data",
-    "saved: 1 - E_R / E_F - rerun, in %, where E_R / E_F is assumed to be 2^(bits - 12) for streams, bits^2 / 16^2 for integers, "
+    "saved: 1 - E_R / E_F - rerun, in %; E_R / E_F is assumed to be 2^(bits - 12) for streams, bits^2 / 16^2 for integers and "
     "(1 + bits)^2 / 11^2 for mantissas of floats; for the engine it is measured time",
     "rerun: share of samples that the full model is run for, in %",
     "plots: the most that the recompute rates in its authors' plots give for this model and data set",
     "lost: points of the full model's accuracy, with two standard errors of the difference",
-    "signed, bipolar: two codings of streams (see gossipfl/inference/execution/noise.py); which one the paper has was not at hand",
+    "signed, bipolar: codings of streams (see gossipfl/inference/execution/noise.py); which one the paper has was not at hand",
     "the MLP has 128 hidden units and the CNN is that of FedAvg; those of the paper were not at hand",
 ]
 CERTIFIED_NOTES = [
