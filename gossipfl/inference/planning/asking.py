@@ -64,7 +64,7 @@ class _Asked:
     silent_at: float = 0.0
     failed: set[PeerId] = field(default_factory=set)  # in this tier
     lacking: set[PeerId] = field(default_factory=set)  # servers that do not have its version
-    last_failure: str = "no server has answered yet"
+    last_failure: str | None = None
 
 
 class Asker:
@@ -144,7 +144,8 @@ class Asker:
         actions = self.fetcher.wake(now)
         for asked in list(self._questions.values()):
             if asked.question.deadline <= now:
-                actions += self._give_up(asked, "deadline", f"no answer in time: {asked.last_failure}")
+                trouble = asked.last_failure or self._holders.last_trouble
+                actions += self._give_up(asked, "deadline", f"no answer in time; {trouble}")
             elif asked.phase is Phase.ASKED and asked.silent_at <= now:
                 assert asked.peer is not None
                 actions.append(self._holders.blame(asked.peer, "silent", "no answer to an activation", now))
@@ -266,7 +267,7 @@ class Asker:
         if asked.lacking and self._holders.are_all(asked.lacking):
             return self._restart(asked, now)
         if self._has_spoken(asked) and self._holders.are_hopeless(asked.failed | asked.lacking):
-            return self._give_up(asked, "no_server", asked.last_failure)
+            return self._give_up(asked, "no_server", self._holders.last_trouble)
         peer = self._holders.choose(now, asked.lacking | asked.failed) or self._holders.choose(now, asked.lacking)
         if peer is None:
             asked.phase, asked.peer = Phase.FREE, None

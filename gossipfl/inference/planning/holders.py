@@ -28,6 +28,7 @@ class Holders:
 
     def __init__(self, peers: Sequence[PeerId]) -> None:
         self._holders = {peer: Holder() for peer in peers}
+        self.last_trouble = "no server has answered yet"
 
     def __contains__(self, peer: PeerId) -> bool:
         return peer in self._holders
@@ -55,6 +56,7 @@ class Holders:
         holder = self._holders[peer]
         holder.failures += 1
         holder.free_at = now + min(FIRST_BACKOFF_S * 2 ** min(holder.failures - 1, 10), MAX_BACKOFF_S)
+        self.last_trouble = f"{peer}: {detail}"
         return Report(peer, kind, detail)
 
     def praise(self, peer: PeerId) -> None:

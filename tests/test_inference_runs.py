@@ -1,0 +1,762 @@
+"""Devices and servers over real sockets: the same scores as without them, whatever dies, lies or changes under way."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from sockets import DEADLINE_S, made_attackers, new_address, open_files, wait_for
+from torch import nn
+
+from gossipfl.errors import ConfigError, PlanError, RunError
+from gossipfl.inference.execution.activations import decode_live, encode_live
+from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.planning.cuts import Catalogue
+from gossipfl.inference.planning.margins import Basis, Certificate, margins
+from gossipfl.inference.planning.offers import Ask, Piece, manifest_from_json, to_json
+from gossipfl.inference.planning.profile import DeviceProfile
+from gossipfl.inference.planning.receipts import Budget
+from gossipfl.protocol import wire
+from gossipfl.protocol.messages import Activation, Failed, Offer, PlanRequest, Pull, Refuse
+from gossipfl.runtime import inference_server
+from gossipfl.runtime.content_cache import ContentCache, digest_of
+from gossipfl.runtime.edge_device import EdgeDevice
+from gossipfl.runtime.inference_server import INFERENCE_RUN, InferenceServer
+from gossipfl.runtime.stages import live_shapes
+from gossipfl.segments.planes import Planes
+
+SHAPE, CLASSES, LAYERS = (1, 8, 8), 5, 4
+LOSS = 0.01
+X = np.random.default_rng(0).standard_normal((6, *SHAPE)).astype(np.float32)
+
+attackers = pytest.fixture(made_attackers)
+torch.set_num_threads(1)  # the layers are small, and servers and devices compute at the same time
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(54, 12), nn.ReLU(), nn.Linear(12, CLASSES),
+    )  # fmt: skip
+
+
+@cache
+def chain() -> Chain:
+    return Chain.of(network(), SHAPE)
+
+
+def vector_of(version: int) -> np.ndarray:
+    """Weights that differ from version to version by far more than any rounding."""
+    vector = chain().vector()
+    return vector * np.float32(1 + (version - 1) / 50)
+
+
+def catalogue(version=1, cut=2, bits=6, activation_bits=None) -> Catalogue:
+    """The one plan that there is."""
+    if activation_bits is None:
+        activation_bits = 8 if cut < LAYERS else 0
+    times = [1e-3 * k for k in range(LAYERS + 1)]
+    return Catalogue(
+        chain().profile, version, {LOSS: {cut: ((bits,) * cut, activation_bits)}}, {"fp32": times}, {"fp32": times[::-1]}
+    )
+
+
+def certified(threshold: float) -> Callable:
+    def certificate(plan) -> Certificate:
+        basis = Basis("", plan.version, plan.cut, plan.weight_bits, plan.activation_bits, ("fp32",), "x")
+        return Certificate(threshold, 0.02, 0.05, 300, 10, 2, 0.1, "disagreement", basis)
+
+    return certificate
+
+
+def reduced_scores(inputs, version=1, cut=2, bits=6, activation_bits=8) -> np.ndarray:
+    """What a plan comes to where nothing is sent anywhere."""
+    layers, vector = chain().profile.layers, vector_of(version)
+    quantized = vector.copy()
+    for layer in layers[:cut]:
+        planes, part = Planes(0, bits, layer.group), slice(*layer.weight)
+        quantized[part] = planes.decode(planes.encode(vector[part]), layer.num_weights).values
+    live = (inputs,)
+    if cut:
+        live = run(0, cut, quantized, live)
+    if cut < LAYERS:
+        shapes = live_shapes(chain().profile, cut)
+        live = decode_live(encode_live(live, activation_bits), shapes, len(inputs), activation_bits)
+        live = run(cut, LAYERS, vector, live)
+    return live[0]
+
+
+def full_scores(inputs, version=1) -> np.ndarray:
+    return run(0, LAYERS, vector_of(version), (inputs,))[0]
+
+
+def run(start, stop, vector, live) -> tuple[np.ndarray, ...]:
+    """The stage as it is, not compiled."""
+    with torch.inference_mode():
+        return tuple(tensor.numpy() for tensor in chain().stage(start, stop, vector)(*map(torch.from_numpy, live)))
+
+
+def assert_same(found, expected) -> None:
+    """But for the order of sums, which torch chooses by the number of samples."""
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def servers() -> Iterator[Callable[..., InferenceServer]]:
+    """Opens servers with a version published, and closes them when the test is over."""
+    opened: list[InferenceServer] = []
+
+    def open_(kind="tcp4", *, version=1, certificate=None, config=None, **plan) -> InferenceServer:
+        opened.append(InferenceServer({"m": chain()}, new_address(kind), config=config))
+        if version:
+            opened[-1].publish("m", version, vector_of(version), catalogue(version, **plan), certificate or (lambda plan: None))
+        return opened[-1]
+
+    yield open_
+    for server in opened:
+        server.close(0.1)
+
+
+@pytest.fixture
+def devices() -> Iterator[Callable[..., EdgeDevice]]:
+    opened: list[EdgeDevice] = []
+
+    def open_(*addresses: object, **options) -> EdgeDevice:
+        names = [getattr(address, "address", address) for address in addresses]
+        opened.append(EdgeDevice(names, chain(), **(dict(model="m", max_accuracy_loss=LOSS) | options)))
+        return opened[-1]
+
+    yield open_
+    for device in opened:
+        device.close()
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tcp4", "tcp6", "ipc", "inproc"])
+@pytest.mark.parametrize(("cut", "activation_bits"), [(2, 8), (1, 32), (LAYERS, 0), (0, 8), (0, 32)])
+def test_the_scores_are_those_of_the_same_plan_in_one_place(kind, cut, activation_bits, servers, devices):
+    if kind != "tcp4" and cut not in (2, LAYERS):
+        pytest.skip("once for each place to cut is enough")
+    server = servers(kind, cut=cut, activation_bits=activation_bits)
+    device = devices(server)
+    answer = device.predict(X, DEADLINE_S)
+    assert_same(answer.scores, reduced_scores(X, 1, cut, 6, activation_bits))
+    receipt = answer.receipt
+    is_full = (cut, activation_bits) == (0, 32)
+    assert receipt.tiers == (("full",) if is_full else ("reduced",)) * 6 and receipt.threshold == (None if is_full else 0.0)
+    assert (receipt.model, receipt.version, receipt.cut) == ("m", 1, cut)
+    assert (receipt.weight_bits, receipt.activation_bits) == ((6,) * cut, activation_bits)
+    assert receipt.engines == ("fp32",) * ((cut > 0) + (cut < LAYERS))
+    if not is_full:
+        np.testing.assert_allclose(receipt.margins, margins(answer.scores), rtol=1e-5)
+    shapes = live_shapes(chain().profile, cut)
+    up = len(encode_live([np.zeros((6, *shape), np.float32) for shape in shapes], activation_bits)) if cut < LAYERS else 0
+    assert (receipt.bytes_up, receipt.bytes_down) == (up, 4 * 6 * CLASSES if up else 0)
+    parts = receipt.seconds
+    assert set(parts) == {"device", "transfer", "server", "total"}
+    assert parts["total"] >= parts["device"] + parts["server"] > 0
+    assert device.faults == [] and [model.version for model in device.models()] == [1]
+
+
+def test_an_activation_of_many_chunks_is_answered(servers, devices):
+    server = servers(cut=1, activation_bits=32)
+    many = np.random.default_rng(1).standard_normal((2000, *SHAPE)).astype(np.float32)
+    answer = devices(server).predict(many, DEADLINE_S)
+    assert answer.receipt.bytes_up == 4 * 2000 * 256 > 7 * wire.MAX_PAYLOAD_BYTES
+    assert_same(answer.scores, reduced_scores(many, 1, 1, 6, 32))
+
+
+def test_those_unsure_get_the_scores_of_the_full_model(servers, devices):
+    reduced, full = reduced_scores(X, cut=LAYERS, bits=3), full_scores(X)
+    threshold = float(np.sort(margins(reduced))[3] - 1e-5)
+    server = servers(cut=LAYERS, bits=3, certificate=certified(threshold))
+    answer = devices(server).predict(X, DEADLINE_S)
+    is_unsure = margins(reduced) < threshold
+    assert is_unsure.sum() == 3
+    assert answer.receipt.tiers == tuple("full" if unsure else "reduced" for unsure in is_unsure)
+    assert_same(answer.scores, np.where(is_unsure[:, None], full, reduced))
+    receipt = answer.receipt
+    assert (receipt.threshold, receipt.alpha, receipt.delta) == (pytest.approx(threshold), 0.02, 0.05)
+    assert receipt.bytes_up == 3 * 4 * 64 and receipt.engines == ("fp32", "fp32")
+
+
+@pytest.mark.parametrize("cut", [2, LAYERS, 0])
+def test_where_nothing_is_sure_every_label_is_the_full_models(cut, servers, devices):
+    server = servers(cut=cut, bits=2, certificate=certified(float("inf")))
+    answer = devices(server).predict(X, DEADLINE_S)
+    assert answer.receipt.tiers == ("full",) * 6
+    with torch.no_grad():
+        labels = network().eval()(torch.from_numpy(X)).argmax(1).numpy()
+    np.testing.assert_array_equal(answer.scores.argmax(1), labels)
+
+
+def test_a_server_answers_callers_of_its_own_process_with_the_full_model(servers):
+    server = servers()
+    answer = server.infer("m", X, Budget())
+    assert_same(answer.scores, full_scores(X))
+    assert answer.receipt.tiers == ("full",) * 6 and answer.receipt.version == 1 and answer.receipt.bytes_up == 0
+    assert [(model.name, model.version, model.input_shape, model.num_classes) for model in server.models()] == [
+        ("m", 1, SHAPE, CLASSES)
+    ]
+
+
+def test_many_threads_ask_at_once_and_each_gets_its_own_answer(servers, devices):
+    device = devices(servers(cut=2))
+    inputs = [np.roll(X, k, axis=0)[: 1 + k % 3].copy() for k in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda x: device.predict(x, DEADLINE_S), inputs))
+    for x, answer in zip(inputs, answers, strict=True):
+        assert_same(answer.scores, reduced_scores(x))
+
+
+# --- what is pulled ---------------------------------------------------------------------------------------------------
+
+
+def plane_bytes(layers, num_planes) -> int:
+    return sum(num_planes * -(-layer.num_weights // 8) for layer in layers)
+
+
+def test_only_missing_planes_are_pulled(servers, devices, tmp_path):
+    """The same version at 4 bits, then at 6: two planes of each layer, and nothing else."""
+    layers = chain().profile.layers
+    first = devices(servers(cut=LAYERS, bits=4), cache=tmp_path)
+    first.predict(X, DEADLINE_S)
+    scales_and_biases = sum(4 * layer.channels + 4 * (layer.bias[1] - layer.bias[0]) for layer in layers)
+    assert first.bytes_pulled == plane_bytes(layers, 4) + scales_and_biases
+    first.close()
+    second = devices(servers(cut=LAYERS, bits=6), cache=tmp_path)
+    answer = second.predict(X, DEADLINE_S)
+    assert second.bytes_pulled == plane_bytes(layers, 2)
+    assert_same(answer.scores, reduced_scores(X, cut=LAYERS, bits=6))
+    second.close()
+    third = devices(servers(cut=3, bits=5), cache=tmp_path)
+    assert_same(third.predict(X, DEADLINE_S).scores, reduced_scores(X, cut=3, bits=5))
+    assert third.bytes_pulled == 0, "fewer bits are a part of what is there"
+
+
+def test_of_a_new_version_only_the_layers_that_changed_are_pulled(servers, devices):
+    server = servers(cut=LAYERS)
+    device = devices(server)
+    device.predict(X, DEADLINE_S)
+    before, layer = device.bytes_pulled, chain().profile.layers[1]
+    vector = vector_of(1)
+    vector[slice(*layer.weight)] *= 1.5
+    vector[slice(*layer.bias)] += 1.0
+    server.publish("m", 2, vector, catalogue(2, LAYERS))
+    assert wait_for(lambda: device.models()[0].version == 2)
+    # half as large again: all scales differ, and no plane does
+    changed = -(-layer.num_weights // 8) + 4 * layer.channels + 4 * layer.channels
+    assert device.bytes_pulled - before == changed
+    assert device.predict(X, DEADLINE_S).receipt.version == 2
+
+
+def test_damaged_pieces_are_pulled_again(servers, devices, tmp_path):
+    server = servers(cut=LAYERS)
+    device = devices(server, cache=tmp_path)
+    device.predict(X, DEADLINE_S)
+    device.close()
+    damaged, shortened = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_size)[-2:]
+    content = bytearray(damaged.read_bytes())
+    content[3] ^= 1
+    damaged.write_bytes(content)
+    shortened.write_bytes(shortened.read_bytes()[:-1])
+    lost = len(content) + shortened.stat().st_size + 1
+    again = devices(server, cache=tmp_path)
+    assert_same(again.predict(X, DEADLINE_S).scores, reduced_scores(X, cut=LAYERS))
+    assert again.bytes_pulled == lost
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_the_cache_keeps_within_its_bound_and_forgets_the_longest_unused(folder, tmp_path):
+    cache_ = ContentCache(tmp_path if folder else None, max_bytes=100)
+    contents = [bytes([k]) * 40 for k in range(3)]
+    kept = [Piece(digest_of(Piece("", (0, 10), "float32"), content), (0, 10), "float32") for content in contents]
+    for piece, content in zip(kept[:2], contents, strict=False):
+        cache_.put(piece.digest, content)
+    assert cache_.get(kept[0]) == contents[0]
+    cache_.put(kept[2].digest, contents[2])
+    assert [cache_.get(piece) for piece in kept] == [contents[0], None, contents[2]] and cache_.num_bytes == 80
+    cache_.put("f" * 32, bytes(101))
+    cache_.put("../" + "f" * 29, bytes(5))
+    assert cache_.num_bytes == 80
+    if folder:
+        assert len(list(tmp_path.iterdir())) == 2
+        assert ContentCache(tmp_path, max_bytes=100).get(kept[2]) == contents[2]
+        assert ContentCache(tmp_path, max_bytes=40).num_bytes == 40
+
+
+def test_a_cache_that_cannot_be_written_to_is_an_error_that_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cache = .*name a folder"):
+        ContentCache(tmp_path / "file")
+
+
+def tamper(server: InferenceServer) -> None:
+    """From now on what is pulled of it differs from what it has offered, by a bit."""
+    served = server._served["m"][1]
+    served.offer(Ask(DeviceProfile(), LOSS))
+    honest = served.piece
+
+    def piece(range_, name):
+        payload = bytearray(honest(range_, name))
+        payload[0] ^= 1
+        return memoryview(payload)
+
+    served.piece = piece
+
+
+def test_a_tampered_piece_is_pulled_from_another(servers, devices):
+    liar, honest = servers(cut=LAYERS), servers(cut=LAYERS)
+    tamper(liar)
+    device = devices(liar, honest)
+    assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X, cut=LAYERS))
+    assert {(fault.peer, fault.kind) for fault in device.faults} == {("m@0", "rejected")}
+    assert all("is not what was offered: its digest is" in fault.detail for fault in device.faults)
+
+
+def test_where_all_pieces_are_tampered_with_the_error_says_so(servers, devices):
+    liar = servers(cut=LAYERS)
+    tamper(liar)
+    with pytest.raises(RunError, match=r"planes:0-1:\d+ of range .* is not what was offered: its digest is|float32 of range"):
+        devices(liar).predict(X, DEADLINE_S)
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def test_twenty_versions_change_under_four_threads_and_none_is_mixed(servers, devices):
+    """Each sample is answered by the reduced or the full model of one version, and the receipt says which."""
+    versions = range(1, 22)
+    inputs = X[:3]
+    reduced = {version: reduced_scores(inputs, version) for version in versions}
+    full = {version: full_scores(inputs, version) for version in versions}
+    threshold = {version: float(np.sort(margins(reduced[version]))[1]) for version in versions}
+    certificates = {version: certified(threshold[version]) for version in versions}
+    server = servers(version=0)
+    server.publish("m", 1, vector_of(1), catalogue(1), certificates[1])
+    device = devices(server)
+    is_over = threading.Event()
+    answers = []
+
+    def ask() -> None:
+        while not is_over.is_set():
+            answers.append(device.predict(inputs, DEADLINE_S))
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        for version in versions[1:]:
+            seen = len(answers)
+            assert wait_for(lambda seen=seen: len(answers) >= seen + 8 or any(future.done() for future in asking))
+            server.publish("m", version, vector_of(version), catalogue(version), certificates[version])
+        assert wait_for(lambda: answers[-1].receipt.version == 21 or any(future.done() for future in asking))
+        is_over.set()
+        for future in asking:
+            future.result(DEADLINE_S)
+    assert len(answers) >= 160 and len({answer.receipt.version for answer in answers}) > 5
+    for answer in answers:
+        version = answer.receipt.version
+        for row, tier in enumerate(answer.receipt.tiers):
+            assert_same(answer.scores[row], (full if tier == "full" else reduced)[version][row])
+        assert "full" in answer.receipt.tiers and answer.receipt.threshold == pytest.approx(threshold[version])
+    assert list(device._versions) == [21] and len(server._served["m"]) == 4
+    assert not device._coming.keys() - {
+        (peer, request) for peer, request in device._coming if not device._coming[peer, request].job
+    }
+
+
+def test_a_version_can_be_asked_for_by_number_while_it_is_there(servers, devices):
+    server = servers()
+    device = devices(server)
+    device.predict(X, DEADLINE_S)
+    assert device.infer("m", X, Budget(timeout_s=DEADLINE_S), version=1).receipt.version == 1
+    with pytest.raises(ConfigError, match="version 7 is not here; ask for 1"):
+        device.infer("m", X, Budget(timeout_s=DEADLINE_S), version=7)
+    with pytest.raises(ConfigError, match="no version 7 of 'm' here; there is 1"):
+        server.infer("m", X, Budget(), version=7)
+
+
+def test_a_version_that_does_not_fit_or_is_not_newer_is_refused(servers):
+    server = servers(version=3)
+    for version in (3, 2, 0):
+        with pytest.raises(ConfigError, match="not newer than 3"):
+            server.publish("m", version, vector_of(1), catalogue(version))
+    with pytest.raises(ConfigError, match=r"float32\(5,\); its chain has float32"):
+        server.publish("m", 4, np.zeros(5, np.float32), catalogue(4))
+    with pytest.raises(ConfigError, match="catalogue is of version 5, not of version 4"):
+        server.publish("m", 4, vector_of(1), catalogue(5))
+    with pytest.raises(ConfigError, match="NaN or infinite weights"):
+        server.publish("m", 4, vector_of(1) * np.float32("nan"), catalogue(4))
+    with pytest.raises(ConfigError, match="no model 'n' here; there is m"):
+        server.publish("n", 4, vector_of(1), catalogue(4))
+    assert server.models()[0].version == 3
+
+
+# --- what is asked wrongly --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (X[0], r"shape \[1, 8, 8\], the model takes \[B, 1, 8, 8\]"),
+        (X[:, :, :7], r"shape \[6, 1, 7, 8\]"),
+        (X[:0], "one sample at least"),
+        (X.astype(np.float64), "float64, the model takes float32; convert"),
+        (X.tolist(), "list, the model takes float32"),
+        (np.where(X > 1, np.nan, X).astype(np.float32), "NaN or infinite"),
+        (X * np.float32("inf"), "NaN or infinite"),
+        (np.zeros((300_000, *SHAPE), np.float32), "at most 67,108,864 go at once; ask in smaller batches"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_with_the_remedy(inputs, message, servers, devices):
+    server = servers()
+    device = devices(server)
+    for ask in (device.predict, lambda x: server.infer("m", x, Budget())):
+        with pytest.raises(ConfigError, match=message):
+            ask(inputs)
+
+
+def test_what_cannot_be_asked_is_an_error_that_says_what_can(servers, devices):
+    server = servers()
+    device = devices(server)
+    for service in (server, device):
+        with pytest.raises(ConfigError, match="no model 'n' here; there is m"):
+            service.infer("n", X, Budget())
+    with pytest.raises(ConfigError, match=r"max_accuracy_loss = 0\.001, this device is made for 0\.01"):
+        device.infer("m", X, Budget(max_accuracy_loss=0.001))
+    with pytest.raises(ConfigError, match=r"servers = \[\]"):
+        devices()
+    with pytest.raises(ConfigError, match="on_no_server = 'guess'"):
+        devices(server, on_no_server="guess")
+    with pytest.raises(ConfigError, match="the address of m@0"):
+        devices("localhost:5000")
+    with pytest.raises(ConfigError, match="without '@'"):
+        InferenceServer({"m@1": chain()})
+    device.close()
+    with pytest.raises(RunError, match="the device is closed"):
+        device.predict(X)
+    server.close()
+    with pytest.raises(RunError, match="the server is closed"):
+        server.infer("m", X, Budget())
+
+
+def test_a_plan_that_cannot_be_is_an_error_that_names_the_nearest(servers, devices):
+    server = servers(cut=LAYERS)
+    with pytest.raises(PlanError, match=r"max_accuracy_loss = 0\.001; the nearest is 0\.01"):
+        devices(server, max_accuracy_loss=0.001).predict(X, DEADLINE_S)
+    with pytest.raises(PlanError, match=r"memory_bytes = 10 .* takes "):
+        devices(server, device_profile=DeviceProfile(memory_bytes=10)).predict(X, DEADLINE_S)
+    with pytest.raises(ConfigError, match="no model 'n' here; there is m"):
+        devices(server, model="n").predict(X, DEADLINE_S)
+    assert devices(server).predict(X, DEADLINE_S).receipt.version == 1
+
+
+def test_a_device_with_another_model_is_told_so(servers):
+    other = Chain.of(nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)), SHAPE)
+    with (
+        EdgeDevice([servers().address], other, model="m", max_accuracy_loss=LOSS) as device,
+        pytest.raises(RunError, match=r"the offer does not add up: its model has layout .*build the same model at both ends"),
+    ):
+        device.predict(X, DEADLINE_S)
+
+
+# --- what goes wrong under way ----------------------------------------------------------------------------------------
+
+
+def test_where_nobody_is_there_a_question_ends_in_time(devices):
+    device = devices("tcp://127.0.0.1:9", patience_s=0.1)
+    with pytest.raises(RunError, match="no answer in time"):
+        device.predict(X, 0.5)
+
+
+class Process:
+    """A server in a process of its own, which can be stopped and killed."""
+
+    def __init__(self, cut: int, threshold: str, activation_bits: int) -> None:
+        code = (
+            f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+            "from test_inference_runs import *\n"
+            "server = InferenceServer({'m': chain()})\n"
+            f"plan = catalogue(1, {cut}, 6, {activation_bits})\n"
+            f"server.publish('m', 1, vector_of(1), plan, certified(float({threshold!r})))\n"
+            "print(server.address, flush=True)\n"
+            "sys.stdin.read()\n"
+        )
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[..., Process]]:
+    started: list[Process] = []
+
+    def start(cut=LAYERS, threshold="inf", activation_bits=0) -> Process:
+        started.append(Process(cut, threshold, activation_bits))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.end()
+
+
+def asked_and_killed(device: EdgeDevice, process: Process):
+    """A question that the process has been sent and does not live to answer."""
+    device.predict(X, DEADLINE_S)
+    process.signal(signal.SIGSTOP)
+    future = device.submit(X, DEADLINE_S)
+    assert wait_for(lambda: any(coming.job for coming in list(device._coming.values())))
+    assert not future.done()
+    process.signal(signal.SIGKILL)
+    return future
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("cut", "activation_bits"), [(2, 8), (LAYERS, 0)])
+def test_a_question_whose_server_is_killed_is_answered_by_another(cut, activation_bits, processes, servers, devices):
+    process = processes(cut, "inf", activation_bits)
+    other = servers(cut=cut, activation_bits=activation_bits, certificate=certified(float("inf")))
+    device = devices(process, other)
+    answer = asked_and_killed(device, process).result(DEADLINE_S)
+    assert answer.receipt.tiers == ("full",) * 6
+    assert_same(answer.scores, full_scores(X))
+    assert ("m@0", "gone") in {(fault.peer, fault.kind) for fault in device.faults}
+
+
+@pytest.mark.processes
+def test_where_there_is_no_other_the_device_answers_for_itself_and_says_so(processes, devices):
+    process = processes()
+    device = devices(process)
+    answer = asked_and_killed(device, process).result(DEADLINE_S)
+    assert answer.receipt.tiers == ("unverified",) * 6
+    assert_same(answer.scores, reduced_scores(X, cut=LAYERS))
+    again = device.predict(X, DEADLINE_S)
+    assert again.receipt.tiers == ("unverified",) * 6 and again.receipt.seconds["total"] < DEADLINE_S / 2
+
+
+@pytest.mark.processes
+def test_or_fails_where_that_is_not_wanted_or_half_of_the_model_is_missing(processes, devices):
+    whole, half = processes(), processes(2, "0", 8)
+    for process, policy in ((whole, "fail"), (half, "unverified")):
+        device = devices(process, on_no_server=policy)
+        device.predict(X, DEADLINE_S)
+        process.signal(signal.SIGKILL)
+        with pytest.raises(RunError, match=r"no answer in time; .*m@0"):
+            device.predict(X, 1.0)
+
+
+def test_a_server_that_closes_finishes_what_it_has_taken_and_others_go_on(servers, devices):
+    first, second = (servers(cut=2) for _ in range(2))
+    device = devices(first, second)
+    device.predict(X, DEADLINE_S)
+    futures = [device.submit(X, DEADLINE_S) for _ in range(20)]
+    first.close()
+    futures += [device.submit(X, DEADLINE_S) for _ in range(20)]
+    for future in futures:
+        assert_same(future.result(DEADLINE_S).scores, reduced_scores(X))
+    assert device._machine._holders.choose(1e12) == "m@1"
+
+
+def test_a_busy_server_is_asked_again(servers, devices):
+    from gossipfl.inference.planning.answering import ServerConfig
+
+    device = devices(servers(cut=2, config=ServerConfig(max_queued=1)))
+    futures = [device.submit(X, DEADLINE_S) for _ in range(12)]
+    for future in futures:
+        assert_same(future.result(DEADLINE_S).scores, reduced_scores(X))
+
+
+# --- who lies ---------------------------------------------------------------------------------------------------------
+
+
+class Liar(threading.Thread):
+    """A server that answers each question as it is told to."""
+
+    def __init__(self, attacker, answer) -> None:
+        super().__init__(daemon=True)
+        self.router, self.answer = attacker, answer
+        self.address = attacker.address
+        self.is_over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.is_over.is_set():
+            if not self.router.socket.poll(20):
+                continue
+            origin, header, payload = self.router.socket.recv_multipart()
+            envelope = wire.decode([header, payload])
+            for frames in self.answer(envelope):
+                self.router.send(origin, *frames)
+
+
+@pytest.fixture
+def liars(attackers) -> Iterator[Callable[..., Liar]]:
+    made: list[Liar] = []
+
+    def make(answer) -> Liar:
+        made.append(Liar(attackers(), answer))
+        return made[-1]
+
+    yield make
+    for liar in made:
+        liar.is_over.set()
+        liar.join()
+
+
+def says(envelope, message) -> list[tuple[bytes, bytes]]:
+    header = wire.encode(INFERENCE_RUN, envelope.recipient, envelope.sender, message)
+    return [(header, bytes(getattr(message, "payload", b"")))]
+
+
+def offering(content: bytes):
+    def answer(envelope):
+        if not isinstance(envelope.message, PlanRequest):
+            return []
+        return says(envelope, Offer(envelope.message.request, 0, len(content), payload=content))
+
+    return answer
+
+
+def honest_offer() -> bytes:
+    served = inference_server.ServedVersion("m", 1, chain(), vector_of(1), catalogue(1, LAYERS), lambda plan: None)
+    return served.offer(Ask(DeviceProfile(), LOSS))
+
+
+LIES = {
+    "garbage": offering(b"garbage"),
+    "another model": offering(to_json(replace(manifest_from_json(honest_offer()), model="n"))),
+    "another version": offering(to_json(replace(manifest_from_json(honest_offer()), version=9))),
+    "no frames": lambda envelope: [(b"\xc1", b"")],
+    "too large": lambda envelope: says(envelope, Offer(1, 0, 2**40, payload=b"x")),
+    "half": lambda envelope: says(envelope, Offer(envelope.message.request, 5, 10, payload=b"x")),
+    "refusing": lambda envelope: says(envelope, Failed(envelope.message.request, "whatever", "no")),
+    "silent": lambda envelope: [],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_who_lies_about_plans_is_passed_over(lie, liars, servers, devices):
+    device = devices(liars(LIES[lie]), servers(cut=2), patience_s=0.3)
+    assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X))
+    assert {fault.peer for fault in device.faults} == {"m@0"}
+
+
+def test_who_offers_and_then_says_nothing_or_something_else_is_passed_over(liars, servers, devices):
+    def refusing(envelope):
+        message = envelope.message
+        if isinstance(message, Pull):
+            return says(envelope, Refuse(message.request, 0, 0))
+        return offering(honest_offer())(envelope)
+
+    for liar in (offering(honest_offer()), refusing):
+        device = devices(liars(liar), servers(cut=LAYERS), patience_s=0.3)
+        assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X, cut=LAYERS))
+
+
+def say(attacker, message, model="m", payload=None) -> None:
+    content = bytes(message.payload) if payload is None else payload
+    attacker.send(wire.encode(INFERENCE_RUN, "x", model, message), content)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (PlanRequest(1, payload=b"{"), "input"),
+        (PlanRequest(1, payload=to_json(Ask(DeviceProfile(speed=-1.0)))), "plan"),
+        (PlanRequest(1, payload=to_json(Ask(DeviceProfile(), -5.0))), "plan"),
+        (Activation(1, 1, 0, 32, 1, 0, 100, payload=bytes(100)), "input"),
+        (Activation(1, 1, 9, 32, 1, 0, 256, payload=bytes(256)), "input"),
+        (Activation(1, 1, 0, 17, 1, 0, 256, payload=bytes(256)), "input"),
+        (Activation(1, 9, 0, 32, 1, 0, 256, payload=bytes(256)), "version"),
+        (Activation(1, 1, 0, 32, 1, 0, 256, payload=np.full(64, np.nan, np.float32).tobytes()), "input"),
+        (Activation(1, 1, 0, 8, 1, 0, 72, payload=b"\xff" * 72), "input"),
+        (Activation(1, 1, 0, 32, 2**61, 0, 256, payload=bytes(256)), "input"),
+    ],
+)
+def test_what_a_device_asks_wrongly_is_refused_and_the_server_goes_on(message, kind, servers, attackers, devices):
+    server = servers()
+    attacker = attackers(server.address)
+    say(attacker, message)
+    _, envelope = attacker.hear()
+    assert isinstance(envelope.message, Failed) and envelope.message.kind == kind, envelope
+    assert_same(devices(server).predict(X, DEADLINE_S).scores, reduced_scores(X))
+
+
+@pytest.mark.parametrize(
+    ("range_", "codec"),
+    [((0, 10**9), "float32"), ((0, 4), "int8"), ((0, 4), "topk:0.5"), ((0, 5), "planes:0-4:2"), ((0, 4), "planes:9-4")],
+)
+def test_what_is_not_served_is_refused(range_, codec, servers, attackers):
+    attacker = attackers(servers().address)
+    say(attacker, Pull(5, 1, 1, (range_,), codec, 1.0), payload=b"")
+    assert attacker.hear()[1].message == Refuse(5, 1, 1)
+
+
+@pytest.mark.parametrize("codec", ["float32", "float16", "planes:0-3:6", "planes:3-4:6", "planes:0-16:36"])
+def test_any_range_is_served_in_the_codecs_that_are(codec, servers, attackers):
+    attacker = attackers(servers().address)
+    say(attacker, Pull(5, 1, 1, ((0, 36), (36, 72)), codec, 1.0), payload=b"")
+    received = {}
+    while len(received) < 2:
+        message = attacker.hear()[1].message
+        if hasattr(message, "range"):
+            received[message.range] = bytes(message.payload)
+    for (start, stop), content in received.items():
+        assert content == bytes(inference_server.ServedVersion(
+            "m", 1, chain(), vector_of(1), catalogue(), lambda plan: None
+        ).piece((start, stop), codec))  # fmt: skip
+
+
+# --- what is left over ------------------------------------------------------------------------------------------------
+
+
+def test_closing_leaves_neither_files_nor_threads(servers, devices):
+    def once() -> None:
+        server = servers()
+        device = devices(server)
+        device.predict(X, DEADLINE_S)
+        device.close()
+        device.close()
+        server.close()
+        server.close()
+
+    once()
+    files, threads = open_files(), threading.active_count()
+    for _ in range(3):
+        once()
+    assert wait_for(lambda: open_files() <= files and threading.active_count() <= threads)
+
+
+def test_questions_under_way_hear_of_the_closing(devices):
+    device = devices("tcp://127.0.0.1:9")
+    future = device.submit(X, 1000.0)
+    device.close()
+    with pytest.raises(RunError, match="was closed"):
+        future.result(DEADLINE_S)
+
+
+def test_requests_have_numbers_that_cannot_be_guessed(servers, devices):
+    device = devices(servers())
+    device.predict(X, DEADLINE_S)
+    numbers = list(itertools.islice(device._machine._numbers, 100))
+    assert len(set(numbers)) == 100 and min(numbers) > 2**40
