@@ -17,11 +17,11 @@ from gossipfl.learning.training import Learner
 from gossipfl.overlay.links import Constant, LinksConfig, build_links
 from gossipfl.protocol import wire
 from gossipfl.protocol.gossip import Gossip, GossipConfig
-from gossipfl.protocol.messages import Data, Fault, Message, Pull, RoundReport
+from gossipfl.protocol.messages import Data, Fault, Message, Pull, RoundReport, Traffic
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.layout import Layout, even_segments
 from gossipfl.segments.store import SegmentStore
-from gossipfl.simulation.simulator import SimulatedPeer, Simulator, Traffic, Watcher
+from gossipfl.simulation.simulator import SimulatedPeer, Simulator, Watcher
 
 TrainFunction = Callable[[str, int, np.ndarray], np.ndarray]
 

@@ -391,6 +391,16 @@ class RoundReport:
     adopted: bool = False
 
 
+@dataclass(slots=True)
+class Traffic:
+    """What a shell adds to a RoundReport: bytes that came in since the last one, headers included, and those of messages other
+    than Data; and seconds spent on merging (none under virtual time)."""
+
+    wire_bytes: int = 0
+    control_bytes: int = 0
+    merge_s: float = 0.0
+
+
 class Machine(Protocol):
     """Anything that decides: pure, without clock, socket, thread or tensor."""
 

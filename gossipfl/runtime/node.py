@@ -48,6 +48,7 @@ from gossipfl.protocol.messages import (
     RoundReport,
     Send,
     Serve,
+    Traffic,
     Train,
     Trained,
     Wake,
@@ -87,15 +88,6 @@ class FinishTask:
     node: Node
     vector: np.ndarray
     error: str | None
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Bytes that came in since the last report: header and payload frames, and the part of them that is not Data."""
-
-    wire_bytes: int = 0
-    control_bytes: int = 0
-    merge_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

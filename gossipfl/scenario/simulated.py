@@ -29,7 +29,7 @@ from gossipfl.overlay.churn import Change, Churn
 from gossipfl.overlay.graphs import degrees_of
 from gossipfl.overlay.links import Links, check_links
 from gossipfl.protocol.baselines import PROTOCOLS
-from gossipfl.protocol.messages import Fault, RoundReport
+from gossipfl.protocol.messages import Fault, RoundReport, Traffic
 from gossipfl.runtime.host import GossipSettings, round_event
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.hosting import about_statistics, peer_settings
@@ -39,7 +39,7 @@ from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256
 from gossipfl.scenario.results import Observer, RunResult
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.store import SegmentStore
-from gossipfl.simulation.simulator import SimulatedPeer, Simulator, Traffic, Watcher
+from gossipfl.simulation.simulator import SimulatedPeer, Simulator, Watcher
 
 MAX_MODELS_BYTES = 2**30
 """Of the peers' final models together, to be kept one by one; beyond it only the average is."""

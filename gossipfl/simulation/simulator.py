@@ -46,6 +46,7 @@ from gossipfl.protocol.messages import (
     Serve,
     Start,
     StopAfter,
+    Traffic,
     Train,
     Trained,
     Wake,
@@ -78,14 +79,6 @@ class ProtocolMachine(Protocol):
     def next_deadline(self) -> float | None: ...
 
     def handle(self, event: Event, now: float) -> list[Any]: ...
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Bytes that a peer took in since its last report, headers included, and those of messages other than Data."""
-
-    wire_bytes: int = 0
-    control_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
