@@ -109,16 +109,13 @@ def print_plan(console: Console, profile: ModelProfile, plan: Plan, rows: Sequen
         table.add_column(
             column, justify="left" if column.startswith("bits") else "right", no_wrap=not column.startswith("bits")
         )
-    table.add_column("")
     for row in rows:
-        name = profile.layers[row.cut - 1].name if row.cut else "all on server"
         found = row.prediction
         if found is None:
-            table.add_row(name, *[""] * 7, row.obstacle or "")
+            table.add_row(_place(profile, row.cut), row.obstacle or "")
             continue
-        is_chosen = row.cut == plan.cut
         table.add_row(
-            name,
+            _place(profile, row.cut),
             f"{bits_text(row.weight_bits)} | {row.activation_bits or '-'}",
             size_text(found.weight_bytes),
             size_text(found.activation_bytes),
@@ -126,10 +123,17 @@ def print_plan(console: Console, profile: ModelProfile, plan: Plan, rows: Sequen
             f"{1000 * found.latency_s:.2f} ms",
             f"{1000 * found.energy_j:.2f} mJ",
             size_text(found.memory_bytes),
-            "chosen" if is_chosen else row.obstacle or "",
-            style="bold" if is_chosen else None,
+            style="bold" if row.cut == plan.cut else "dim" if row.obstacle else None,
         )
     console.print(table)
+    for row in rows:
+        if row.obstacle and row.prediction:
+            console.print(f"not after {_place(profile, row.cut)}: {row.obstacle}", highlight=False)
+    console.print(f"chosen  cut after {_place(profile, plan.cut)}, cost {plan.prediction.cost:.3g}", highlight=False)
+
+
+def _place(profile: ModelProfile, cut: int) -> str:
+    return profile.layers[cut - 1].name if cut else "nothing"
 
 
 def plain(value: Any) -> Any:

@@ -5,8 +5,8 @@ Accuracy-aware Edge Inference", arXiv 2506.23934. Published, from simulation, fo
 on SVHN, CIFAR and ImageNet: 11.88 to 18.12 % of the bits of a 32-bit model move, at 0.08 to 0.66 % of accuracy. What it counts
 is taken to be the weights of the device's part and the values at the cut. Here scales and biases count as well.
 
-Each arm trains one model centrally and briefly (the loss is relative to the full model), calibrates it on samples kept for that,
-and measures on test samples.
+Each arm trains one model centrally and briefly (the loss is relative to the full model), calibrates it on samples kept for
+that, and measures on test samples.
 """
 
 from __future__ import annotations
