@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -19,6 +20,8 @@ from gossipfl.segments.layout import Layout
 Arrays = Sequence[np.ndarray]
 FULL_ENGINE = "fp32"
 """Of the full model, which the others are measured by."""
+_COMPILING = threading.Lock()
+"""Compiling changes what warnings do for the whole process, and one at a time is timed more fairly."""
 
 
 class ModelChain(Protocol):
@@ -47,7 +50,9 @@ class RunnableStage:
             if start:
                 with torch.inference_mode():
                     live = chain.stage(0, start, vector)(*live)
-        self._compiled: Compiled = compile_stage(chain.stage(start, stop, vector), live, engine)
+        stage = chain.stage(start, stop, vector)
+        with _COMPILING:
+            self._compiled: Compiled = compile_stage(stage, live, engine)
         self.engine = engine
 
     def __call__(self, live: Arrays) -> tuple[np.ndarray, ...]:
