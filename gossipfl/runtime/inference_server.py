@@ -106,11 +106,12 @@ class InferenceServer:
         vector: np.ndarray,
         catalogue: Catalogue,
         certificate: Certifier = lambda plan: None,
+        samples: np.ndarray | None = None,
     ) -> None:
         """Serve `vector` (f32[P], copied) as the newest version; returns once it is. Questions under way keep theirs.
 
-        `certificate(plan)` is asked once for each plan that is offered. ConfigError for what does not fit the model or is
-        no newer than what is served.
+        `certificate(plan)` is asked once for each plan that is offered. Devices compile their engines with `samples`
+        (f32[n, *input_shape]), if given. ConfigError for what does not fit the model or is no newer than what is served.
         """
         self._check_running()
         if model not in self._chains:
@@ -119,7 +120,7 @@ class InferenceServer:
             newest = max(self._served[model], default=0)
             if version <= newest:
                 raise ConfigError(f"version {version} of {model!r} is not newer than {newest}, which is served; count on")
-            served = ServedVersion(model, version, self._chains[model], vector, catalogue, certificate)
+            served = ServedVersion(model, version, self._chains[model], vector, catalogue, certificate, samples)
             served.stage(0)
             done: Future[None] = Future()
             self._loop.post(lambda: self._publish(served, done))

@@ -15,7 +15,7 @@ from gossipfl.inference.planning.margins import Certificate
 from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, to_json
 from gossipfl.inference.planning.profile import Plan, Range
 from gossipfl.runtime.content_cache import digest_of
-from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
+from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage, samples_to_text
 from gossipfl.segments.codecs import all_finite, codec
 from gossipfl.segments.planes import MAX_PLANES, Planes, PlaneSet
 
@@ -119,6 +119,8 @@ class ServedVersion:
             self._offers[key] = self.certificate(plan), tuple(self._layer_offers(plan))
         certificate, layers = self._offers[key]
         manifest = Manifest(self.model, self.version, self.chain.layout.digest, plan, layers)
+        if self.samples is not None and plan.cut and plan.stages[0].engine != FULL_ENGINE:
+            manifest = replace(manifest, samples=samples_to_text(self.samples))
         if certificate is not None:
             self._check_certificate(certificate, plan)
             manifest = replace(

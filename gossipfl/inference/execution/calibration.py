@@ -38,6 +38,7 @@ from gossipfl.inference.planning.margins import (
     margins,
     samples_needed,
 )
+from gossipfl.inference.planning.offers import SAMPLE_BITS
 from gossipfl.inference.planning.profile import ON_DEVICE, Plan
 
 Samples = tuple[np.ndarray, np.ndarray | None]
@@ -46,8 +47,8 @@ COMMON_LEVEL = 0.01
 """Tables are made from unseen samples if those can vouch for this loss of accuracy."""
 MAX_SAMPLES = 2000
 """Of the unseen ones, for the tables: one forward pass of all of them for each row that is tried."""
-NUM_SAMPLES, SAMPLE_BITS = 16, 8
-"""Inputs that engines are compiled with, here and on the device, so that both compute the same; they travel at these bits."""
+NUM_SAMPLES = 16
+"""Inputs that engines are compiled with, here and on the device, so that both compute the same."""
 PARTS = (0.1, 0.8)
 """Of all work, done after the noise and after the tables."""
 Progress = Callable[[str, float], None]

@@ -19,6 +19,7 @@ from gossipfl.errors import ConfigError, PlanError, RemoteProtocolError
 from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile, Plan, Range
 from gossipfl.segments.planes import MAX_PLANES, Planes
 
+SAMPLE_BITS = 8
 FULL_BITS = 32
 """Of activations that go up as they are."""
 BIASES = "float32"
@@ -73,6 +74,8 @@ class Manifest:
 
     An answer of the reduced model is accepted from margin `threshold` on (0: always), on `scale`; with probability 1 - `delta`
     at most `alpha` of all requests are then answered otherwise than by the full model (None: nobody has measured it).
+    `samples` are inputs that the plan's engine is compiled with, where it needs any: activations at cut 0 in SAMPLE_BITS bits,
+    in base64. Compiled with the same ones, it computes what was certified.
     """
 
     model: str
@@ -84,6 +87,7 @@ class Manifest:
     scale: Literal["softmax", "logits"] = "softmax"
     alpha: float | None = None
     delta: float | None = None
+    samples: str = ""
 
     @property
     def cut(self) -> int:
