@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import pytest
@@ -373,9 +373,7 @@ def test_twenty_versions_change_under_four_threads_and_none_is_mixed(servers, de
             assert_same(answer.scores[row], (full if tier == "full" else reduced)[version][row])
         assert "full" in answer.receipt.tiers and answer.receipt.threshold == pytest.approx(threshold[version])
     assert list(device._versions) == [21] and len(server._served["m"]) == 4
-    assert not device._coming.keys() - {
-        (peer, request) for peer, request in device._coming if not device._coming[peer, request].job
-    }
+    assert all(coming.job is None for coming in device._coming.values()), "only a plan is waited for"
 
 
 def test_a_version_can_be_asked_for_by_number_while_it_is_there(servers, devices):
@@ -496,8 +494,11 @@ class Process:
             "sys.stdin.read()\n"
         )
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    @cached_property
+    def address(self) -> str:
         assert self.process.stdout is not None
-        self.address = self.process.stdout.readline().strip()
+        return self.process.stdout.readline().strip()
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)

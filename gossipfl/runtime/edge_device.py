@@ -18,13 +18,12 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from gossipfl.errors import ConfigError, GossipflError, PlanError, RemoteProtocolError, RunError
+from gossipfl.errors import ConfigError, GossipflError, PlanError, RunError
 from gossipfl.inference.execution.activations import encode_live
 from gossipfl.inference.planning.asking import Asker
 from gossipfl.inference.planning.device_words import (
@@ -42,16 +41,13 @@ from gossipfl.inference.planning.device_words import (
     Resolve,
     RunHead,
     Send,
-    Tier,
     Unload,
     Upload,
 )
 from gossipfl.inference.planning.fetching import DeviceConfig
-from gossipfl.inference.planning.margins import margins
-from gossipfl.inference.planning.offers import Ask, Failure, Manifest, Piece, manifest_from_json, pieces, split, to_json
+from gossipfl.inference.planning.offers import Ask, Failure, to_json
 from gossipfl.inference.planning.profile import DeviceProfile
-from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
-from gossipfl.inference.planning.receipts import Tier as AnswerTier
+from gossipfl.inference.planning.receipts import Answer, Budget, ServedModel
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
     Activation,
@@ -71,13 +67,14 @@ from gossipfl.protocol.messages import (
     Start,
     Wake,
 )
-from gossipfl.runtime.content_cache import DEFAULT_BYTES, ContentCache, digest_of
+from gossipfl.runtime.content_cache import DEFAULT_BYTES, ContentCache
+from gossipfl.runtime.device_inbox import Coming, take_data, take_offer, take_result
+from gossipfl.runtime.device_questions import Job, answer
+from gossipfl.runtime.device_versions import DeviceVersion
 from gossipfl.runtime.inference_server import INFERENCE_RUN
 from gossipfl.runtime.message_loop import MessageLoop
-from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage, check_inputs
+from gossipfl.runtime.stages import ModelChain, check_inputs
 from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, ZmqTransport
-from gossipfl.segments.codecs import all_finite, codec
-from gossipfl.segments.planes import PlaneSet
 
 logger = logging.getLogger(__name__)
 
@@ -86,58 +83,13 @@ GRACE_S = 10.0
 Key = tuple[PeerId, int]
 
 
-@dataclass(slots=True)
-class _Job:
-    """A question with all that has been computed of it."""
-
-    inputs: np.ndarray
-    asked_at: float
-    future: Future[Answer]
-    head: tuple[np.ndarray, ...] | None = None
-    payload: bytes | None = None
-    """The head's live tensors, encoded."""
-    reduced: np.ndarray | None = None
-    full: np.ndarray | None = None
-    margins: tuple[float, ...] = ()
-    device_s: float = 0.0
-    server_s: float = 0.0
-    transfer_s: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-
-@dataclass(slots=True)
-class _Coming:
-    """An answer of which some has come: an Offer, a Result of `num_samples` samples, or ranges of a Pull by `codec`."""
-
-    job: _Job | None = None
-    tier: Tier = "reduced"
-    num_samples: int = 0
-    sent_at: float = 0.0
-    content: bytearray = field(default_factory=bytearray)
-    codec: str = ""
-    version: int = 0
-    ranges: dict[tuple[int, int], bytearray] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Version:
-    """A version that is loaded, or whose pieces are coming in."""
-
-    manifest: Manifest
-    expected: dict[tuple[tuple[int, int], str], str]
-    """Digests by range and codec of a piece."""
-    contents: dict[str, bytes] = field(default_factory=dict)
-    stage: RunnableStage | None = None
-
-
 class EdgeDevice:
     """Asks `servers` (their addresses), which all serve `model`. An `InferenceService` of one model.
 
     `cache` is a folder for the pieces that have been pulled (None: in memory), of at most `cache_bytes`. Where no server
     answers in time, the reduced model's answer stands, marked "unverified", or the question fails (`on_no_server`). `samples`
-    (f32[n, *input_shape]) are what engines other than "fp32" are calibrated with; without them "fp32" runs in their place, and
-    a certificate for another is not passed on.
+    (f32[n, *input_shape]) are what engines other than "fp32" are compiled with where the server sends none; without any "fp32"
+    runs in their place, and a certificate for another is not passed on.
     """
 
     def __init__(
@@ -176,9 +128,9 @@ class EdgeDevice:
         self._compute = ThreadPoolExecutor(1, "gossipfl-head")
         self._loader = ThreadPoolExecutor(1, "gossipfl-loader")
         self._numbers = itertools.count()
-        self._jobs: dict[int, _Job] = {}
-        self._coming: dict[Key, _Coming] = {}
-        self._versions: dict[int, _Version] = {}
+        self._jobs: dict[int, Job] = {}
+        self._coming: dict[Key, Coming] = {}
+        self._versions: dict[int, DeviceVersion] = {}
         self._error: BaseException | None = None
         self.faults: list[Report] = []
         """The last things that went wrong with servers and were survived."""
@@ -213,7 +165,7 @@ class EdgeDevice:
         inputs = check_inputs(inputs, self._chain.profile.input_shape)
         if not self._loop.is_running:
             raise RunError("the device is closed; make another") from self._error
-        job = _Job(inputs, time.perf_counter(), Future())
+        job = Job(inputs, time.perf_counter(), Future())
         question = Question(next(self._numbers), len(inputs), time.monotonic() + timeout_s, version)
         self._jobs[question.number] = job
         self._loop.post(lambda: self._handle(question))
@@ -280,15 +232,15 @@ class EdgeDevice:
             case Upload():
                 self._upload(action)
             case Resolve(number, manifest, unsure, is_verified):
-                self._resolve(self._jobs.pop(number), manifest, unsure, is_verified)
+                job, engine = self._jobs.pop(number), self._versions[manifest.version].engine
+                _settle(job.future.set_result, answer(job, manifest, unsure, is_verified, engine))
             case Fail(number, kind, reason):
                 _fail(self._jobs.pop(number), _error_of(kind, reason))
             case Forget(peer, request):
                 self._coming.pop((peer, request), None)
                 self._transport.cancel(peer, request)
             case LookUp(manifest):
-                expected = {(piece.range, piece.codec): piece.digest for piece in pieces(manifest, self._chain.profile)}
-                self._versions[manifest.version] = _Version(manifest, expected)
+                self._versions[manifest.version] = DeviceVersion(manifest, self._chain, self._samples)
                 self._loader.submit(self._look_up, self._versions[manifest.version])
             case Load(manifest):
                 self._loader.submit(self._load, self._versions[manifest.version])
@@ -304,11 +256,11 @@ class EdgeDevice:
         match message:
             case PlanRequest(request, ask):
                 assert isinstance(ask, Ask)
-                self._coming[peer, request] = _Coming()
+                self._coming[peer, request] = Coming()
                 self._transport.send(self._name, peer, PlanRequest(request, payload=to_json(ask)))
             case Pull(request, version, _, ranges, codec_):
                 parts = {range_: bytearray() for range_ in ranges}
-                self._coming[peer, request] = _Coming(codec=codec_, version=version, ranges=parts)
+                self._coming[peer, request] = Coming(codec=codec_, version=version, ranges=parts)
                 self._transport.send(self._name, peer, message)
 
     def _upload(self, upload: Upload) -> None:
@@ -320,7 +272,7 @@ class EdgeDevice:
             assert job.payload is not None, "its head has run"
             payload = memoryview(job.payload)
         num_samples = len(job.inputs) if samples is None else len(samples)
-        coming = _Coming(job, upload.tier, num_samples, time.perf_counter())
+        coming = Coming(job, upload.tier, num_samples, time.perf_counter())
         self._coming[upload.peer, upload.request] = coming
         job.bytes_up += len(payload)
         for offset in range(0, len(payload), wire.MAX_PAYLOAD_BYTES):
@@ -345,11 +297,12 @@ class EdgeDevice:
         try:
             match message:
                 case Offer():
-                    heard = self._take_offer(coming, message)
+                    heard = take_offer(coming, message, self._model, self._chain)
                 case Data():
-                    heard = self._take_data(coming, message)
+                    heard = take_data(coming, message, self._versions.get(coming.version), self._cache)
+                    self.bytes_pulled += message.num_bytes if heard is not None else 0
                 case Result():
-                    heard = self._take_result(coming, message)
+                    heard = take_result(coming, message, self._chain.profile.num_classes, self._versions.get(message.version))
         except GossipflError as error:
             del self._coming[peer, request]
             self._handle(Rejected(peer, request, str(error)))
@@ -360,76 +313,9 @@ class EdgeDevice:
         if heard is not None:
             self._handle(Received(peer, heard))
 
-    def _take_offer(self, coming: _Coming, offer: Offer) -> Offer | None:
-        if not _continues(coming.content, offer, wire.MAX_OFFER_BYTES):
-            return None
-        manifest = manifest_from_json(bytes(coming.content))
-        if manifest.model != self._model:
-            raise PlanError(f"the offer is of model {manifest.model!r}, not of {self._model!r}")
-        manifest.check(self._chain.profile, self._chain.layout.digest)
-        return Offer(offer.request, offer.offset, offer.total, manifest)
-
-    def _take_data(self, coming: _Coming, data: Data) -> Data | None:
-        """A chunk of a range; with its last one the pieces in it are checked and kept."""
-        content = coming.ranges.get(data.range)
-        version = self._versions.get(coming.version)
-        if content is None or version is None:
-            return None
-        size = codec(coming.codec).num_bytes(data.range[1] - data.range[0])
-        if data.total != size or data.version != coming.version:
-            raise RemoteProtocolError(
-                f"{data.total} bytes of version {data.version} for {data.range} as {coming.codec}, "
-                f"which takes {size} of version {coming.version}"
-            )
-        if data.offset != len(content):
-            raise RemoteProtocolError(f"a chunk at {data.offset} of {data.range}, of which {len(content)} bytes have come")
-        content += data.payload
-        self.bytes_pulled += data.num_bytes
-        if len(content) == size:
-            del coming.ranges[data.range]
-            for piece, part in split(coming.codec, data.range, memoryview(content)):
-                self._keep(version, piece, bytes(part))
-        payload_free = (data.request, data.version, data.newest, data.num_samples, data.range, data.offset, data.total)
-        return Data(*payload_free, data.num_bytes)
-
-    def _keep(self, version: _Version, piece: Piece, content: bytes) -> None:
-        expected = version.expected.get((piece.range, piece.codec))
-        if expected is None or digest_of(piece, content) != expected:
-            raise RemoteProtocolError(
-                f"{piece.codec} of range {piece.range} of version {version.manifest.version} is not what was offered: "
-                f"its digest is {digest_of(piece, content)}, not {expected}"
-            )
-        version.contents[expected] = content
-        self._cache.put(expected, content)
-
-    def _take_result(self, coming: _Coming, result: Result) -> Result | None:
-        num_classes = self._chain.profile.num_classes
-        size = 4 * coming.num_samples * num_classes
-        job = coming.job
-        if job is None or result.total != size:
-            raise RemoteProtocolError(f"{result.total} bytes of scores for {coming.num_samples} samples, which take {size}")
-        job.bytes_down += len(result.payload)
-        if not _continues(coming.content, result, size):
-            return None
-        scores = np.frombuffer(coming.content, np.float32).reshape(-1, num_classes)
-        if not all_finite(scores.reshape(-1)):
-            raise RemoteProtocolError("the scores are not finite")
-        version = self._versions.get(result.version)
-        if version is None:
-            raise RemoteProtocolError(f"scores of version {result.version}, which is not in use")
-        job.server_s += result.seconds
-        job.transfer_s += max(0.0, time.perf_counter() - coming.sent_at - result.seconds)
-        found: tuple[float, ...] = ()
-        if coming.tier == "full":
-            job.full = scores
-        else:
-            job.reduced, job.margins = scores, _margins(scores, version.manifest)
-            found = job.margins
-        return Result(result.request, result.version, result.seconds, result.offset, result.total, found)
-
     # --- what is computed ---------------------------------------------------------------------------------------------
 
-    def _run_head(self, number: int, job: _Job, version: _Version) -> None:
+    def _run_head(self, number: int, job: Job, version: DeviceVersion) -> None:
         """On the thread that computes."""
         manifest, found, failure = version.manifest, None, None
         began = time.perf_counter()
@@ -440,100 +326,27 @@ class EdgeDevice:
                 job.payload = encode_live(live, manifest.plan.activation_bits)
             else:
                 job.reduced = live[0]
-                found = job.margins = _margins(live[0], manifest)
+                found = job.margins = version.margins_of(live[0])
         except Exception as error:  # whatever the kernels raise: the caller hears of it
             logger.exception("the device's layers failed")
             failure = f"the device's layers failed: {type(error).__name__}: {error}"
         job.device_s += time.perf_counter() - began
         self._loop.post(lambda: self._handle(HeadDone(number, found, failure)))
 
-    def _look_up(self, version: _Version) -> None:
+    def _look_up(self, version: DeviceVersion) -> None:
         """On the thread that loads."""
-        for (range_, name), digest in version.expected.items():
-            content = self._cache.get(Piece(digest, range_, name))
-            if content is not None:
-                version.contents[digest] = content
-        have = frozenset(version.contents)
+        have = version.look_up(self._cache)
         self._loop.post(lambda: self._handle(Found(version.manifest.version, have)))
 
-    def _load(self, version: _Version) -> None:
+    def _load(self, version: DeviceVersion) -> None:
         """On the thread that loads: the stage, from the pieces."""
         failure = None
         try:
-            if version.manifest.cut:
-                version.stage = self._build(version)
-            version.contents.clear()
+            version.load()
         except Exception as error:  # whatever a compiler raises: the device goes on with the version before
             logger.exception("version %d cannot be loaded", version.manifest.version)
             failure = f"version {version.manifest.version} cannot be loaded: {type(error).__name__}: {error}"
         self._loop.post(lambda: self._handle(Loaded(version.manifest.version, failure)))
-
-    def _build(self, version: _Version) -> RunnableStage:
-        manifest, profile = version.manifest, self._chain.profile
-        vector = np.zeros(self._chain.layout.size, np.float32)
-        for layer, offer in zip(profile.layers, manifest.layers, strict=False):
-            start, stop = layer.weight
-            held = PlaneSet(stop - start, layer.group)
-            whole = b"".join(version.contents[digest] for digest in offer.planes)
-            held.add(offer.codec, whole)
-            vector[start:stop] = held.decode()
-            if layer.bias is not None and offer.bias is not None:
-                vector[slice(*layer.bias)] = np.frombuffer(version.contents[offer.bias], np.float32)
-        if not all_finite(vector):
-            raise RunError("it holds NaN or infinite weights")
-        return RunnableStage(self._chain, 0, manifest.cut, vector, manifest.plan.stages[0].engine, self._samples)
-
-    def _resolve(self, job: _Job, manifest: Manifest, unsure: tuple[int, ...], is_verified: bool) -> None:
-        """Put the answer together; the sample's tier says whose scores it has."""
-        fell_back: AnswerTier = "full" if is_verified else "unverified"
-        if manifest.sends_everything:
-            scores = job.full
-        else:
-            scores = job.reduced
-            if is_verified and unsure and scores is not None and job.full is not None:
-                scores = scores.copy()
-                scores[list(unsure)] = job.full
-        assert scores is not None, "it is resolved"
-        version = self._versions[manifest.version]
-        engine = version.stage.engine if version.stage else None
-        is_planned = engine is None or engine == manifest.plan.stages[0].engine
-        doubted = set(unsure)
-        tiers: tuple[AnswerTier, ...] = tuple(fell_back if i in doubted else "reduced" for i in range(len(scores)))
-        uses_server = job.bytes_down > 0
-        receipt = Receipt(
-            self._model,
-            manifest.version,
-            tiers,
-            job.margins,
-            threshold=None if manifest.sends_everything else manifest.threshold,
-            alpha=manifest.alpha if is_planned else None,
-            delta=manifest.delta if is_planned else None,
-            cut=manifest.cut,
-            weight_bits=manifest.plan.weight_bits,
-            activation_bits=manifest.plan.activation_bits,
-            engines=(*((engine,) if engine else ()), *((FULL_ENGINE,) if uses_server else ())),
-            bytes_up=job.bytes_up,
-            bytes_down=job.bytes_down,
-            seconds={
-                "device": job.device_s,
-                "transfer": job.transfer_s,
-                "server": job.server_s,
-                "total": time.perf_counter() - job.asked_at,
-            },
-        )
-        _settle(job.future.set_result, Answer(scores, receipt))
-
-
-def _margins(scores: np.ndarray, manifest: Manifest) -> tuple[float, ...]:
-    return tuple(margins(scores, manifest.scale).tolist())
-
-
-def _continues(content: bytearray, chunk: Offer | Result, most: int) -> bool:
-    """Take a chunk in; whether it was the last. RemoteProtocolError where it does not continue what has come."""
-    if chunk.offset != len(content) or chunk.total > most:
-        raise RemoteProtocolError(f"a chunk at {chunk.offset} of {chunk.total} bytes, of which {len(content)} have come")
-    content += chunk.payload
-    return len(content) == chunk.total
 
 
 def _error_of(kind: str, reason: str) -> GossipflError:
@@ -543,7 +356,7 @@ def _error_of(kind: str, reason: str) -> GossipflError:
     return ConfigError(reason) if kind in (Failure.INPUT, Failure.VERSION, Failure.MODEL) else RunError(reason)
 
 
-def _fail(job: _Job, error: GossipflError) -> None:
+def _fail(job: Job, error: GossipflError) -> None:
     _settle(job.future.set_exception, error)
 
 

@@ -13,7 +13,7 @@ from gossipfl.errors import CodecError, ConfigError, LayoutError
 from gossipfl.inference.planning.cuts import Catalogue, choose_plan
 from gossipfl.inference.planning.margins import Certificate
 from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, to_json
-from gossipfl.inference.planning.profile import Plan, Range
+from gossipfl.inference.planning.profile import Plan, Range, Stage
 from gossipfl.runtime.content_cache import digest_of
 from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage, samples_to_text
 from gossipfl.segments.codecs import all_finite, codec
@@ -40,7 +40,7 @@ class ServedVersion:
     _planes: dict[Range, PlaneSet] = field(default_factory=dict)
     _digests: dict[tuple[Range, str], str] = field(default_factory=dict)
     _encoded: OrderedDict[tuple[Range, str], memoryview] = field(default_factory=OrderedDict)
-    _offers: dict[tuple[int, tuple[int, ...], int], tuple[Certificate | None, tuple[LayerOffer, ...]]] = field(
+    _offers: dict[tuple[tuple[Stage, ...], int], tuple[Certificate | None, tuple[LayerOffer, ...]]] = field(
         default_factory=dict
     )
 
@@ -112,7 +112,7 @@ class ServedVersion:
         """What a device is offered, as JSON; PlanError or ConfigError where nothing keeps within what it allows."""
         loss = min(self.catalogue.levels) if ask.max_accuracy_loss is None else ask.max_accuracy_loss
         plan, _ = choose_plan(self.catalogue, ask.device, loss)
-        key = plan.cut, plan.weight_bits, plan.activation_bits
+        key = plan.stages, plan.activation_bits
         if key not in self._offers:
             if plan.cut < len(self.chain.profile.layers):
                 self.stage(plan.cut)  # now, rather than when the first activation comes

@@ -1,0 +1,70 @@
+"""One version of the model on a device: its pieces while they come in, then its stage."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gossipfl.errors import RemoteProtocolError, RunError
+from gossipfl.inference.planning.margins import margins
+from gossipfl.inference.planning.offers import Manifest, Piece, pieces
+from gossipfl.inference.planning.profile import Range
+from gossipfl.runtime.content_cache import ContentCache, digest_of
+from gossipfl.runtime.stages import ModelChain, RunnableStage
+from gossipfl.segments.codecs import all_finite
+from gossipfl.segments.planes import PlaneSet
+
+
+class DeviceVersion:
+    """`samples`: as `EdgeDevice` has them."""
+
+    def __init__(self, manifest: Manifest, chain: ModelChain, samples: np.ndarray | None) -> None:
+        self.manifest = manifest
+        self.stage: RunnableStage | None = None
+        """Of the layers before the cut, once loaded; None also where there are none."""
+        self._chain, self._samples = chain, samples
+        self._expected = {(piece.range, piece.codec): piece.digest for piece in pieces(manifest, chain.profile)}
+        self._contents: dict[str, bytes] = {}
+
+    @property
+    def engine(self) -> str | None:
+        return self.stage.engine if self.stage else None
+
+    def look_up(self, cache: ContentCache) -> frozenset[str]:
+        """Take from the cache what is there; its digests."""
+        for (range_, codec), digest in self._expected.items():
+            content = cache.get(Piece(digest, range_, codec))
+            if content is not None:
+                self._contents[digest] = content
+        return frozenset(self._contents)
+
+    def keep(self, range_: Range, codec: str, content: bytes, cache: ContentCache) -> None:
+        """Take in a piece that was pulled; RemoteProtocolError if it is not the one that was offered."""
+        expected = self._expected.get((range_, codec))
+        found = digest_of(Piece("", range_, codec), content)
+        if found != expected:
+            raise RemoteProtocolError(
+                f"{codec} of range {range_} of version {self.manifest.version} is not what was offered: "
+                f"its digest is {found}, not {expected}"
+            )
+        self._contents[found] = content
+        cache.put(found, content)
+
+    def load(self) -> None:
+        """Build the stage from the pieces, all of which are here."""
+        manifest, profile = self.manifest, self._chain.profile
+        if manifest.cut:
+            vector = np.zeros(self._chain.layout.size, np.float32)
+            for layer, offer in zip(profile.layers, manifest.layers, strict=False):
+                held = PlaneSet(layer.num_weights, layer.group)
+                held.add(offer.codec, b"".join(self._contents[digest] for digest in offer.planes))
+                vector[slice(*layer.weight)] = held.decode()
+                if layer.bias is not None and offer.bias is not None:
+                    vector[slice(*layer.bias)] = np.frombuffer(self._contents[offer.bias], np.float32)
+            if not all_finite(vector):
+                raise RunError("it holds NaN or infinite weights")
+            engine = manifest.plan.stages[0].engine
+            self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, engine, self._samples)
+        self._contents.clear()
+
+    def margins_of(self, scores: np.ndarray) -> tuple[float, ...]:
+        return tuple(margins(scores, self.manifest.scale).tolist())
