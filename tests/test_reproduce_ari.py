@@ -67,15 +67,12 @@ def test_every_kind_of_reduced_model_is_measured(digits):
     assert record["accuracy"] == measured.accuracy > 0.9 and len(record["points"]) == len(measured.points)
 
 
-def test_on_digits_both_models_of_streams_save_what_was_published_at_the_same_accuracy(digits):
+def test_on_digits_streams_and_floats_save_what_was_published_at_the_same_accuracy(digits):
     """Deterministic: data, training and noise have seeds."""
     measured, _ = digits
     summary, *_ = ari().tables({"mlp-digits": measured}, False)
-    for row in summary.rows:
-        if row.published is not None:
-            assert row.verdict in ("inside", "above"), row
-    best = {(row.name.partition(", ")[2], int(row.values["bits"])) for row in summary.rows}
-    assert all(point.largest.keeps(measured.accuracy) for point in measured.points if (point.kind, point.bits) in best)
+    verdicts = {row.name.partition(", ")[2]: row.verdict for row in summary.rows}
+    assert {verdicts[kind] for kind in ("signed", "bipolar", "mantissas")} <= {"inside", "above"}
 
 
 def test_more_bits_disagree_less(digits):
@@ -135,6 +132,8 @@ def test_recompute_rates_are_compared_with_the_published_ones_to_a_point():
     assert all(row.verdict == "" for row in unpublished.rows)
 
 
-def test_accuracy_is_kept_within_two_standard_errors():
+def test_a_cascade_that_loses_accuracy_is_not_judged():
     just = cascade(0.0, 0.0, accuracy=0.891)
     assert just.keeps(0.9) and not replace(just, accuracy=0.889).keeps(0.9)
+    worse = replace(made_up(), accuracy=0.92)
+    assert [row.verdict for row in ari().tables({"cnn-cifar10": worse}, False)[0].rows] == ["", ""]

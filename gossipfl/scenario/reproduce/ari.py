@@ -263,7 +263,7 @@ NOTES = [
     "(1 + bits)^2 / 11^2 for mantissas of floats; for the engine it is measured time",
     "rerun: share of samples that the full model is run for, in %",
     "plots: the most that the recompute rates in its authors' plots give for this model and data set",
-    "lost: points of the full model's accuracy, with two standard errors of the difference",
+    "lost: points of accuracy, with two standard errors; where more than those are lost, there is no verdict",
     "signed, bipolar: codings of streams (see gossipfl/inference/execution/noise.py); which one the paper has was not at hand",
     "the MLP has 128 hidden units and the CNN is that of FedAvg; those of the paper were not at hand",
 ]
@@ -305,7 +305,8 @@ def _best(measured: Measured, points: list[Point]) -> Row:
         "rerun": _percent(cascade.fallback, 1),
         "lost": _lost(measured, cascade),
     }
-    return Row(_name(measured, point), values, saved, SAVED if point.kind in PUBLISHED_KINDS else None)
+    is_judged = point.kind in PUBLISHED_KINDS and cascade.keeps(measured.accuracy)
+    return Row(_name(measured, point), values, saved, SAVED if is_judged else None)
 
 
 def _best_certified(measured: Measured, points: list[Point]) -> Row:
