@@ -85,9 +85,9 @@ def test_more_bits_disagree_less(digits):
 def test_thresholds_come_from_the_calibration_data_alone():
     chain = Chain.of(build_model("mlp", (1, 4, 4), 5), (1, 4, 4))
     rng = np.random.default_rng(0)
-    calibration, *tests = (torch.from_numpy(rng.random((400, 1, 4, 4), np.float32)) for _ in range(3))
+    seen, calibration, *tests = (torch.from_numpy(rng.random((400, 1, 4, 4), np.float32)) for _ in range(4))
     labels = rng.integers(0, 5, 400)
-    first, second = (measure_cascades(chain, calibration, test, labels)[1] for test in tests)
+    first, second = (measure_cascades(chain, seen, calibration, test, labels)[1] for test in tests)
     assert [point.largest.threshold for point in first] == [point.largest.threshold for point in second]
     assert [point.certified.threshold for point in first] == [point.certified.threshold for point in second]
     assert [point.largest.fallback for point in first] != [point.largest.fallback for point in second]
