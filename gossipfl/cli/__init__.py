@@ -37,6 +37,8 @@ for _command in (
     runs.sweep,
     inference.calibrate,
     inference.plan_inference,
+    inference.serve,
+    inference.device,
     inference.bench_inference,
 ):
     main.add_command(_command)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import click
 from rich.console import Console
 
-from gossipfl.cli.options import EPILOG, errors_are_messages, quiet_option
+from gossipfl.cli.options import EPILOG, errors_are_messages, insecure_option, quiet_option
 
 run_argument = click.argument("run", type=click.Path(path_type=Path))
 model_option = click.option("--model", default="average", show_default=True, help="The run's average model, or a peer's: p3.")
@@ -118,3 +119,81 @@ def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
         print_plan_rows(Console(), plans)
         print_threshold_rows(Console(), thresholds)
         click.echo(f"{len(samples[1])} test samples, that neither training nor calibration saw")
+
+
+@click.command(epilog=EPILOG)
+@run_argument
+@model_option
+@click.option("--bind", default="tcp://127.0.0.1:5800", show_default=True, help="Where devices find it; port 0: any free one.")
+@click.option("--advertise", help="The address to tell others, where it differs: tcp://198.51.100.7:5800.")
+@click.option("--http", metavar="HOST:PORT", help="Answer over HTTP as well (Open Inference Protocol v2): 127.0.0.1:8080.")
+@click.option("--drain", "drain_s", default=10.0, show_default=True, help="Seconds to finish what was asked, at the end.")
+@insecure_option
+@errors_are_messages
+def serve(run: Path, model: str, bind: str, advertise: str | None, http: str | None, drain_s: float, insecure: bool) -> None:
+    """Serve a calibrated model of a RUN: the full model, and to devices the parts that they run themselves.
+
+    Until SIGTERM or Ctrl-C; then it finishes what it has been asked.
+
+    \b
+    gossipfl serve runs/quickstart
+    gossipfl serve runs/quickstart --http 127.0.0.1:8080
+    curl -s localhost:8080/v2/models/quickstart
+    """
+    from gossipfl.scenario.inference.serve import serve as serve_until_signal
+    from gossipfl.scenario.inference.trained import load_trained
+
+    serve_until_signal(
+        load_trained(run, model), bind, advertise, http, insecure, drain_s, lambda text: click.echo(text, err=True)
+    )
+
+
+@click.command(epilog=EPILOG)
+@click.option(
+    "--server", "servers", multiple=True, required=True, help="Where a model is served; more may be given, to fall back on."
+)
+@click.option("--model", help="Which of the server's models, if it has several.")
+@device_option
+@loss_option
+@click.option("--on-no-server", type=click.Choice(["unverified", "fail"]), default="unverified", show_default=True)
+@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Folder that keeps the pieces of the model.")
+@click.option("--inputs", type=click.Path(path_type=Path), help="A .npy file of inputs, f32[n, ...] (default: see --config).")
+@click.option("--config", "scenario", help="A scenario whose test samples are asked (default: noise).")
+@click.option("--samples", default=100, show_default=True, type=click.IntRange(1), help="Of the scenario's data, or of noise.")
+@click.option("--timeout", "timeout_s", default=30.0, show_default=True, help="Seconds for each answer.")
+@json_option
+@errors_are_messages
+def device(
+    servers: tuple[str, ...],
+    model: str | None,
+    device_file: Path | None,
+    max_accuracy_loss: float,
+    on_no_server: Literal["unverified", "fail"],
+    cache: Path | None,
+    inputs: Path | None,
+    scenario: str | None,
+    samples: int,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
+    """Be an edge device: get a plan from a server, pull the part of the model that it puts here, and answer inputs.
+
+    Answers of which the device is unsure are the full model's. With --json, a line for each: class, margin, and receipt.
+
+    \b
+    gossipfl device --server tcp://127.0.0.1:5800 --device scenarios/devices/phone.toml --config quickstart
+    gossipfl device --server tcp://127.0.0.1:5800 --inputs x.npy --cache cache --json | jq .receipt.tiers
+    """
+    from gossipfl.inference.planning.profile import DeviceProfile
+    from gossipfl.scenario import load_scenario
+    from gossipfl.scenario.device_file import read_device
+    from gossipfl.scenario.inference.device_view import Answers
+    from gossipfl.scenario.inference.serve import answer_all, find_architecture, open_device, read_inputs
+
+    profile = read_device(device_file) if device_file else DeviceProfile()
+    found = find_architecture(servers, model, min(timeout_s, 10.0))
+    asked = read_inputs(inputs, load_scenario(scenario) if scenario else None, samples, found.input_shape)
+    answers = Answers(asked.y, as_json)
+    with open_device(servers, found, profile, max_accuracy_loss, on_no_server, cache) as edge:
+        answer_all(edge, asked, timeout_s, answers.take)
+        answers.finish(edge)

@@ -9,7 +9,7 @@ from gossipfl.inference.planning.margins import margins
 from gossipfl.inference.planning.offers import Manifest, Piece, pieces
 from gossipfl.inference.planning.profile import Range
 from gossipfl.runtime.content_cache import ContentCache, digest_of
-from gossipfl.runtime.stages import ModelChain, RunnableStage
+from gossipfl.runtime.stages import ModelChain, RunnableStage, samples_from_text
 from gossipfl.segments.codecs import all_finite
 from gossipfl.segments.planes import PlaneSet
 
@@ -63,7 +63,9 @@ class DeviceVersion:
             if not all_finite(vector):
                 raise RunError("it holds NaN or infinite weights")
             engine = manifest.plan.stages[0].engine
-            self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, engine, self._samples)
+            offered = samples_from_text(manifest.samples, profile.input_shape)
+            samples = self._samples if offered is None else offered
+            self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, engine, samples)
         self._contents.clear()
 
     def margins_of(self, scores: np.ndarray) -> tuple[float, ...]:

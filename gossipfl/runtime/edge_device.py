@@ -89,7 +89,8 @@ class EdgeDevice:
     `cache` is a folder for the pieces that have been pulled (None: in memory), of at most `cache_bytes`. Where no server
     answers in time, the reduced model's answer stands, marked "unverified", or the question fails (`on_no_server`). `samples`
     (f32[n, *input_shape]) are what engines other than "fp32" are compiled with where the server sends none; without any "fp32"
-    runs in their place, and a certificate for another is not passed on.
+    runs in their place, and a certificate for another is not passed on. `emulated_speed` makes the layers take as much longer as
+    those of a device of that speed would, for measuring.
     """
 
     def __init__(
@@ -106,12 +107,14 @@ class EdgeDevice:
         samples: np.ndarray | None = None,
         patience_s: float = 5.0,
         wait_s: float = 60.0,
+        emulated_speed: float = 1.0,
     ) -> None:
         if not servers:
             raise ConfigError("servers = [] answers nothing; name the address of one at least, as tcp://host:port")
         if on_no_server not in ("unverified", "fail"):
             raise ConfigError(f"on_no_server = {on_no_server!r}; choose 'unverified' or 'fail'")
         self._chain, self._model, self._samples = chain, model, samples
+        self._emulated_speed = emulated_speed
         self._cache = ContentCache(cache, cache_bytes)
         self._name = f"device-{secrets.token_hex(8)}"
         peers = [f"{model}@{index}" for index in range(len(servers))]
@@ -136,6 +139,8 @@ class EdgeDevice:
         """The last things that went wrong with servers and were survived."""
         self.bytes_pulled = 0
         """Payload of the pieces that have been pulled."""
+        self.seconds_pulled = 0.0
+        """From the last Pull to the last of what it asked for."""
         self._loop.start()
         self._loop.post(lambda: self._handle(Start()))
 
@@ -260,7 +265,9 @@ class EdgeDevice:
                 self._transport.send(self._name, peer, PlanRequest(request, payload=to_json(ask)))
             case Pull(request, version, _, ranges, codec_):
                 parts = {range_: bytearray() for range_ in ranges}
-                self._coming[peer, request] = Coming(codec=codec_, version=version, ranges=parts)
+                self._coming[peer, request] = Coming(
+                    sent_at=time.perf_counter(), codec=codec_, version=version, ranges=parts
+                )
                 self._transport.send(self._name, peer, message)
 
     def _upload(self, upload: Upload) -> None:
@@ -308,6 +315,8 @@ class EdgeDevice:
             self._handle(Rejected(peer, request, str(error)))
             return
         is_pulled = isinstance(heard, Data) and not coming.ranges
+        if is_pulled:
+            self.seconds_pulled = time.perf_counter() - coming.sent_at
         if is_pulled or isinstance(heard, Offer | Failed | Refuse):  # nothing more will come
             del self._coming[peer, request]
         if heard is not None:
@@ -320,8 +329,9 @@ class EdgeDevice:
         manifest, found, failure = version.manifest, None, None
         began = time.perf_counter()
         try:
-            assert version.stage is not None, "it is loaded"
-            live = version.stage((job.inputs,))
+            stage = version.stage
+            assert stage is not None, "it is loaded"
+            live = emulated(lambda: stage((job.inputs,)), self._emulated_speed)
             if manifest.cut < len(self._chain.profile.layers):
                 job.payload = encode_live(live, manifest.plan.activation_bits)
             else:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotInTime
 from typing import Any
@@ -47,8 +47,23 @@ from gossipfl.inference.planning.cuts import Catalogue
 from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
 from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import Activation, Chunk, Data, Failed, Later, Offer, PlanRequest, Pull, Refuse, Result
+from gossipfl.protocol.messages import (
+    Activation,
+    Chunk,
+    Collect,
+    Data,
+    Failed,
+    Later,
+    Offer,
+    PlanRequest,
+    Pull,
+    Record,
+    Refuse,
+    Result,
+)
+from gossipfl.runtime import model_list
 from gossipfl.runtime.message_loop import MessageLoop
+from gossipfl.runtime.model_list import Architecture
 from gossipfl.runtime.served import Certifier, ServedVersion
 from gossipfl.runtime.stages import ModelChain, check_inputs, clipped, live_shapes
 from gossipfl.runtime.transport import Happening, Incoming, ZmqTransport
@@ -73,11 +88,14 @@ class InferenceServer:
         advertise: str | None = None,
         insecure: bool = False,
         config: ServerConfig | None = None,
+        architectures: Iterable[Architecture] = (),
     ) -> None:
+        """`architectures` of the models, for devices that ask what is served here (`model_list.ask_models`)."""
         for name in models:
             if not name or "@" in name or len(name.encode()) > wire.MAX_NAME_BYTES - 8:
                 raise ConfigError(f"model {name!r}: name it with 1 to {wire.MAX_NAME_BYTES - 8} bytes and without '@'")
         self._chains = dict(models)
+        self._architectures = {architecture.name: architecture for architecture in architectures}
         self._machine = Answerer(config)
         self._max_queued = self._machine.config.max_queued
         self._transport = ZmqTransport(bind, run=INFERENCE_RUN, advertise=advertise, insecure=insecure)
@@ -210,6 +228,15 @@ class InferenceServer:
                 self._handle(Heard(caller, PlanRequest(request, _ask(payload))))
             case Activation() | Pull():
                 self._handle(Heard(caller, happening.message))
+            case Collect(request, model_list.ITEM, offset):
+                self._tell_models(caller, request, offset)
+
+    def _tell_models(self, caller: Caller, request: int, offset: int) -> None:
+        listed = model_list.to_json([self._architectures[name] for name in self._chains if name in self._architectures])
+        if 0 <= offset < len(listed) and self._transport.num_queued(caller.origin) < MAX_SERVED:
+            part = memoryview(listed)[offset : offset + wire.MAX_PAYLOAD_BYTES]
+            answer = Record(request, offset, len(listed), payload=part)
+            self._transport.queue(caller.origin, caller.called, caller.name, [answer])
 
     def _publish(self, served: ServedVersion, done: Future[None]) -> None:
         profile = served.chain.profile

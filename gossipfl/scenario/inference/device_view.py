@@ -1,0 +1,75 @@
+"""What `gossipfl device` prints: a line for each answer with --json, else what all of them came to."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from dataclasses import asdict
+
+import click
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gossipfl.inference.planning.receipts import Answer, Receipt
+from gossipfl.runtime.edge_device import EdgeDevice
+from gossipfl.scenario.inference.display import bits_text, plain, size_text
+
+
+class Answers:
+    """Gathers answers; `labels` (i64[n]) where they are known."""
+
+    def __init__(self, labels: np.ndarray | None, as_json: bool) -> None:
+        self._labels, self._as_json = labels, as_json
+        self._seconds: list[float] = []
+        self._receipts: list[Receipt] = []
+        self._right = 0
+
+    def take(self, index: int, answer: Answer, seconds: float) -> None:
+        class_ = int(answer.scores[0].argmax())
+        self._seconds.append(seconds)
+        self._receipts.append(answer.receipt)
+        if self._labels is not None:
+            self._right += class_ == self._labels[index]
+        if self._as_json:
+            receipt = plain(asdict(answer.receipt))
+            click.echo(json.dumps({"sample": index, "class": class_, "receipt": receipt}))
+
+    def finish(self, device: EdgeDevice) -> None:
+        if self._as_json or not self._receipts:
+            return
+        last, count = self._receipts[-1], len(self._receipts)
+        tiers = Counter(tier for receipt in self._receipts for tier in receipt.tiers)
+        table = Table("figure", title=f"{count} answers of {last.model}, version {last.version}", title_justify="left")
+        table.box, table.show_header = box.SIMPLE, False
+        table.add_column("value", justify="right")
+        rows = {
+            "layers here": f"{last.cut} at {bits_text(last.weight_bits)} bits, by {', '.join(last.engines) or 'nobody'}",
+            "pulled": size_text(device.bytes_pulled),
+            "sent up / down, each": " / ".join(
+                size_text(statistics.fmean(getattr(receipt, name) for receipt in self._receipts))
+                for name in ("bytes_up", "bytes_down")
+            ),
+            "answered here / full model / unverified": " / ".join(
+                f"{tiers[tier] / count:.1%}" for tier in ("reduced", "full", "unverified")
+            ),
+            "accepted from margin": "-" if last.threshold is None else f"{last.threshold:.3f}",
+            "guarantee": _guarantee(last),
+            "latency, median / slowest": f"{1000 * statistics.median(self._seconds):.2f} / {1000 * max(self._seconds):.1f} ms",
+        }
+        if self._labels is not None:
+            rows["accuracy"] = f"{self._right / count:.3f}"
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console = Console()
+        console.print(table)
+        for fault in device.faults:
+            console.print(f"survived: {fault}", highlight=False)
+
+
+def _guarantee(receipt: Receipt) -> str:
+    if receipt.alpha is None:
+        return "none: not certified"
+    return f"at most {receipt.alpha:.1%} differ from the full model, with probability {1 - (receipt.delta or 0):.0%}"

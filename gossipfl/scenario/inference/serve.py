@@ -1,0 +1,170 @@
+"""`gossipfl serve` and `gossipfl device`: a run's model behind a socket, and a device that shares the work with it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from gossipfl.errors import ConfigError, RunError
+from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.planning.margins import Certificate
+from gossipfl.inference.planning.profile import DeviceProfile, Plan
+from gossipfl.inference.planning.receipts import Answer
+from gossipfl.learning.datasets import normalise, open_dataset
+from gossipfl.learning.models import MODELS, build_model
+from gossipfl.registry import did_you_mean
+from gossipfl.runtime.edge_device import EdgeDevice
+from gossipfl.runtime.inference_server import INFERENCE_RUN, InferenceServer
+from gossipfl.runtime.model_list import Architecture, ask_models
+from gossipfl.scenario.config import Scenario
+from gossipfl.scenario.inference.calibrate import calibrator_of, load_calibration
+from gossipfl.scenario.inference.trained import Trained
+from gossipfl.scenario.preparation import prepare
+
+Say = Callable[[str], None]
+
+
+def open_server(trained: Trained, bind: str, advertise: str | None, insecure: bool) -> InferenceServer:
+    """A server of a calibrated model; certificates that it has not got yet are made when a plan asks for them."""
+    calibration, calibrator = load_calibration(trained), calibrator_of(trained)
+
+    def certificate(plan: Plan) -> Certificate:
+        return calibration.certificate_for(calibrator.basis(plan)) or calibrator.certify(plan)
+
+    architecture = architecture_of(trained)
+    chain = calibrator.chain
+    server = InferenceServer(
+        {architecture.name: chain}, bind, advertise=advertise, insecure=insecure, architectures=[architecture]
+    )
+    try:
+        version = calibration.catalogue.version
+        server.publish(architecture.name, version, calibrator.vector, calibration.catalogue, certificate, calibrator.samples)
+    except BaseException:
+        server.close(0.0)
+        raise
+    return server
+
+
+def architecture_of(trained: Trained) -> Architecture:
+    scenario, dataset = trained.scenario, trained.dataset
+    name = scenario.name if trained.name == "average" else f"{scenario.name}-{trained.name}"
+    return Architecture(name, scenario.model, dataset.input_shape, dataset.num_classes, scenario.model_args)
+
+
+def serve(
+    trained: Trained, bind: str, advertise: str | None, http: str | None, insecure: bool, drain_s: float, say: Say
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what has been asked."""
+    with ExitStack() as stack:
+        server = open_server(trained, bind, advertise, insecure)
+        stack.callback(server.close, drain_s)
+        say(f"serving {', '.join(model.name for model in server.models())} for devices at {server.address}")
+        if http is not None:
+            from gossipfl.runtime.http import run_http
+
+            host, port = host_and_port(http)
+            run_http(server, host, port, insecure=insecure, drain_s=drain_s, told=lambda address: say(f"HTTP at {address}"))
+        else:
+            _wait_for_signal()
+        say("ending")
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"--http {text} is no host:port; write 127.0.0.1:8080, or 127.0.0.1:0 for any free port")
+    return host.strip("[]"), int(port)
+
+
+def _wait_for_signal() -> None:
+    ended = threading.Event()
+    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ended.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- the device -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a device answers: samples (f32[n, *input_shape]), and their labels (i64[n]) where they are known."""
+
+    x: np.ndarray
+    y: np.ndarray | None
+
+
+def find_architecture(servers: Sequence[str], model: str | None, timeout_s: float) -> Architecture:
+    """What the first server that answers serves under this name, or at all if it is one model."""
+    failure: RunError | None = None
+    for address in servers:
+        try:
+            listed = ask_models(address, INFERENCE_RUN, timeout_s)
+        except RunError as error:
+            failure = error
+            continue
+        names = [architecture.name for architecture in listed]
+        if model is None and len(listed) == 1:
+            return listed[0]
+        if model in names:
+            return listed[names.index(model)]
+        hint = "name one with --model" if model is None else f"{model!r} is not among them{did_you_mean(model, names)}"
+        raise ConfigError(f"{address} serves {', '.join(names) or 'no model'}; {hint}")
+    raise failure or ConfigError("name a server with --server tcp://host:port")
+
+
+def chain_of(architecture: Architecture) -> Chain:
+    """The same model as the server's, with weights that do not matter. ConfigError for one whose code is not here."""
+    if architecture.model not in MODELS:
+        raise ConfigError(
+            f"{architecture.name!r} is a {architecture.model!r}, which does not come with gossipfl; code never travels, so "
+            "build the model in Python and give it to gossipfl.Device"
+        )
+    model = build_model(architecture.model, architecture.input_shape, architecture.num_classes, architecture.model_args, seed=0)
+    return Chain.of(model, architecture.input_shape)
+
+
+def read_inputs(path: Path | None, scenario: Scenario | None, count: int, input_shape: tuple[int, ...]) -> Inputs:
+    """Samples of a .npy file, or test samples of a scenario's data; noise where there are neither."""
+    if path is not None:
+        try:
+            x = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} is no .npy file of inputs: {error}") from error
+        return Inputs(np.asarray(x, np.float32), None)
+    if scenario is not None:
+        dataset = open_dataset(prepare(scenario))
+        return Inputs(normalise(np.asarray(dataset.x_test[:count]), dataset), np.asarray(dataset.y_test[:count]))
+    rng = np.random.default_rng(0)
+    return Inputs(rng.standard_normal((count, *input_shape), np.float32), None)
+
+
+def open_device(
+    servers: Sequence[str],
+    architecture: Architecture,
+    profile: DeviceProfile,
+    max_accuracy_loss: float,
+    on_no_server: Literal["unverified", "fail"],
+    cache: Path | None,
+) -> EdgeDevice:
+    chain = chain_of(architecture)
+    return EdgeDevice(servers, chain, profile, max_accuracy_loss, on_no_server, model=architecture.name, cache=cache)
+
+
+def answer_all(device: EdgeDevice, inputs: Inputs, timeout_s: float, told: Callable[[int, Answer, float], None]) -> None:
+    """Ask for one sample after another; `told(index, answer, seconds)`."""
+    for index in range(len(inputs.x)):
+        began = time.perf_counter()
+        answer = device.predict(inputs.x[index : index + 1], timeout_s)
+        told(index, answer, time.perf_counter() - began)
