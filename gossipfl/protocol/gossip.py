@@ -180,34 +180,34 @@ class Gossip:
     @property
     def next_deadline(self) -> float | None:
         match self.phase:
+            case Phase.GATHERING | Phase.TRAINING:
+                return min([transfer.deadline for transfer in self._transfers.values()], default=None)
             case Phase.JOINING | Phase.LINGERING:
                 return None if self._wake_at is None else min(self._wake_at, self._give_up_at)
-            case Phase.TRAINING | Phase.GATHERING:
-                return min([transfer.deadline for transfer in self._transfers.values()], default=None)
         return None
 
     def handle(self, event: Event, now: float) -> list[Action]:
         if self.phase is Phase.DONE:
             return []
-        match event:
-            case Received(peer, message):
-                return self._receive(peer, message, now)
-            case Merged(round_, segment):
-                return self._merged(round_, segment, now)
-            case Trained(round_, num_samples):
-                return self._gather(round_, num_samples, now)
+        match event:  # by type alone: patterns that take an event apart take ten times as long
+            case Received():
+                return self._receive(event.peer, event.message, now)
+            case Merged():
+                return self._merged(event.round, event.segment, now)
+            case Trained():
+                return self._gather(event.round, event.num_samples, now)
             case Wake():
                 return self._wake(now)
-            case Rejected(peer, request, reason):
-                return self._reject(peer, request, reason, now)
-            case PeerDown(peer):
-                return self._peer_down(peer, now)
-            case PeerUp(peer):
-                return self._peer_up(peer)
+            case Rejected():
+                return self._reject(event.peer, event.request, event.reason, now)
+            case PeerDown():
+                return self._peer_down(event.peer, now)
+            case PeerUp():
+                return self._peer_up(event.peer)
             case Start():
                 return self._join(now)
-            case StopAfter(round_):
-                self.last_round = min(self.last_round, max(round_, 1))
+            case StopAfter():
+                self.last_round = min(self.last_round, max(event.round, 1))
                 return []
 
     def _receive(self, peer: PeerId, message: object, now: float) -> list[Action]:
@@ -218,10 +218,10 @@ class Gossip:
                 return self._take(peer, message, now)
             case Pull():
                 return self._answer(peer, message, now)
-            case Later(request, bytes_queued):
-                return self._wait(peer, request, bytes_queued, now)
-            case Refuse(request, _, newest):
-                return self._refused(peer, request, newest, now)
+            case Later():
+                return self._wait(peer, message.request, message.bytes_queued, now)
+            case Refuse():
+                return self._refused(peer, message.request, message.newest, now)
             case Hello():
                 return self._greeted(peer, message, now)
             case Leave():

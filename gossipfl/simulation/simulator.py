@@ -289,27 +289,27 @@ class Simulator:
             self.clock.at(deadline, self._wake, peer, deadline)
 
     def _perform(self, peer: SimulatedPeer, action: Any) -> Event | None:
-        match action:
-            case Send(to, message):
-                self._send(peer, to, message)
-            case Serve(to, pull, version):
-                self._serve(peer, to, pull, version)
-            case Merge(round_, segment):
+        match action:  # by type alone: patterns that take an action apart take ten times as long
+            case Send():
+                self._send(peer, action.peer, action.message)
+            case Serve():
+                self._serve(peer, action.peer, action.pull, action.version)
+            case Merge():
                 self._merge(peer, action)
-                return Merged(round_, segment)
-            case Train(round_):
-                self._train(peer, round_)
-            case Publish(version):
-                peer.store.publish(version, self.vector(peer))
+                return Merged(action.round, action.segment)
+            case Train():
+                self._train(peer, action.round)
+            case Publish():
+                peer.store.publish(action.version, self.vector(peer))
                 peer.owns_start = False
-            case Report(record):
-                if isinstance(record, Fault):
-                    self._watcher.fault(peer, record)
+            case Report():
+                if isinstance(action.record, Fault):
+                    self._watcher.fault(peer, action.record)
                 else:
                     traffic, peer.traffic = peer.traffic, Traffic()
-                    self._watcher.round_done(peer, record, traffic)
-            case Finish(error):
-                self._finish(peer, error)
+                    self._watcher.round_done(peer, action.record, traffic)
+            case Finish():
+                self._finish(peer, action.error)
             case Forget():
                 pass  # nothing is assembled here
         return None
