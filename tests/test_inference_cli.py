@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.numpy import load_file
 
 import gossipfl
 from gossipfl.cli import main
+from gossipfl.learning.models import build_model
+from gossipfl.scenario.inference.trained import load_trained
 
 SCENARIO = {
     "name": "digits",
@@ -156,3 +167,104 @@ def test_a_model_that_cannot_be_cut_says_where_and_why(tmp_path):
     gossipfl.run(scenario, clock="virtual", out=folder)
     code, _, stderr = call("calibrate", folder)
     assert code == 2 and "cannot be cut" in stderr
+
+
+# --- serving ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(folder, *words):
+    """A `gossipfl serve` in a process of its own, and the lines of addresses that it has printed."""
+    command = [sys.executable, "-m", "gossipfl.cli", "serve", str(folder), "--bind", "tcp://127.0.0.1:0", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        lines = []
+        while len(lines) < 1 + ("--http" in words):
+            line = process.stderr.readline()
+            assert line, "it ended before it served"
+            if " at " in line:
+                lines.append(line.split()[-1])
+        yield process, lines
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.processes
+def test_a_device_that_knows_nothing_but_an_address_answers_and_the_server_ends_in_order(run, tmp_path):
+    with serving(run) as (process, (address,)):
+        words = ["--server", address, "--max-accuracy-loss", "0.05", "--samples", "20", "--cache", tmp_path / "cache"]
+        code, stdout, stderr = call("device", *words, "--config", run / "scenario.toml", "--json")
+        assert code == 0, stderr
+        answers = [json.loads(line) for line in stdout.splitlines()]
+        assert [answer["sample"] for answer in answers] == list(range(20))
+        for answer in answers:
+            receipt = answer["receipt"]
+            assert receipt["model"] == "digits" and receipt["version"] == 6
+            assert (receipt["alpha"], receipt["delta"]) == (0.02, 0.05)
+            assert receipt["tiers"] == ["reduced" if receipt["margins"][0] >= receipt["threshold"] else "full"]
+        code, stdout, _ = call("device", *words)
+        assert code == 0 and "20 answers of digits" in stdout
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+@pytest.mark.processes
+def test_http_answers_as_the_model_does_beside_the_sockets(run):
+    pytest.importorskip("uvicorn", reason="the extra http is not installed")
+    with serving(run, "--http", "127.0.0.1:0") as (process, (_, url)):
+        body = {"inputs": [{"name": "input", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.5] * 64}]}
+        request = urllib.request.Request(f"{url}/v2/models/digits/infer", json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            outputs = {output["name"]: output for output in json.load(answer)["outputs"]}
+        assert outputs["scores"]["shape"] == [1, 10]
+        assert outputs["label"]["data"] == [max(range(10), key=outputs["scores"]["data"].__getitem__)]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_a_server_that_is_not_there_is_named(free_port):
+    code, _, stderr = call("device", "--server", f"tcp://127.0.0.1:{free_port}", "--timeout", "1")
+    assert code == 1 and f"127.0.0.1:{free_port}" in stderr and "running" in stderr
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_an_address_for_http_that_cannot_be_is_refused(run):
+    code, _, stderr = call("serve", run, "--bind", "tcp://127.0.0.1:0", "--http", "8080")
+    assert code == 2 and "--http 8080" in stderr
+
+
+# --- exporting --------------------------------------------------------------------------------------------------------
+
+
+def test_safetensors_hold_the_tensors_by_the_models_own_names(run):
+    code, stdout, _ = call("export", run)
+    tensors = load_file(stdout.strip())
+    model = build_model("mlp", (1, 8, 8), 10)
+    assert code == 0 and not model.load_state_dict({name: torch.from_numpy(values) for name, values in tensors.items()})[0]
+
+
+def test_onnx_computes_what_the_model_does_for_any_batch(run, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra ort is not installed")
+    path = tmp_path / "model.onnx"
+    code, stdout, stderr = call("export", run, "--format", "onnx", "--out", path)
+    assert (code, stdout.strip()) == (0, str(path)), stderr
+    trained = load_trained(run)
+    x = trained.test_samples[0][:7]
+    with torch.no_grad():
+        expected = trained.model(torch.from_numpy(x)).numpy()
+    (scores,) = onnxruntime.InferenceSession(path).run(["scores"], {"input": x})
+    assert np.allclose(scores, expected, atol=1e-4)
+
+
+def test_a_folder_is_no_file_to_export_to(run, tmp_path):
+    code, _, stderr = call("export", run, "--out", tmp_path)
+    assert code == 2 and "is a folder" in stderr

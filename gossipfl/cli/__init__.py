@@ -40,5 +40,6 @@ for _command in (
     inference.serve,
     inference.device,
     inference.bench_inference,
+    inference.export,
 ):
     main.add_command(_command)

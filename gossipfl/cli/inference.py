@@ -197,3 +197,22 @@ def device(
     with open_device(servers, found, profile, max_accuracy_loss, on_no_server, cache) as edge:
         answer_all(edge, asked, timeout_s, answers.take)
         answers.finish(edge)
+
+
+@click.command(epilog=EPILOG)
+@run_argument
+@model_option
+@click.option("--format", "format_", type=click.Choice(["safetensors", "onnx"]), default="safetensors", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="The file to write (default: exported/ in the run's folder).")
+@errors_are_messages
+def export(run: Path, model: str, format_: str, out: Path | None) -> None:
+    """Write a model of a RUN as a file that other software reads, and print its path.
+
+    \b
+    gossipfl export runs/quickstart
+    gossipfl export runs/quickstart --model p3 --format onnx --out p3.onnx
+    """
+    from gossipfl.scenario.inference.export import export_model
+    from gossipfl.scenario.inference.trained import load_trained
+
+    click.echo(export_model(load_trained(run, model), format_, out))

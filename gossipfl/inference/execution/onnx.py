@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ def quantized_session(stage: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Call
     names = [f"live{index}" for index in range(len(inputs))]
     with tempfile.TemporaryDirectory() as folder, _root_logger_as_it_is():
         exported, simplified, quantized = (Path(folder) / f"{step}.onnx" for step in ("exported", "simplified", "quantized"))
-        _export(stage, inputs, names, exported)
+        export(stage, inputs, names, exported)
         # Constants are folded first, or convolutions that share one through an Identity stay in f32.
         _session(exported, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC, simplified)
         model = onnx.load(simplified)
@@ -46,18 +47,21 @@ def quantized_session(stage: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Call
     return run
 
 
-def _export(stage: fx.GraphModule, inputs: tuple[Tensor, ...], names: list[str], path: Path) -> None:
+def export(stage: fx.GraphModule, inputs: tuple[Tensor, ...], names: list[str], path: Path) -> None:
+    """Write the stage in f32 as ONNX, for any batch size; its inputs are called `names`, its outputs out0, out1, ..."""
     outputs = [f"out{index}" for index in range(len(stage(*inputs)))]
-    torch.onnx.export(
-        stage,
-        tuple(tensor[:1] for tensor in inputs),
-        path,
-        dynamo=False,  # its successor takes seconds for a stage, and another package
-        input_names=names,
-        output_names=outputs,
-        dynamic_axes={name: {0: "batch"} for name in (*names, *outputs)},
-        opset_version=OPSET,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the exporter that needs no other package
+        torch.onnx.export(
+            stage,
+            tuple(tensor[:1] for tensor in inputs),
+            path,
+            dynamo=False,  # its successor takes seconds for a stage, and another package
+            input_names=names,
+            output_names=outputs,
+            dynamic_axes={name: {0: "batch"} for name in (*names, *outputs)},
+            opset_version=OPSET,
+        )
 
 
 def _session(

@@ -63,6 +63,7 @@ def serve(
     trained: Trained, bind: str, advertise: str | None, http: str | None, insecure: bool, drain_s: float, say: Say
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what has been asked."""
+    host, port = host_and_port(http) if http is not None else ("", 0)
     with ExitStack() as stack:
         server = open_server(trained, bind, advertise, insecure)
         stack.callback(server.close, drain_s)
@@ -70,7 +71,6 @@ def serve(
         if http is not None:
             from gossipfl.runtime.http import run_http
 
-            host, port = host_and_port(http)
             run_http(server, host, port, insecure=insecure, drain_s=drain_s, told=lambda address: say(f"HTTP at {address}"))
         else:
             _wait_for_signal()
