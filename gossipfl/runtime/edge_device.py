@@ -73,7 +73,7 @@ from gossipfl.runtime.device_questions import Job, answer
 from gossipfl.runtime.device_versions import DeviceVersion
 from gossipfl.runtime.inference_server import INFERENCE_RUN
 from gossipfl.runtime.message_loop import MessageLoop
-from gossipfl.runtime.stages import ModelChain, check_inputs
+from gossipfl.runtime.stages import ModelChain, check_inputs, emulated
 from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, ZmqTransport
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,8 @@ class EdgeDevice:
     `cache` is a folder for the pieces that have been pulled (None: in memory), of at most `cache_bytes`. Where no server
     answers in time, the reduced model's answer stands, marked "unverified", or the question fails (`on_no_server`). `samples`
     (f32[n, *input_shape]) are what engines other than "fp32" are compiled with where the server sends none; without any "fp32"
-    runs in their place, and a certificate for another is not passed on. `emulated_speed` makes the layers take as much longer as
-    those of a device of that speed would, for measuring.
+    runs in their place, and a certificate for another is not passed on. `emulated_speed` makes the device's part
+    take as much longer as on a device of that speed, for measuring.
     """
 
     def __init__(
@@ -113,6 +113,8 @@ class EdgeDevice:
             raise ConfigError("servers = [] answers nothing; name the address of one at least, as tcp://host:port")
         if on_no_server not in ("unverified", "fail"):
             raise ConfigError(f"on_no_server = {on_no_server!r}; choose 'unverified' or 'fail'")
+        if not 0 < emulated_speed <= 1:
+            raise ConfigError(f"emulated_speed = {emulated_speed}; waiting only makes slower, give a number above 0, 1 at most")
         self._chain, self._model, self._samples = chain, model, samples
         self._emulated_speed = emulated_speed
         self._cache = ContentCache(cache, cache_bytes)
@@ -265,9 +267,7 @@ class EdgeDevice:
                 self._transport.send(self._name, peer, PlanRequest(request, payload=to_json(ask)))
             case Pull(request, version, _, ranges, codec_):
                 parts = {range_: bytearray() for range_ in ranges}
-                self._coming[peer, request] = Coming(
-                    sent_at=time.perf_counter(), codec=codec_, version=version, ranges=parts
-                )
+                self._coming[peer, request] = Coming(sent_at=time.perf_counter(), codec=codec_, version=version, ranges=parts)
                 self._transport.send(self._name, peer, message)
 
     def _upload(self, upload: Upload) -> None:
@@ -326,22 +326,25 @@ class EdgeDevice:
 
     def _run_head(self, number: int, job: Job, version: DeviceVersion) -> None:
         """On the thread that computes."""
-        manifest, found, failure = version.manifest, None, None
+        found, failure = None, None
         began = time.perf_counter()
         try:
-            stage = version.stage
-            assert stage is not None, "it is loaded"
-            live = emulated(lambda: stage((job.inputs,)), self._emulated_speed)
-            if manifest.cut < len(self._chain.profile.layers):
-                job.payload = encode_live(live, manifest.plan.activation_bits)
-            else:
-                job.reduced = live[0]
-                found = job.margins = version.margins_of(live[0])
+            found = emulated(lambda: self._head(job, version), self._emulated_speed)
         except Exception as error:  # whatever the kernels raise: the caller hears of it
             logger.exception("the device's layers failed")
             failure = f"the device's layers failed: {type(error).__name__}: {error}"
         job.device_s += time.perf_counter() - began
         self._loop.post(lambda: self._handle(HeadDone(number, found, failure)))
+
+    def _head(self, job: Job, version: DeviceVersion) -> tuple[float, ...] | None:
+        """The margins, or None where there are more layers."""
+        assert version.stage is not None, "it is loaded"
+        live, manifest = version.stage((job.inputs,)), version.manifest
+        if manifest.cut < len(self._chain.profile.layers):
+            job.payload = encode_live(live, manifest.plan.activation_bits)
+            return None
+        job.reduced, job.margins = live[0], version.margins_of(live[0])
+        return job.margins
 
     def _look_up(self, version: DeviceVersion) -> None:
         """On the thread that loads."""

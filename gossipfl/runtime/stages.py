@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Sequence
-from typing import Protocol
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from gossipfl.protocol.wire import MAX_REASON_BYTES, MAX_TENSOR_BYTES
 from gossipfl.segments.codecs import all_finite
 from gossipfl.segments.layout import Layout
 
+T = TypeVar("T")
 Arrays = Sequence[np.ndarray]
 FULL_ENGINE = "fp32"
 """Of the full model, which the others are measured by."""
@@ -62,6 +64,19 @@ class RunnableStage:
         """The live tensors (f32[B, ...]) of the cut after it, from those of the cut before it."""
         with torch.inference_mode():
             return tuple(tensor.numpy() for tensor in self._compiled(*map(_tensor, live)))
+
+
+def emulated(work: Callable[[], T], speed: float) -> T:
+    """What `work` returns, no sooner than from a machine of this speed, of 1 at most.
+
+    Reckoned from the processor's time of this thread, so that a busy machine is not taken for a slow one.
+    """
+    began, worked = time.perf_counter(), time.thread_time()
+    result = work()
+    if speed < 1:
+        worked = time.thread_time() - worked
+        time.sleep(max(0.0, worked / speed - (time.perf_counter() - began)))
+    return result
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
