@@ -72,6 +72,28 @@ def test_flows_that_share_an_uplink_take_turns_and_speed_up_when_one_ends(num_pe
     assert arrived == [("a", 2.5), ("b", 4.5)]
 
 
+@pytest.mark.parametrize("pair", [math.inf, 12.0])
+def test_beyond_100_peers_each_flow_has_the_least_of_its_even_shares_and_its_pair(pair):
+    rng = np.random.default_rng(1)
+    net, clock, _ = network(200, uplink=100.0, downlink=60.0, pair=pair)
+    seen = 0
+    for step in range(300):
+        sender, receiver = rng.choice(12, 2, replace=False).tolist()
+        if step % 50 == 49:
+            net.cut(sender)
+        else:
+            net.stream(sender, receiver, step, int(rng.integers(1, 200)), lambda: None)
+        net.settle()
+        flows = [flow for sent in net._sending for flow in sent]
+        for flow in flows:
+            num_sent, num_received = len(net._sending[flow.sender]), len(net._receiving[flow.receiver])
+            assert flow.rate == min(100.0 / num_sent, 60.0 / num_received, pair)
+        seen = max(seen, len(flows))
+        if step % 3 == 2 and clock.next_time is not None:
+            clock.advance()
+    assert seen > 20
+
+
 def test_a_pair_is_slower_than_both_its_ends():
     net, clock, arrived = network(uplink=100.0, downlink=100.0, pair=10.0)
     for receiver in (1, 2, 3):

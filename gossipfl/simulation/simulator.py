@@ -4,8 +4,9 @@
     simulator.run()                       # until every peer has finished
 
 How long training takes comes from the scenario's devices, so its values may be computed later than they are due: when a
-trained vector is first needed, all peers that are training then are trained together, as one cohort. Merges are carried out
-when they are due. Payload passes by reference; headers are really encoded, and a codec that loses something is applied.
+trained vector is first needed, all peers that are training then are trained together, as one cohort. Large models are mixed
+segment by segment as merges come due, the segments of a small one together when the mixed vector is needed. Payload passes
+by reference; headers are really encoded, and a codec that loses something is applied.
 """
 
 from __future__ import annotations
