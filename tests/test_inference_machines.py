@@ -327,25 +327,27 @@ def test_what_is_still_missing_is_pulled_elsewhere(trouble):
     assert machine.handle(Received("s1", data(again)), PATIENCE) == [Load(manifest(cut=2))]
 
 
-def test_a_version_that_everybody_sends_wrong_is_given_up_with_the_reason():
+def test_when_nobody_has_what_was_offered_another_offer_is_asked_for_and_then_the_reason_is_told():
     machine = asker()
-    machine.handle(Start(), 0.0)
-    machine.handle(Question(7, 1, 1000.0), 0.0)
-    offer = manifest(cut=1)
-    offered(machine, offer)
-    actions, now = machine.handle(Found(1, digests(offer) - {"a1.0"}), 0.0), 0.0
-    rejections = 0
+    actions = [*machine.handle(Start(), 0.0), *machine.handle(Question(7, 1, 1000.0), 0.0)]
+    offer, now, offerers, pulled = manifest(cut=1), 0.0, [], []
     while not of(actions, Fail):
-        now = max(now, machine.next_deadline if not sent(actions, Pull) else now)
         if sent(actions, Pull):
             ((peer, pull),) = sent(actions, Pull)
-            rejections += 1
+            pulled.append(peer)
             actions = machine.handle(Rejected(peer, pull.request, "its digest is wrong"), now)
+        elif of(actions, LookUp):
+            actions = machine.handle(Found(1, digests(offer) - {"a1.0"}), now)
+        elif sent(actions, PlanRequest) and sent(actions, PlanRequest)[0][1].payload.held == 0:
+            ((peer, _),) = sent(actions, PlanRequest)
+            offerers.append(peer)
+            actions = offered(machine, offer, now, peer)
         else:
+            now = machine.next_deadline
             actions = machine.handle(Wake(), now)
-    assert rejections <= 2 * MAX_REJECTIONS and now < 100
+    assert set(offerers) == {"s0", "s1"} and len(pulled) <= 10 * MAX_REJECTIONS and now < 100
     (failure,) = of(actions, Fail)
-    assert failure.number == 7 and "its digest is wrong" in failure.reason
+    assert (failure.number, failure.kind) == (7, "offer") and "its digest is wrong" in failure.reason
     assert Unload(1) in actions
     while not sent(actions, PlanRequest):
         now = machine.next_deadline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from gossipfl.inference.planning.offers import Ask, Piece, manifest_from_json, t
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Budget
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import Activation, Failed, Offer, PlanRequest, Pull, Refuse
+from gossipfl.protocol.messages import Activation, Failed, Offer, PlanRequest, Pull, Refuse, Result
 from gossipfl.runtime import inference_server
 from gossipfl.runtime.content_cache import ContentCache, digest_of
 from gossipfl.runtime.edge_device import EdgeDevice
@@ -202,6 +203,26 @@ def test_where_nothing_is_sure_every_label_is_the_full_models(cut, servers, devi
     with torch.no_grad():
         labels = network().eval()(torch.from_numpy(X)).argmax(1).numpy()
     np.testing.assert_array_equal(answer.scores.argmax(1), labels)
+
+
+def test_a_certificate_is_passed_on_only_with_the_engine_that_it_speaks_of(servers, devices):
+    """Engines other than fp32 take samples to be compiled; a device that has none runs fp32 instead."""
+    server = servers(version=0)
+    plan = catalogue(cut=LAYERS)
+    plan = replace(plan, device_s={"fp32": plan.device_s["fp32"], "bf16": [s / 2 for s in plan.device_s["fp32"]]})
+    server.publish("m", 1, vector_of(1), plan, certified(0.0))
+    without, with_samples = devices(server), devices(server, samples=X)
+    for device, engine, alpha in ((without, "fp32", None), (with_samples, "bf16", 0.02)):
+        receipt = device.predict(X, DEADLINE_S).receipt
+        assert (receipt.engines, receipt.alpha) == ((engine,), alpha)
+
+
+def test_a_certificate_for_another_plan_is_not_offered(servers, devices):
+    def of_another(plan) -> Certificate:
+        return certified(0.5)(replace(plan, weight_bits=(16,) * plan.cut))
+
+    with pytest.raises(PlanError, match=r"the certificate is of .* \(16, 16\).*certify the plan"):
+        devices(servers(certificate=of_another)).predict(X, DEADLINE_S)
 
 
 def test_a_server_answers_callers_of_its_own_process_with_the_full_model(servers):
@@ -672,6 +693,30 @@ def test_who_offers_and_then_says_nothing_or_something_else_is_passed_over(liars
     for liar in (offering(honest_offer()), refusing):
         device = devices(liars(liar), servers(cut=LAYERS), patience_s=0.3)
         assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X, cut=LAYERS))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_server_that_garbles_what_it_sends_spoils_no_answer(seed, servers, devices):
+    """Bits of offers and of pieces flip, and results are cut short: each is noticed."""
+    garbling, honest = servers(cut=3), servers(cut=3)
+    chance, queue = random.Random(seed), garbling._transport.queue
+
+    def garbled(chunk):
+        content = bytearray(chunk.payload)
+        if chance.random() < 0.5 or not content:
+            return chunk
+        if isinstance(chunk, Result):
+            return Result(chunk.request, chunk.version, chunk.seconds, 0, chunk.total - 4, content[:-4])
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        return replace(chunk, payload=bytes(content))
+
+    garbling._transport.queue = lambda origin, sender, recipient, chunks: queue(
+        origin, sender, recipient, [garbled(chunk) for chunk in chunks]
+    )
+    device = devices(garbling, honest, patience_s=0.5)
+    for _ in range(10):
+        assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X, cut=3))
+    assert all(fault.kind in ("rejected", "silent", "behind", "offer") for fault in device.faults)
 
 
 def say(attacker, message, model="m", payload=None) -> None:

@@ -71,6 +71,7 @@ class Fetcher:
         self._config, self._holders, self._profile, self._numbers = config, holders, profile, numbers
         self._candidate: _Candidate | None = None
         self._next: tuple[Manifest, PeerId] | None = None  # offered while another was loading
+        self._spoilt: set[PeerId] = set()  # their offers have come to nothing since the last one that was loaded
         self._plan: _PlanAsked | None = None
         self._plan_due: float | None = None  # when the answer is overdue, or a plan is asked for again
 
@@ -86,8 +87,10 @@ class Fetcher:
 
     @property
     def is_hopeless(self) -> bool:
-        """No version is in use or on its way, nobody is being asked for one, and `error` says why."""
-        return self.error is not None and self.active is None and self._candidate is None and self._plan is None
+        """No version is in use or on its way, nobody else is there to be asked for one, and `error` says why."""
+        if self.error is None or self.active is not None or self._candidate is not None or self._plan is not None:
+            return False
+        return self.error[0] != Failure.OFFER or self._holders.are_all(self._spoilt)
 
     def receive(self, peer: PeerId, message: Message, now: float) -> list[Action] | None:
         """None if the message is no answer to what was asked here."""
@@ -148,6 +151,7 @@ class Fetcher:
         """What came for this request is not what was asked for; None if nothing was, here."""
         if self._plan is not None and (self._plan.request, self._plan.peer) == (request, peer):
             self.error, self._plan = (Failure.OFFER, f"{peer}: {reason}"), None
+            self._spoilt.add(peer)
             return self.ask_for_plan(now)
         candidate = self._candidate
         if candidate is None or request not in candidate.transfers or candidate.transfers[request].peer != peer:
@@ -155,15 +159,18 @@ class Fetcher:
         candidate.rejections[peer] += 1
         spoilt = [server for server, times in candidate.rejections.items() if times >= MAX_REJECTIONS]
         if self._holders.are_all({*spoilt, *candidate.lacking}):
+            # all of them say something else than was offered: the offer was wrong
             self.error = Failure.OFFER, f"{peer}: {reason}"
-            return [*self._drop_candidate(), *self._ask_for_plan_at(now + MAX_BACKOFF_S)]
+            self._spoilt.add(candidate.offered_by)
+            blamed = self._holders.blame(candidate.offered_by, "offer", "nobody has what it offered", now)
+            return [blamed, *self._drop_candidate(), *self._ask_for_plan_at(now), *self.ask_for_plan(now)]
         return self._pull_elsewhere(candidate, request, now)
 
     # --- plans --------------------------------------------------------------------------------------------------------
 
     def ask_for_plan(self, now: float) -> list[Action]:
-        """Of the next server; where none may be asked now, when one may."""
-        peer = self._holders.choose(now)
+        """Of the next server, rather one whose offers were good; where none may be asked now, when one may."""
+        peer = self._holders.choose(now, self._spoilt) or self._holders.choose(now)
         if peer is None:
             self._plan_due = self._holders.next_free()
             return []
@@ -241,6 +248,7 @@ class Fetcher:
         actions: list[Action] = []
         if error is None:
             self.active = self.loaded[version] = candidate.manifest
+            self._spoilt.clear()
         else:
             self.error = Failure.COMPUTE, error
             actions = [Unload(version)]
