@@ -1,8 +1,7 @@
 """What it takes to serve a model: bits for every cut and allowed loss, seconds of every engine, thresholds with a guarantee.
 
-    calibrator = Calibrator(Chain.of(model, input_shape), seen, unseen, data="mnist-test-a")
-    catalogue, rows = calibrator.catalogue()
-    plan, _ = choose_plan(catalogue, device, max_accuracy_loss=0.01)
+    calibrator = calibrate(model, dataset)
+    plan, cuts = choose_plan(calibrator.measured, device, max_accuracy_loss=0.01)
     certificate = calibrator.certify(plan)
 
 Two kinds of samples: `seen` ones, that the model was trained on, for the noise of each layer and the ranges of activations; and
@@ -17,9 +16,11 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.chain import Chain
@@ -40,6 +41,7 @@ from gossipfl.inference.planning.margins import (
 )
 from gossipfl.inference.planning.offers import SAMPLE_BITS
 from gossipfl.inference.planning.profile import ON_DEVICE, Plan
+from gossipfl.learning.datasets import Dataset, normalise
 
 Samples = tuple[np.ndarray, np.ndarray | None]
 """Inputs f32[n, *input_shape] and their labels i64[n], or None."""
@@ -47,6 +49,7 @@ COMMON_LEVEL = 0.01
 """Tables are made from unseen samples if those can vouch for this loss of accuracy."""
 MAX_SAMPLES = 2000
 """Of the unseen ones, for the tables: one forward pass of all of them for each row that is tried."""
+SEEN = 256
 NUM_SAMPLES = 16
 """Inputs that engines are compiled with, here and on the device, so that both compute the same."""
 PARTS = (0.1, 0.8)
@@ -104,6 +107,32 @@ class Calibration:
             raise ConfigError(f"no calibration ({error}); calibrate the model again") from error
 
 
+def calibrate(
+    model: nn.Module,
+    data: Dataset | Samples,
+    *,
+    name: str = "data",
+    version: int = 1,
+    progress: Progress = lambda what, share: None,
+    **options: Any,
+) -> Calibrator:
+    """Measure `model` (f32[B, *input_shape] to scores f32[B, K]) for serving; `measured` then is its catalogue.
+
+    `data` is a Dataset whose training samples the model was trained on, and half of whose test samples are used; or inputs
+    f32[n, ...] and labels i64[n] (or None) that it was not trained on. `options` are the Calibrator's.
+    """
+    unseen: Samples
+    if isinstance(data, Dataset):
+        seen = normalise(np.asarray(data.x_train[:SEEN]), data)
+        unseen = normalise(np.asarray(data.x_test[::2]), data), np.asarray(data.y_test[::2])
+    else:
+        inputs, labels = np.asarray(data[0], np.float32), data[1]
+        seen, unseen = inputs[:SEEN], (inputs[SEEN:], None if labels is None else np.asarray(labels)[SEEN:])
+    calibrator = Calibrator(Chain.of(model, tuple(seen.shape[1:])), seen, unseen, data=name, version=version, **options)
+    calibrator.catalogue(progress)
+    return calibrator
+
+
 class Calibrator:
     """Measures one version of a chain. Deterministic but for seconds."""
 
@@ -142,6 +171,12 @@ class Calibrator:
                 f"the model was trained on; keep {needed} with data.calibration_fraction"
             )
         self._full: np.ndarray | None = None
+        self._measured: Catalogue | None = None
+
+    @property
+    def measured(self) -> Catalogue:
+        """What `catalogue` came to last."""
+        return self._measured or self.catalogue()[0]
 
     def sensitivity(self, progress: Callable[[float], None] = lambda share: None) -> Sensitivity:
         return measure(self.chain, self.vector, self.seen, progress)
@@ -167,7 +202,8 @@ class Calibrator:
             {engine: tuple(time if math.isfinite(time) else None for time in times[side]) for engine, times in seconds.items()}
             for side in (0, 1)
         )
-        return Catalogue(self.chain.profile, self.version, levels, device_s, server_s), rows
+        self._measured = Catalogue(self.chain.profile, self.version, levels, device_s, server_s)
+        return self._measured, rows
 
     def basis(self, plan: Plan) -> Basis:
         """What a certificate of this plan speaks of; the engine is the device's, the rest runs in full precision."""

@@ -7,7 +7,6 @@ import statistics
 from collections import Counter
 from dataclasses import asdict
 
-import click
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -35,7 +34,7 @@ class Answers:
             self._right += class_ == self._labels[index]
         if self._as_json:
             receipt = plain(asdict(answer.receipt))
-            click.echo(json.dumps({"sample": index, "class": class_, "receipt": receipt}))
+            print(json.dumps({"sample": index, "class": class_, "receipt": receipt}), flush=True)
 
     def finish(self, device: EdgeDevice) -> None:
         if self._as_json or not self._receipts:
