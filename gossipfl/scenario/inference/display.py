@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from rich import box
@@ -50,13 +52,10 @@ def progress(quiet: bool) -> Iterator[Progress]:
 
 
 def bits_text(bits: Sequence[int]) -> str:
-    """`4 x12, 5, 6 x3`: runs of equal bits."""
-    runs: list[list[int]] = []
-    for value in bits:
-        if runs and runs[-1][0] == value:
-            runs[-1][1] += 1
-        else:
-            runs.append([value, 1])
+    """`4, 3 x2` for few layers, `3 to 9, mean 6.4` for many."""
+    runs = [(value, len(list(same))) for value, same in groupby(bits)]
+    if len(runs) > 4:
+        return f"{min(bits)} to {max(bits)}, mean {statistics.fmean(bits):.1f}"
     return ", ".join(f"{value}" + (f" x{count}" if count > 1 else "") for value, count in runs) or "-"
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from gossipfl.learning.training import Engine, Learner, TrainingConfig
 from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.inference.bench import PlanRow, plan_rows
 from gossipfl.scenario.inference.calibrate import ALONE
-from gossipfl.scenario.inference.display import bits_text, size_text
+from gossipfl.scenario.inference.display import bits_text
 from gossipfl.scenario.preparation import calibration_indices, prepare
 from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arm, Arms, Reproduction, Row, Table
 
@@ -108,7 +108,8 @@ def _tables(outcomes: Mapping[str, Measured], full: bool) -> list[Table]:
         f"{name}: accuracy {found.accuracy:.4f}; {found.calibrated:,} samples to calibrate, {found.tested:,} to measure"
         for name, found in outcomes.items()
     ]
-    cuts = [_row(found, row, row.device) for found in outcomes.values() for row in found.rows if row.level == LEVEL]
+    plans = [(found, row) for found in outcomes.values() for row in found.rows if row.level == LEVEL]
+    cuts = [_row(found, row, ", ".join(names)) for found, row, names in _by_plan(plans)]
     alone = [
         _row(found, row, f"{row.level:.1%}") for found in outcomes.values() for row in found.rows if row.device == ALONE.name
     ]
@@ -118,16 +119,28 @@ def _tables(outcomes: Mapping[str, Measured], full: bool) -> list[Table]:
     ]
 
 
+def _by_plan(plans: list[tuple[Measured, PlanRow]]) -> list[tuple[Measured, PlanRow, list[str]]]:
+    """Devices that get the same plan together."""
+    together: dict[tuple[str, PlanRow], tuple[Measured, PlanRow, list[str]]] = {}
+    for found, row in plans:
+        key = (
+            found.name,
+            replace(row, device="", engine="", measured_loss=0.0, changed=0.0),
+        )  # which engine it was may change a class
+        together.setdefault(key, (found, row, []))[2].append(row.device)
+    return list(together.values())
+
+
 def _row(found: Measured, row: PlanRow, what: str) -> Row:
     values = {
+        "for": what,
         "cut": f"{row.cut}/{row.num_layers}",
         "bits": f"{bits_text(row.weight_bits)} | {row.activation_bits or '-'}",
-        "bytes": size_text(row.payload),
         "saved": f"{row.saved:.1%}",
         "loss": f"{row.measured_loss:.2%}",
         "bound": f"{row.predicted_loss:.2%}",
     }
-    return Row(f"{found.name} {what}", values, row.saved, SAVED)
+    return Row(found.name, values, row.saved, SAVED)
 
 
 @REPRODUCTIONS.register("qpart")
