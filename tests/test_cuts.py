@@ -9,8 +9,20 @@ from hypothesis import strategies as st
 
 from gossipfl.errors import ConfigError, PlanError
 from gossipfl.inference.execution.activations import num_bytes
-from gossipfl.inference.planning.cuts import Catalogue, activation_bytes, check_device, choose_plan, weight_bytes
+from gossipfl.inference.planning.cuts import (
+    HEADER_BYTES,
+    RANGE_BYTES,
+    Catalogue,
+    Overhead,
+    activation_bytes,
+    check_device,
+    choose_plan,
+    fetch_seconds,
+    weight_bytes,
+)
 from gossipfl.inference.planning.profile import ON_DEVICE, ON_SERVER, DeviceProfile, LayerProfile, ModelProfile, Stage
+from gossipfl.protocol import wire
+from gossipfl.protocol.messages import Activation, Data, Pull, Result
 from gossipfl.segments.codecs import codec
 
 quick = settings(deadline=None, max_examples=100)
@@ -70,7 +82,8 @@ def catalogues(draw):
         for values in seconds.values():
             values[none] = 0.0
         times[side] = {engine: tuple(values) for engine, values in seconds.items()}
-    return Catalogue(ModelProfile(tuple(layers), (1, 5, 7), 10), 3, levels, **times)
+    overheads = tuple(Overhead(*rng.random(3).tolist()) for _ in range(3))
+    return Catalogue(ModelProfile(tuple(layers), (1, 5, 7), 10), 3, levels, **times, overheads=overheads)
 
 
 devices = st.builds(
@@ -95,18 +108,22 @@ def cost_by_hand(catalogue, device, level, cut, cached):
     if cut not in catalogue.levels[level]:
         return None
     weights, activations = catalogue.levels[level][cut]
-    down = up = 0
+    pulled, up = [], 0
     for index, one in enumerate(profile.layers[:cut]):
         n, held = one.weight[1] - one.weight[0], cached[index]
-        if held == 0:
-            down += codec(f"planes:0-{weights[index]}:{n // one.channels}").num_bytes(n)
-            down += codec("float32").num_bytes(one.bias[1] - one.bias[0]) if one.bias else 0
-        elif held < weights[index]:
-            down += codec(f"planes:{held}-{weights[index]}:{n // one.channels}").num_bytes(n)
+        if held < weights[index]:
+            pulled.append(codec(f"planes:{held}-{weights[index]}:{n // one.channels}").num_bytes(n))
+        if held == 0 and one.bias:
+            pulled.append(codec("float32").num_bytes(one.bias[1] - one.bias[0]))
+    # none of these pieces takes more than one message, nor all of them more ranges than one Pull has
+    codecs = {(bits, one.group) for bits, one in zip(weights, profile.layers, strict=False)} | {"float32"}
+    down = sum(pulled) + HEADER_BYTES * len(pulled)
+    asked = HEADER_BYTES * len(codecs) + RANGE_BYTES * len(pulled)
     is_cut = cut < len(profile.layers)
     if is_cut:
         up = num_bytes(profile.layers[cut - 1].live if cut else [profile.input_shape], 1, activations)
-    server_s = min(seconds[cut] for seconds in catalogue.server_s.values() if seconds[cut] is not None)
+    overhead = catalogue.overheads[1 if 0 < cut < len(profile.layers) else 2 if cut else 0]
+    server_s = min(seconds[cut] for seconds in catalogue.server_s.values() if seconds[cut] is not None) + overhead.server_s
     costs = []
     for engine, seconds in catalogue.device_s.items():
         live = [math.prod(profile.input_shape), *(sum(map(math.prod, one.live)) for one in profile.layers[:cut])]
@@ -116,13 +133,14 @@ def cost_by_hand(catalogue, device, level, cut, cached):
             memory += 4 * (one.bias[1] - one.bias[0]) if one.bias else 0
         if seconds[cut] is None or memory > device.memory_bytes:
             continue
-        device_s = seconds[cut] / device.speed
-        total_s = device_s + server_s + up / device.uplink
+        device_s = (seconds[cut] + overhead.device_s) / device.speed
+        uplink_s = (up + HEADER_BYTES) / device.uplink if is_cut else 0.0
+        total_s = device_s + server_s + uplink_s + overhead.rest_s
         if is_cut:
-            total_s += 2 * device.latency_s + 4 * profile.num_classes / device.downlink
-        if down:
-            total_s += (2 * device.latency_s + down / device.downlink) / device.requests
-        energy = device.compute_w * device_s + device.transmit_w * up / device.uplink
+            total_s += 2 * device.latency_s + (4 * profile.num_classes + HEADER_BYTES) / device.downlink
+        if pulled:
+            total_s += (asked / device.uplink + 2 * device.latency_s + down / device.downlink) / device.requests
+        energy = device.compute_w * device_s + device.transmit_w * uplink_s
         costs.append(device.time_weight * total_s + device.energy_weight * energy + device.price_weight * server_s)
     return min(costs, default=None)
 
@@ -154,7 +172,8 @@ def test_the_plan_is_the_cheapest_of_all_cuts(catalogue, device, loss, data):
             assert row.prediction.cost == pytest.approx(costs[row.cut])
 
 
-# Cut 1 at 0.01: 5 bytes a plane, 4 planes, 4 scales and 4 biases down; 2 float32 and 13 bytes for each of 6 planes up.
+# Cut 1 at 0.01: 5 bytes a plane, 4 planes, 4 scales and 4 biases down; 2 float32 and 13 bytes for each of 6 planes up. Two
+# Pulls (one for each codec) of one range each, two Data that answer them; one Activation and one Result. Each has a header.
 def test_a_request_costs_what_its_parts_cost():
     device = DeviceProfile(
         speed=0.5,
@@ -168,15 +187,19 @@ def test_a_request_costs_what_its_parts_cost():
         price_weight=0.01,
         requests=4,
     )
-    row = choose_plan(EXAMPLE, device, 0.01)[1][1]
+    catalogue = replace(EXAMPLE, overheads=(Overhead(), Overhead(0.5, 0.25, 0.125), Overhead()))
+    row = choose_plan(catalogue, device, 0.01)[1][1]
     expected = row.prediction
     assert (expected.weight_bytes, expected.activation_bytes) == (4 * 5 + 16 + 16, 8 + 6 * 13)
-    assert expected.device_s == 1.0 / 0.5
-    assert expected.server_s == 2.0
-    assert expected.transfer_s == pytest.approx((52 / 52 + 0.5) / 4 + 86 / 86 + 12 / 52 + 0.5)
-    assert expected.latency_s == pytest.approx(2 + 2 + expected.transfer_s)
-    assert expected.energy_j == pytest.approx(3 * 2 + 5 * 1)
-    assert expected.cost == pytest.approx(expected.latency_s + 0.1 * 11 + 0.01 * 2)
+    assert expected.device_s == (1.0 + 0.5) / 0.5
+    assert expected.server_s == 2.0 + 0.25
+    header, range_ = HEADER_BYTES, RANGE_BYTES
+    fetch_s = (2 * header + 2 * range_) / 86 + (52 + 2 * header) / 52 + 0.5
+    assert fetch_seconds(SMALL, device, (4,)) == pytest.approx(fetch_s)
+    assert expected.transfer_s == pytest.approx(fetch_s / 4 + (86 + header) / 86 + (12 + header) / 52 + 0.5)
+    assert expected.latency_s == pytest.approx(3 + 2.25 + 0.125 + expected.transfer_s)
+    assert expected.energy_j == pytest.approx(3 * 3 + 5 * (86 + header) / 86)
+    assert expected.cost == pytest.approx(expected.latency_s + 0.1 * expected.energy_j + 0.01 * 2.25)
     assert expected.memory_bytes == 4 * 36 + 4 * 4 + 8 * 100
     assert (row.weight_bits, row.activation_bits, row.device_engine, row.obstacle) == ((4,), 6, "fp32", None)
 
@@ -206,13 +229,38 @@ def test_a_slow_device_a_slow_link_and_a_dear_server_move_the_cut():
     assert choose_plan(EXAMPLE, replace(middling, price_weight=100.0), 0.01)[0].cut == 3
 
 
+def test_headers_are_those_of_the_messages_on_the_wire():
+    device, server, request = "device-0123456789abcdef", "quickstart@0", 2**60
+
+    def framed(message) -> int:
+        """With ZeroMQ's flags and length of two frames, each short."""
+        return len(wire.encode(0, device, server, message)) + 2 * 2
+
+    ranges = tuple((100_000 + at, 100_144 + at) for at in range(20))
+    for message in (
+        Activation(request, 60, 3, 4, 1, 0, 9000, payload=b"x"),
+        Result(request, 60, 0.00123, 0, 40, payload=b"x"),
+        Data(request, 60, 60, 0, ranges[0], 0, 9000, 9000, b"x"),
+        Pull(request, 60, 60, ranges, "planes:0-4:144", 5.0),
+    ):
+        expected = HEADER_BYTES + (RANGE_BYTES * len(ranges) if isinstance(message, Pull) else 0)
+        assert abs(framed(message) - expected) <= 10
+
+
+def test_a_piece_of_many_messages_has_as_many_headers():
+    large = replace(SMALL, layers=(replace(SMALL.layers[0], weight=(0, 2**20), bias=None, channels=1),))
+    size = weight_bytes(large, (4,))
+    assert size == 2 * wire.MAX_PAYLOAD_BYTES + 4
+    assert fetch_seconds(large, DeviceProfile(downlink=1.0), (4,)) == size + 3 * HEADER_BYTES
+
+
 def test_planes_that_are_there_already_are_not_fetched_again():
     fetched = [weight_bytes(SMALL, (4, 5), cached) for cached in ((), (0, 5), (2, 5), (4, 16), (6, 3))]
     first, second = 4 * 5 + 16 + 16, 5 * 9 + 8
     assert fetched == [first + second, first, 2 * 5, 0, 2 * 9]
     slow = DeviceProfile(downlink=1.0)
     rows = {cached: choose_plan(EXAMPLE, slow, 0.01, cached)[1] for cached in ((), (5, 6, 7))}
-    assert rows[()][3].prediction.transfer_s == 4 * (4 + 2 + 3) + 28 + 5 * 5 + 6 * 9 + 7 * 7
+    assert rows[()][3].prediction.transfer_s == 4 * (4 + 2 + 3) + 28 + 5 * 5 + 6 * 9 + 7 * 7 + 5 * HEADER_BYTES
     assert rows[(5, 6, 7)][3].prediction.transfer_s == 0.0
     assert choose_plan(EXAMPLE, slow, 0.01, (5, 6, 7))[0].cut == 3
 
@@ -347,6 +395,8 @@ LAYER = ("profile", "layers", 1)
         (("device_s", "fp32", 2), math.nan, r"catalogue.device_s.fp32\[2\] = nan is not seconds"),
         (("device_s", "fp32", 0), 0.1, r"catalogue.device_s.fp32\[0\] = 0.1 is not 0, with nothing to compute"),
         (("server_s", "fp32", 3), 0.1, r"catalogue.server_s.fp32\[3\] = 0.1 is not 0, with nothing to compute"),
+        (("overheads",), [], r"catalogue.overheads = \[\] is not a list of 3"),
+        (("overheads", 1, "rest_s"), -1.0, r"catalogue.overheads\[1\] = \(0.0, 0.0, -1.0\) is not seconds of at least 0"),
         (("server_s", "fp32", 1), None, "catalogue.server_s = {} is not a table with an engine that runs cut 1"),
     ],
 )

@@ -9,7 +9,8 @@ accuracy and the cheapest of all cuts, from 0 (all on the server) to L (all on t
 Costs are the paper's weighted sum of time, the device's energy and the server's price, with these differences. Seconds of
 computing are those of real engines, timed when the model was calibrated: fewer bits make fewer bytes, not faster arithmetic.
 Weights are not sent for each request but fetched once for all that the device expects, less the planes that it holds already.
-Every message takes the link's latency, and the part on the device must fit its memory.
+Messages take the link's latency and have headers, a request takes more than its layers and bytes, and the part on the device
+must fit its memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, astuple, dataclass, is_dataclass
 from types import UnionType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -34,12 +35,17 @@ from gossipfl.inference.planning.profile import (
     Prediction,
     Stage,
 )
+from gossipfl.protocol.messages import MAX_RANGES
+from gossipfl.protocol.wire import MAX_PAYLOAD_BYTES
 
 MAX_BITS = 16
 EXACT_BITS = 32
 """Of activations that go up as they are, in float32."""
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 """Per weight in memory, by engine; 4 for others."""
+HEADER_BYTES, RANGE_BYTES = 80, 12
+"""Of a message on the wire beside its payload, with ZeroMQ's frames (76 to 90 for names of 12 and 23 letters), and of each
+range that a Pull names."""
 
 _LEAST, _MOST = 1e-9, 1e15
 """Of what a device may say of itself: far outside of what there is, and every cost stays finite."""
@@ -49,12 +55,22 @@ Bits = tuple[tuple[int, ...], int]
 
 
 @dataclass(frozen=True, slots=True)
+class Overhead:
+    """Seconds of a request beside its layers and its bytes, as measured: calls of stages, codecs, messages between threads."""
+
+    device_s: float = 0.0
+    """Of the part on the device; a slower one takes longer."""
+    server_s: float = 0.0
+    rest_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Catalogue:
     """All that was measured of one version of a model. PlanError, naming the key, for what cannot be.
 
     `levels` has bits by loss of accuracy and cut; a level may leave out cuts. `device_s` and `server_s` are seconds per sample
     by engine, for each cut 0..L: of layers 1..cut on a device of speed 1, and of the layers after the cut on the server; None
-    where an engine does not run them.
+    where an engine does not run them. `overheads` are of requests that the server computes alone, both, and the device alone.
     """
 
     profile: ModelProfile
@@ -62,6 +78,7 @@ class Catalogue:
     levels: Mapping[float, Mapping[int, Bits]]
     device_s: Mapping[str, tuple[float | None, ...]]
     server_s: Mapping[str, tuple[float | None, ...]]
+    overheads: tuple[Overhead, Overhead, Overhead] = (Overhead(), Overhead(), Overhead())
 
     def __post_init__(self) -> None:
         _check_profile(self.profile)
@@ -80,6 +97,13 @@ class Catalogue:
                 _require(is_right, f"{key}[1]", activations, f"0 where nothing is cut, else 2 to {MAX_BITS} or {EXACT_BITS}")
         _check_times(self.device_s, "catalogue.device_s", num_layers, none=0)
         _check_times(self.server_s, "catalogue.server_s", num_layers, none=num_layers)
+        for index, overhead in enumerate(self.overheads):
+            values = astuple(overhead)
+            is_right = all(0 <= value < math.inf for value in values)
+            _require(is_right, f"catalogue.overheads[{index}]", values, "seconds of at least 0")
+
+    def overhead(self, cut: int) -> Overhead:
+        return self.overheads[0 if not cut else 2 if cut == len(self.profile.layers) else 1]
 
     def to_json(self) -> dict[str, Any]:
         """What `json.dumps` writes; the keys of `levels` become text."""
@@ -155,13 +179,35 @@ def check_device(device: DeviceProfile) -> None:
 
 def weight_bytes(profile: ModelProfile, weight_bits: Sequence[int], cached: Sequence[int] = ()) -> int:
     """Bytes to fetch for the first layers at these bits, where `cached` planes of each are there (with scales and biases)."""
+    return int(_pieces(profile, weight_bits, cached).sum())
+
+
+def fetch_seconds(
+    profile: ModelProfile, device: DeviceProfile, weight_bits: Sequence[int], cached: Sequence[int] = ()
+) -> float:
+    """Of pulling what is missing of them, all at once, with the headers of all messages; 0 where nothing is."""
+    pieces = _pieces(profile, weight_bits, cached)
+    num_pieces = int((pieces > 0).sum())
+    if not num_pieces:
+        return 0.0
+    codecs = {(bits, layer.group) for bits, layer in zip(weight_bits, profile.layers, strict=False)}
+    num_pulls = max(len(codecs) + 1, -(-num_pieces // MAX_RANGES))
+    down = int(pieces.sum()) + HEADER_BYTES * int((-(-pieces // MAX_PAYLOAD_BYTES)).sum())
+    up = HEADER_BYTES * num_pulls + RANGE_BYTES * num_pieces
+    return up / device.uplink + down / device.downlink + 2 * device.latency_s
+
+
+def _pieces(profile: ModelProfile, weight_bits: Sequence[int], cached: Sequence[int]) -> np.ndarray:
+    """Bytes to fetch of the weights (first row) and biases of each layer, i64[2, n]; 0 where there is nothing to fetch."""
     held = np.zeros(len(weight_bits), np.int64)
     held[: min(len(cached), held.size)] = cached[: held.size]
     layers = profile.layers[: held.size]
     planes = np.array([-(-layer.num_weights // 8) for layer in layers], np.int64)
-    first = np.array([4 * layer.channels + 4 * _num_biases(layer) for layer in layers], np.int64)
+    scales = np.array([4 * layer.channels for layer in layers], np.int64)
+    biases = np.array([4 * _num_biases(layer) for layer in layers], np.int64)
     missing = np.maximum(np.array(weight_bits, np.int64) - held, 0)
-    return int(missing @ planes + first @ (held == 0))
+    is_new = held == 0
+    return np.stack([missing * planes + scales * is_new, biases * is_new])
 
 
 def activation_bytes(profile: ModelProfile, cut: int, bits: int) -> int:
@@ -207,15 +253,18 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, ca
     fitting = [engine for engine, num_bytes in memory.items() if num_bytes <= device.memory_bytes]
     engine = min(fitting, key=device_times.__getitem__) if fitting else min(memory, key=memory.__getitem__)
     server_engine = min(server_times, key=server_times.__getitem__)
-    device_s, server_s = device_times[engine] / device.speed, server_times[server_engine]
-    is_cut = cut < len(profile.layers)
+    overhead = catalogue.overhead(cut)
+    device_s = (device_times[engine] + overhead.device_s) / device.speed
+    server_s = server_times[server_engine] + overhead.server_s
     down = weight_bytes(profile, weights, cached)
     up = activation_bytes(profile, cut, activations)
-    fetch_s = (down / device.downlink + 2 * device.latency_s) / device.requests if down else 0.0
-    uplink_s = up / device.uplink
-    answer_s = 4 * profile.num_classes / device.downlink + 2 * device.latency_s if is_cut else 0.0
+    fetch_s = fetch_seconds(profile, device, weights, cached) / device.requests
+    uplink_s = answer_s = 0.0
+    if cut < len(profile.layers):
+        uplink_s = (up + HEADER_BYTES * -(-up // MAX_PAYLOAD_BYTES)) / device.uplink
+        answer_s = (4 * profile.num_classes + HEADER_BYTES) / device.downlink + 2 * device.latency_s
     transfer_s = fetch_s + uplink_s + answer_s
-    latency_s = device_s + transfer_s + server_s
+    latency_s = device_s + transfer_s + server_s + overhead.rest_s
     energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
     cost = device.time_weight * latency_s + device.energy_weight * energy_j + device.price_weight * server_s
     prediction = Prediction(latency_s, device_s, server_s, transfer_s, energy_j, cost, down, up, memory[engine], level)
