@@ -19,13 +19,14 @@ from gossipfl.inference.planning.answering import (
     Answerer,
     Caller,
     Discard,
-    Done,
     Drain,
     Finish,
     Heard,
     Keep,
     MakePlan,
+    Planned,
     Published,
+    Ran,
     Reply,
     Retire,
     RunStage,
@@ -661,7 +662,7 @@ def test_an_activation_runs_when_it_is_whole():
     assert machine.handle(Heard(OTHER, last_), 0.0) == [], "of another connection"
     assert machine.handle(Heard(DEVICE, last), 0.0) == [Keep(DEVICE, last), RunStage(DEVICE, last)]
     assert machine.handle(Heard(DEVICE, first), 0.0) == [], "it runs"
-    assert machine.num_running == 1 and machine.handle(Done(DEVICE, 1), 1.0) == [] and machine.num_running == 0
+    assert machine.num_running == 1 and machine.handle(Ran(DEVICE, 1), 1.0) == [] and machine.num_running == 0
 
 
 @pytest.mark.parametrize(
@@ -687,8 +688,18 @@ def test_what_waits_is_bounded_in_number_by_caller_and_in_bytes():
     assert failures(machine.handle(Heard(OTHER, activation(1, samples=99)), 0.0)) == ["busy"]
     assert not failures(machine.handle(Heard(OTHER, activation(1)), 0.0))
     assert failures(machine.handle(Heard(OTHER, activation(2)), 0.0)) == ["busy"]
-    machine.handle(Done(DEVICE, 1), 1.0)
+    machine.handle(Ran(DEVICE, 1), 1.0)
     assert not failures(machine.handle(Heard(OTHER, activation(2)), 0.0)), "there is room again"
+
+
+def test_a_plan_and_an_activation_may_have_the_same_number():
+    machine = server()
+    ask = Ask(DeviceProfile())
+    machine.handle(Heard(DEVICE, PlanRequest(1, payload=ask)), 0.0)
+    machine.handle(Heard(DEVICE, activation(1, length=5)), 0.0)
+    machine.handle(Planned(DEVICE, 1), 0.0)
+    last = activation(1, offset=5, length=5)
+    assert machine.handle(Heard(DEVICE, last), 0.0) == [Keep(DEVICE, last), RunStage(DEVICE, last)]
 
 
 def test_an_activation_that_does_not_go_on_is_dropped():
@@ -705,7 +716,7 @@ def test_a_version_is_kept_while_a_question_uses_it():
     machine.handle(Heard(DEVICE, activation(1, version=1)), 0.0)
     assert machine.handle(Published("m", 3, num_bytes), 1.0) == [], "a question uses version 1"
     assert failures(machine.handle(Heard(DEVICE, activation(2, version=1)), 1.0)) == ["version"], "but no new one may"
-    assert machine.handle(Done(DEVICE, 1), 2.0) == [Retire("m", 1)]
+    assert machine.handle(Ran(DEVICE, 1), 2.0) == [Retire("m", 1)]
     assert machine.handle(Published("m", 4, num_bytes), 3.0) == [Retire("m", 2)]
 
 
@@ -718,8 +729,8 @@ def test_a_server_that_drains_finishes_what_it_has_taken_and_takes_nothing_more(
     assert failures(machine.handle(Drain(), 1.0)) == ["draining"], "who waits for news asks another"
     assert failures(machine.handle(Heard(DEVICE, activation(3)), 1.0)) == ["draining"]
     assert failures(machine.handle(Heard(DEVICE, PlanRequest(4, payload=waiting)), 1.0)) == ["draining"]
-    assert machine.handle(Done(DEVICE, 1), 2.0) == []
-    assert machine.handle(Done(DEVICE, 2), 2.0) == [Finish()]
+    assert machine.handle(Ran(DEVICE, 1), 2.0) == []
+    assert machine.handle(Planned(DEVICE, 2), 2.0) == [Finish()]
     assert server().handle(Drain(), 0.0) == [Finish()]
 
 
@@ -867,11 +878,11 @@ class World:
     def offer(self, peer, caller, request, version) -> None:
         cut, activation_bits = [(3, 0), (2, 8), (0, 32), (0, 8)][version % 4]
         self.to_device(peer, Offer(request, 0, 1, payload=manifest(version, cut, 4, activation_bits, threshold=0.3)))
-        self.tell_server(peer, Done(caller, request))
+        self.tell_server(peer, Planned(caller, request))
 
     def ran(self, peer, caller, chunk) -> None:
         self.to_device(peer, Result(chunk.request, chunk.version, 0.02, 0, 1, payload=(self.chance.random(),)))
-        self.tell_server(peer, Done(caller, chunk.request))
+        self.tell_server(peer, Ran(caller, chunk.request))
 
     def publish(self) -> None:
         self.newest += 1

@@ -28,14 +28,15 @@ from gossipfl.inference.planning.answering import (
     Answerer,
     Caller,
     Discard,
-    Done,
     Drain,
     Event,
     Finish,
     Heard,
     Keep,
     MakePlan,
+    Planned,
     Published,
+    Ran,
     Reply,
     Retire,
     RunStage,
@@ -267,9 +268,10 @@ class InferenceServer:
                 served = self._served[caller.model][activation.version]
                 if self._machine.num_running > 1:
                     self._transport.send(caller.called, caller.name, Later(activation.request, 0), caller.origin)
-                self._submit(self._compute, caller, activation.request, lambda: _run_stage(served, activation, parts))
+                ran = Ran(caller, activation.request)
+                self._submit(self._compute, ran, lambda: _run_stage(served, activation, parts))
             case MakePlan(caller, request, version, ask):
-                self._submit(self._library, caller, request, lambda: self._offer(caller, request, version, ask))
+                self._submit(self._library, Planned(caller, request), lambda: self._offer(caller, request, version, ask))
             case Serve(caller, pull) if self._num_pulls < MAX_SERVED:
                 self._num_pulls += 1
                 self._library.submit(self._serve, caller, pull, self._served[caller.model][pull.version])
@@ -280,25 +282,26 @@ class InferenceServer:
             case Finish():
                 self._finished.set()
 
-    def _submit(self, pool: ThreadPoolExecutor, caller: Caller, request: int, work: Callable[[], list[Chunk] | Failed]) -> None:
-        """Have `work` done, send what it returns, and tell the machine."""
+    def _submit(self, pool: ThreadPoolExecutor, done: Planned | Ran, work: Callable[[], list[Chunk] | Failed]) -> None:
+        """Have `work` done, send what it returns, and tell the machine that it is `done`."""
 
         def do() -> None:
             try:
                 answer = work()
             except Exception as error:  # whatever a model's kernels raise: the device hears of it
-                logger.exception("request %d of %s failed", request, caller.name)
-                answer = Failed(request, Failure.COMPUTE, clipped(f"{type(error).__name__}: {error}"))
-            self._loop.post(lambda: self._answered(caller, request, answer))
+                logger.exception("request %d of %s failed", done.request, done.caller.name)
+                answer = Failed(done.request, Failure.COMPUTE, clipped(f"{type(error).__name__}: {error}"))
+            self._loop.post(lambda: self._answered(done, answer))
 
         pool.submit(do)
 
-    def _answered(self, caller: Caller, request: int, answer: list[Chunk] | Failed) -> None:
+    def _answered(self, done: Planned | Ran, answer: list[Chunk] | Failed) -> None:
+        caller = done.caller
         if isinstance(answer, Failed):
             self._transport.send(caller.called, caller.name, answer, caller.origin)
         else:
             self._transport.queue(caller.origin, caller.called, caller.name, answer)
-        self._handle(Done(caller, request))
+        self._handle(done)
 
     def _offer(self, caller: Caller, request: int, version: int, ask: Ask) -> list[Chunk] | Failed:
         served = self._served[caller.model].get(version)

@@ -79,8 +79,16 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """A MakePlan or a RunStage has been carried out and answered, well or not."""
+class Planned:
+    """A MakePlan has been carried out and answered, well or not."""
+
+    caller: Caller
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A RunStage has been carried out and answered, well or not."""
 
     caller: Caller
     request: int
@@ -96,7 +104,7 @@ class Wake:
     """`next_deadline` has come."""
 
 
-Event = Heard | Published | Done | Drain | Wake
+Event = Heard | Published | Planned | Ran | Drain | Wake
 
 
 # --- actions ----------------------------------------------------------------------------------------------------------
@@ -110,7 +118,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Plan for this device and answer with an Offer of `version`, or Failed; report Done."""
+    """Plan for this device and answer with an Offer of `version`, or Failed; report Planned."""
 
     caller: Caller
     request: int
@@ -144,7 +152,7 @@ class Discard:
 
 @dataclass(frozen=True, slots=True)
 class RunStage:
-    """Run the layers after the cut on what was kept and answer with a Result, or Failed; report Done."""
+    """Run the layers after the cut on what was kept and answer with a Result, or Failed; report Ran."""
 
     caller: Caller
     activation: Activation
@@ -220,8 +228,12 @@ class Answerer:
                 return self._plan(caller, request, ask, now)
             case Heard(caller, Pull() as pull):
                 return self._pull(caller, pull)
-            case Done(caller, request):
-                return self._done((caller, request))
+            case Planned(caller, request):
+                self._planning.discard((caller, request))
+                return self._finish()
+            case Ran(caller, request):
+                del self._uploads[caller, request]
+                return [*self._retire(), *self._finish()]
             case Published(model, version, num_bytes):
                 return self._published(model, version, num_bytes)
             case Wake():
@@ -270,11 +282,6 @@ class Answerer:
         ready = [key for key in self._retiring if key not in in_use]
         self._retiring = [key for key in self._retiring if key in in_use]
         return [Retire(*key) for key in ready]
-
-    def _done(self, key: Key) -> list[Action]:
-        self._planning.discard(key)
-        self._uploads.pop(key, None)
-        return [*self._retire(), *self._finish()]
 
     def _finish(self) -> list[Action]:
         if not self._is_draining or self._has_finished or self._uploads or self._planning:
