@@ -27,6 +27,7 @@ SEGMENTS, REPLICAS = range(1, 11), (1, 2, 4, 8)
 BEYOND: dict[str, dict[str, Any]] = {
     "as published": {},
     "R = 1": {"replicas": 1},
+    "bandwidth-aware": {"selection": "bandwidth"},
     "int8 segments": {"codec": "int8"},
     "int4 segments": {"codec": "int4"},
     "asynchronous": {"max_staleness": float("inf")},
