@@ -109,7 +109,7 @@ def made_up(data: str = "cifar10") -> Measured:
             (6, cascade(0.9, 0.05), cascade(0.9, 0.05)),
         )
     ]
-    engine = Point("int8 engine", 8, 0.9, Cost(0.4, 0.25, 0.0625), cascade(0.1, 0.1), cascade(0.1, 0.1))
+    engine = Point("int8", 8, 0.9, Cost(0.4, 0.25, 0.0625), cascade(0.1, 0.1), cascade(0.1, 0.1))
     return Measured("cnn", data, 0.9, 1000, 1000, [*streams, engine], 1.0)
 
 

@@ -238,7 +238,7 @@ def _reduced(chain: Chain, samples: Tensor) -> Iterator[tuple[str, int, Cost, Ca
     except (ConfigError, RunError):  # this machine has no such kernels
         return
     cost = Cost(seconds=engine.seconds / plain.seconds, num_bytes=8 / 32, bit_macs=(8 / 32) ** 2)
-    yield "int8 engine", 8, cost, partial(scores_of, engine)
+    yield "int8", 8, cost, partial(scores_of, engine)
 
 
 def _cost(stored_bits: int, computed_bits: int, energy: float, full_bits: int = 16) -> Cost:
@@ -266,7 +266,7 @@ def _tables(outcomes: Mapping[str, Measured], full: bool) -> list[Table]:
 NOTES = [
     "best: what saves most on the calibration data; everything shown is of the test data",
     "saved: 1 - E_R / E_F - rerun, in %; E_R / E_F is assumed to be 2^(bits - 12) for streams, bits^2 / 16^2 for integers and "
-    "(1 + bits)^2 / 11^2 for mantissas of floats; for the engine it is measured time",
+    "(1 + bits)^2 / 11^2 for mantissas of floats; of int8, which runs here, it is measured time",
     "rerun: share of samples that the full model is run for, in %",
     "plots: the most that the recompute rates in its authors' plots give for this model and data set",
     "lost: points of accuracy, with two standard errors; where more than those are lost, there is no verdict",
