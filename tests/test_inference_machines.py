@@ -51,9 +51,10 @@ from gossipfl.inference.planning.device_words import (
     Upload,
 )
 from gossipfl.inference.planning.fetching import MAX_REJECTIONS, DeviceConfig
-from gossipfl.inference.planning.offers import FULL_BITS, Ask, Failure, LayerOffer, Manifest, missing, pieces, split
+from gossipfl.inference.planning.offers import Ask, Failure, LayerOffer, Manifest, missing, pieces, split
 from gossipfl.inference.planning.profile import DeviceProfile, LayerProfile, ModelProfile, Plan, Prediction, Stage
 from gossipfl.protocol.messages import (
+    FULL_BITS,
     NEWEST,
     Activation,
     Data,

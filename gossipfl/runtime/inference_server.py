@@ -20,6 +20,7 @@ from concurrent.futures import TimeoutError as NotInTime
 from typing import Any
 
 import numpy as np
+import torch
 
 from gossipfl.errors import CodecError, ConfigError, GossipflError, RemoteProtocolError, RunError
 from gossipfl.inference.execution.activations import decode_live, num_bytes
@@ -69,6 +70,7 @@ from gossipfl.runtime.served import Certifier, ServedVersion
 from gossipfl.runtime.stages import ModelChain, check_inputs, clipped, live_shapes
 from gossipfl.runtime.transport import Happening, Incoming, ZmqTransport
 from gossipfl.segments.codecs import all_finite
+from gossipfl.segments.planes import MAX_PLANES
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +103,9 @@ class InferenceServer:
         self._max_queued = self._machine.config.max_queued
         self._transport = ZmqTransport(bind, run=INFERENCE_RUN, advertise=advertise, insecure=insecure)
         self._loop = MessageLoop(self._transport, self, "gossipfl-inference-server")
-        self._compute = ThreadPoolExecutor(1, "gossipfl-stages")
-        self._library = ThreadPoolExecutor(1, "gossipfl-library")
+        # Until it asks for it, a new thread ignores torch.set_num_threads: it takes every core, and rounds differently.
+        self._compute = ThreadPoolExecutor(1, "gossipfl-stages", torch.get_num_threads)
+        self._library = ThreadPoolExecutor(1, "gossipfl-library", torch.get_num_threads)
         self._served: dict[str, dict[int, ServedVersion]] = {name: {} for name in models}
         self._kept: dict[tuple[Caller, int], list[Any]] = {}  # chunks of activations
         self._num_pulls = 0
@@ -244,7 +247,7 @@ class InferenceServer:
         self._served[served.model][served.version] = served
 
         def bytes_of(cut: int, bits: int, samples: int) -> int | None:
-            if not 0 <= cut < len(profile.layers) or not (0 < bits <= 16 or bits == 32):
+            if not 0 <= cut < len(profile.layers) or not (0 < bits <= MAX_PLANES or bits == FULL_BITS):
                 return None
             return num_bytes(live_shapes(profile, cut), samples, bits)
 

@@ -38,9 +38,22 @@ from gossipfl.inference.planning.device_words import (
 )
 from gossipfl.inference.planning.fetching import DeviceConfig, Fetcher
 from gossipfl.inference.planning.holders import Holders
-from gossipfl.inference.planning.offers import FULL_BITS, Failure, Manifest
+from gossipfl.inference.planning.offers import Failure, Manifest
 from gossipfl.inference.planning.profile import ModelProfile
-from gossipfl.protocol.messages import Failed, Later, Message, PeerDown, PeerId, PeerUp, Received, Rejected, Result, Start, Wake
+from gossipfl.protocol.messages import (
+    FULL_BITS,
+    Failed,
+    Later,
+    Message,
+    PeerDown,
+    PeerId,
+    PeerUp,
+    Received,
+    Rejected,
+    Result,
+    Start,
+    Wake,
+)
 
 
 class Phase(Enum):

@@ -17,11 +17,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from gossipfl.errors import ConfigError, PlanError, RemoteProtocolError
 from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile, Plan, Range
+from gossipfl.protocol.messages import FULL_BITS
 from gossipfl.segments.planes import MAX_PLANES, Planes
 
 SAMPLE_BITS = 8
-FULL_BITS = 32
-"""Of activations that go up as they are."""
 BIASES = "float32"
 """The codec of biases."""
 T = TypeVar("T")
