@@ -50,6 +50,7 @@ from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
 from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
+    FULL_BITS,
     Activation,
     Chunk,
     Collect,
