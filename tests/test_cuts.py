@@ -139,7 +139,8 @@ def cost_by_hand(catalogue, device, level, cut, cached):
         if is_cut:
             total_s += 2 * device.latency_s + (4 * profile.num_classes + HEADER_BYTES) / device.downlink
         if pulled:
-            total_s += (asked / device.uplink + 2 * device.latency_s + down / device.downlink) / device.requests
+            fetch_s = asked / device.uplink + 2 * device.latency_s + down / device.downlink + catalogue.overheads[0].rest_s
+            total_s += fetch_s / device.requests
         energy = device.compute_w * device_s + device.transmit_w * uplink_s
         costs.append(device.time_weight * total_s + device.energy_weight * energy + device.price_weight * server_s)
     return min(costs, default=None)
@@ -187,15 +188,15 @@ def test_a_request_costs_what_its_parts_cost():
         price_weight=0.01,
         requests=4,
     )
-    catalogue = replace(EXAMPLE, overheads=(Overhead(), Overhead(0.5, 0.25, 0.125), Overhead()))
+    catalogue = replace(EXAMPLE, overheads=(Overhead(0.0, 0.0, 2.0), Overhead(0.5, 0.25, 0.125), Overhead()))
     row = choose_plan(catalogue, device, 0.01)[1][1]
     expected = row.prediction
     assert (expected.weight_bytes, expected.activation_bytes) == (4 * 5 + 16 + 16, 8 + 6 * 13)
     assert expected.device_s == (1.0 + 0.5) / 0.5
     assert expected.server_s == 2.0 + 0.25
     header, range_ = HEADER_BYTES, RANGE_BYTES
-    fetch_s = (2 * header + 2 * range_) / 86 + (52 + 2 * header) / 52 + 0.5
-    assert fetch_seconds(SMALL, device, (4,)) == pytest.approx(fetch_s)
+    fetch_s = (2 * header + 2 * range_) / 86 + (52 + 2 * header) / 52 + 0.5 + 2.0
+    assert fetch_seconds(catalogue, device, (4,)) == pytest.approx(fetch_s)
     assert expected.transfer_s == pytest.approx(fetch_s / 4 + (86 + header) / 86 + (12 + header) / 52 + 0.5)
     assert expected.latency_s == pytest.approx(3 + 2.25 + 0.125 + expected.transfer_s)
     assert expected.energy_j == pytest.approx(3 * 3 + 5 * (86 + header) / 86)
@@ -249,9 +250,10 @@ def test_headers_are_those_of_the_messages_on_the_wire():
 
 def test_a_piece_of_many_messages_has_as_many_headers():
     large = replace(SMALL, layers=(replace(SMALL.layers[0], weight=(0, 2**20), bias=None, channels=1),))
-    size = weight_bytes(large, (4,))
+    size, levels = weight_bytes(large, (4,)), {0.01: {1: ((4,), 0)}}
     assert size == 2 * wire.MAX_PAYLOAD_BYTES + 4
-    assert fetch_seconds(large, DeviceProfile(downlink=1.0), (4,)) == size + 3 * HEADER_BYTES
+    catalogue = Catalogue(large, 1, levels, {"fp32": (0.0, 1.0)}, {"fp32": (1.0, 0.0)})
+    assert fetch_seconds(catalogue, DeviceProfile(downlink=1.0), (4,)) == size + 3 * HEADER_BYTES
 
 
 def test_planes_that_are_there_already_are_not_fetched_again():

@@ -182,19 +182,17 @@ def weight_bytes(profile: ModelProfile, weight_bits: Sequence[int], cached: Sequ
     return int(_pieces(profile, weight_bits, cached).sum())
 
 
-def fetch_seconds(
-    profile: ModelProfile, device: DeviceProfile, weight_bits: Sequence[int], cached: Sequence[int] = ()
-) -> float:
+def fetch_seconds(catalogue: Catalogue, device: DeviceProfile, weight_bits: Sequence[int], cached: Sequence[int] = ()) -> float:
     """Of pulling what is missing of them, all at once, with the headers of all messages; 0 where nothing is."""
-    pieces = _pieces(profile, weight_bits, cached)
+    pieces = _pieces(catalogue.profile, weight_bits, cached)
     num_pieces = int((pieces > 0).sum())
     if not num_pieces:
         return 0.0
-    codecs = {(bits, layer.group) for bits, layer in zip(weight_bits, profile.layers, strict=False)}
+    codecs = {(bits, layer.group) for bits, layer in zip(weight_bits, catalogue.profile.layers, strict=False)}
     num_pulls = max(len(codecs) + 1, -(-num_pieces // MAX_RANGES))
     down = int(pieces.sum()) + HEADER_BYTES * int((-(-pieces // MAX_PAYLOAD_BYTES)).sum())
     up = HEADER_BYTES * num_pulls + RANGE_BYTES * num_pieces
-    return up / device.uplink + down / device.downlink + 2 * device.latency_s
+    return up / device.uplink + down / device.downlink + 2 * device.latency_s + catalogue.overheads[0].rest_s
 
 
 def _pieces(profile: ModelProfile, weight_bits: Sequence[int], cached: Sequence[int]) -> np.ndarray:
@@ -258,7 +256,7 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, ca
     server_s = server_times[server_engine] + overhead.server_s
     down = weight_bytes(profile, weights, cached)
     up = activation_bytes(profile, cut, activations)
-    fetch_s = fetch_seconds(profile, device, weights, cached) / device.requests
+    fetch_s = fetch_seconds(catalogue, device, weights, cached) / device.requests
     uplink_s = answer_s = 0.0
     if cut < len(profile.layers):
         uplink_s = (up + HEADER_BYTES * -(-up // MAX_PAYLOAD_BYTES)) / device.uplink
