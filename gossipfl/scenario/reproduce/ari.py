@@ -11,11 +11,10 @@ Each arm trains one model centrally, sets the thresholds on calibration data and
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -36,12 +35,9 @@ from gossipfl.inference.planning.cascade import (
     relative_energy_of_streams,
 )
 from gossipfl.inference.planning.margins import Basis, accepted, certify, largest_change, margins
-from gossipfl.learning.datasets import Dataset, normalise, open_dataset
-from gossipfl.learning.models import build_model
-from gossipfl.learning.training import Engine, Learner, TrainingConfig
-from gossipfl.scenario.config import load_scenario
-from gossipfl.scenario.preparation import calibration_indices, prepare
+from gossipfl.learning.datasets import Dataset
 from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arm, Arms, Reproduction, Row, Table
+from gossipfl.scenario.reproduce.trained_arm import train_arm, write_record
 
 ALPHA, DELTA = 0.01, 0.05
 STREAM_BITS = tuple(range(12, 5, -1))
@@ -153,33 +149,27 @@ def _data(name: str) -> dict[str, Any]:
 def measure(name: str, arm: Arm, folder: Path) -> Measured:
     """Train, calibrate and test one model; `folder / name.json` is the record."""
     began = time.perf_counter()
-    torch.set_num_threads(1)
-    scenario = load_scenario({key: value for key, value in arm.items() if key != "samples"})
-    dataset = _with_background_0(open_dataset(prepare(scenario)))
-    kept = calibration_indices(scenario, dataset)
-    model = build_model(scenario.model, dataset.input_shape, dataset.num_classes, scenario.model_args, scenario.model_seed)
-    engine = Engine(model, TrainingConfig(**scenario.training.model_dump(), seed=scenario.protocol_seed), dataset)
-    learner = Learner("central", np.setdiff1d(np.arange(len(dataset.y_train)), kept))
-    engine.flat.write(engine.train(learner, engine.initial_vector(), 1).vector)
-    chain = Chain.of(model, dataset.input_shape)
-    calibration = _inputs(dataset.x_train[kept[: arm["samples"]]], dataset)
-    test = _inputs(dataset.x_test[: arm["samples"]], dataset)
-    seen = _inputs(dataset.x_train[learner.indices[:RANGE_SAMPLES]], dataset)
-    accuracy, points = measure_cascades(chain, seen, calibration, test, dataset.y_test[: arm["samples"]])
+    trained = train_arm({key: value for key, value in arm.items() if key != "samples"}, _with_background_0)
+    dataset, num_samples = trained.dataset, arm["samples"]
+    calibration, test, seen = (
+        torch.from_numpy(trained.inputs(x))
+        for x in (
+            dataset.x_train[trained.kept[:num_samples]],
+            dataset.x_test[:num_samples],
+            dataset.x_train[trained.seen[:RANGE_SAMPLES]],
+        )
+    )
+    chain = Chain.of(trained.model, dataset.input_shape)
+    accuracy, points = measure_cascades(chain, seen, calibration, test, dataset.y_test[:num_samples])
     seconds = time.perf_counter() - began
     measured = Measured(arm["model"], name.partition("-")[2], accuracy, len(calibration), len(test), points, seconds)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(asdict(measured), indent=1))
+    write_record(folder, name, measured)
     return measured
 
 
 def _with_background_0(dataset: Dataset) -> Dataset:
     """Grey images as 0 to 1: drawn on a background that streams then need not carry. Colours are standardised as ever."""
     return replace(dataset, mean=(0.0,), std=(1.0,)) if dataset.mean and len(dataset.mean) == 1 else dataset
-
-
-def _inputs(x: np.ndarray, dataset: Dataset) -> Tensor:
-    return torch.from_numpy(np.array(normalise(x, dataset)))
 
 
 def measure_cascades(

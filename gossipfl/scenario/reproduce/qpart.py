@@ -11,26 +11,18 @@ that, and measures on test samples.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.chain import Chain
-from gossipfl.learning.datasets import normalise, open_dataset
-from gossipfl.learning.models import build_model
-from gossipfl.learning.training import Engine, Learner, TrainingConfig
-from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.inference.bench import PlanRow, plan_rows
 from gossipfl.scenario.inference.calibrate import ALONE
 from gossipfl.scenario.inference.display import bits_text
-from gossipfl.scenario.preparation import calibration_indices, prepare
 from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arm, Arms, Reproduction, Row, Table
+from gossipfl.scenario.reproduce.trained_arm import train_arm, write_record
 
 SAVED = (0.8188, 0.8812)
 """1 minus what was published."""
@@ -75,31 +67,22 @@ def _arms(full: bool) -> Arms:
 
 def measure(name: str, arm: Arm, folder: Path) -> Measured:
     """Train, calibrate and test one model; `folder / name.json` is the record."""
+    trained = train_arm(arm)
+    dataset, seen, kept = trained.dataset, trained.seen, trained.kept[:UNSEEN]
     began = time.perf_counter()
-    torch.set_num_threads(1)
-    scenario = load_scenario(arm | {"rounds": 1})
-    dataset = open_dataset(prepare(scenario))
-    kept = calibration_indices(scenario, dataset)
-    used = np.setdiff1d(np.arange(len(dataset.y_train)), kept)
-    model = build_model(scenario.model, dataset.input_shape, dataset.num_classes, scenario.model_args, scenario.model_seed)
-    engine = Engine(model, TrainingConfig(**scenario.training.model_dump(), seed=scenario.protocol_seed), dataset)
-    engine.flat.write(engine.train(Learner("central", used), engine.initial_vector(), 1).vector)
-    trained = time.perf_counter()
-    kept = kept[:UNSEEN]
     calibrator = Calibrator(
-        Chain.of(model, dataset.input_shape),
-        normalise(dataset.x_train[used[:: len(used) // SEEN][:SEEN]], dataset),
-        (normalise(dataset.x_train[kept], dataset), dataset.y_train[kept]),
+        Chain.of(trained.model, dataset.input_shape),
+        trained.inputs(dataset.x_train[seen[:: len(seen) // SEEN][:SEEN]]),
+        (trained.inputs(dataset.x_train[kept]), dataset.y_train[kept]),
         data=name,
     )
     catalogue, found = calibrator.catalogue()
-    calibrated = time.perf_counter()
+    calibrate_s = time.perf_counter() - began
     harm = {level: {cut: row.harm for cut, row in cuts.items()} for level, cuts in found.items()}
-    rows = tuple(plan_rows(calibrator, catalogue, harm, normalise(dataset.x_test, dataset), dataset.y_test))
-    accuracy = engine.evaluate(engine.flat.read())
-    measured = Measured(name, accuracy, len(kept), len(dataset.y_test), rows, trained - began, calibrated - trained)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(asdict(measured), indent=1))
+    rows = tuple(plan_rows(calibrator, catalogue, harm, trained.inputs(dataset.x_test), dataset.y_test))
+    accuracy = trained.engine.evaluate(trained.engine.flat.read())
+    measured = Measured(name, accuracy, len(kept), len(dataset.y_test), rows, trained.seconds, calibrate_s)
+    write_record(folder, name, measured)
     return measured
 
 
