@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 import gossipfl
 from gossipfl.cli import main
 from gossipfl.learning.models import build_model
+from gossipfl.scenario.inference import latency
 from gossipfl.scenario.inference.trained import load_trained
 
 SCENARIO = {
@@ -36,6 +37,15 @@ def call(*words: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, list(map(str, words)))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Seconds are measured once, for what they are is not asked here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "MOST_TURNS", 1)
+        patch.setattr(latency, "PAUSE_S", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +92,9 @@ def test_the_bench_tells_what_was_promised_and_what_was_kept(run):
     for row in tables["plans"]:
         assert 0 <= row["payload"] < row["payload_32"] and row["predicted_loss"] <= row["level"]
     assert {row["rule"] for row in tables["thresholds"]} == {"max", "fit99", "fit99.9", "certified"}
+    assert {row["device"] for row in tables["latency"]} == {"sensor", "phone", "gateway"}
+    for row in tables["latency"]:
+        assert row["predicted_up"] == row["measured_up"] and row["predicted_pull"] == row["measured_pull"]
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

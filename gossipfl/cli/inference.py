@@ -95,13 +95,22 @@ def plan_inference(run: Path, model: str, device_file: Path | None, max_accuracy
 def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
     """What plans and thresholds promise for a calibrated model of a RUN, and what they keep on test samples.
 
+    Latencies are of real sockets, with devices and links of other speeds emulated; that takes half a minute.
+
     \b
     gossipfl bench-inference runs/quickstart
     gossipfl bench-inference runs/quickstart --json | jq '.plans[] | select(.level == 0.01)'
     """
-    from gossipfl.scenario.inference.bench import plan_rows, threshold_rows
+    from gossipfl.scenario.inference.bench import DEVICES, plan_rows, threshold_rows
     from gossipfl.scenario.inference.calibrate import calibrator_of, load_calibration
-    from gossipfl.scenario.inference.display import plain, print_plan_rows, print_threshold_rows
+    from gossipfl.scenario.inference.display import (
+        plain,
+        print_latency_rows,
+        print_plan_rows,
+        print_threshold_rows,
+        progress,
+    )
+    from gossipfl.scenario.inference.latency import latency_rows
     from gossipfl.scenario.inference.trained import load_trained
 
     trained = load_trained(run, model)
@@ -109,15 +118,19 @@ def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
     calibrator, samples = calibrator_of(trained), trained.test_samples
     plans = list(plan_rows(calibrator, calibration.catalogue, calibration.harm, *samples))
     thresholds = list(threshold_rows(calibrator, calibration.catalogue, *samples))
+    with progress(quiet) as told:
+        latencies = latency_rows(calibrator, calibration.catalogue, DEVICES, samples[0], told=told)
     if as_json:
         values = {
             "plans": [asdict(row) | {"saved": row.saved} for row in plans],
             "thresholds": [asdict(row) for row in thresholds],
+            "latency": [asdict(row) | {"error": row.error, "error_now": row.error_now} for row in latencies],
         }
         click.echo(json.dumps(plain(values)))
     else:
         print_plan_rows(Console(), plans)
         print_threshold_rows(Console(), thresholds)
+        print_latency_rows(Console(), latencies)
         click.echo(f"{len(samples[1])} test samples, that neither training nor calibration saw")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from gossipfl.inference.planning.cuts import Catalogue, choose_plan
 from gossipfl.inference.planning.margins import ALPHA, DELTA, Certificate
 from gossipfl.inference.planning.profile import DeviceProfile, Plan
 from gossipfl.learning.checkpoint import write_atomically
+from gossipfl.scenario.inference.latency import measure_overheads
 from gossipfl.scenario.inference.trained import Trained
 from gossipfl.scenario.records import machine
 
@@ -39,6 +41,7 @@ def calibrator_of(trained: Trained, alpha: float = ALPHA, delta: float = DELTA) 
 def calibrate(trained: Trained, calibrator: Calibrator, progress: Progress = lambda what, share: None) -> Calibration:
     """The calibration of a run's model, written beside it; with certificates of the plans that leave nothing to a server."""
     catalogue, rows = calibrator.catalogue(progress)
+    catalogue = replace(catalogue, overheads=measure_overheads(calibrator, catalogue, calibrator.samples))
     calibration = Calibration(
         model=trained.name,
         digest=trained.digest,

@@ -23,6 +23,7 @@ from gossipfl.inference.planning.cuts import CutRow
 from gossipfl.inference.planning.profile import ModelProfile, Plan
 from gossipfl.scenario.inference.bench import PlanRow, ThresholdRow
 from gossipfl.scenario.inference.calibrate import certificates_by_bits
+from gossipfl.scenario.inference.latency import LatencyRow
 from gossipfl.scenario.inference.payload import payload, saved
 
 LINE_S = 5.0
@@ -184,3 +185,28 @@ def print_threshold_rows(console: Console, rows: Sequence[ThresholdRow]) -> None
             f"{row.time_saved:.0%}",
         )
     console.print(table)
+
+
+def print_latency_rows(console: Console, rows: Sequence[LatencyRow]) -> None:
+    """The plan that each device gets is in bold; of bytes that are as predicted there is one number."""
+    title = "latency and bytes: predicted | measured, on emulated devices and links"
+    table = Table("device, cut", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("ms", "error", "now", "bytes up", "pulled", "in ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{row.device} {row.cut}/{row.num_layers}",
+            f"{1000 * row.predicted_s:.1f} | {1000 * row.measured_s:.1f}",
+            f"{row.error:+.1%}",
+            f"{row.error_now:+.1%}",
+            _both(row.predicted_up, row.measured_up),
+            _both(row.predicted_pull, row.measured_pull),
+            f"{1000 * row.predicted_pull_s:.1f} | {1000 * row.measured_pull_s:.1f}" if row.cut else "-",
+            style="bold" if row.is_chosen else None,
+        )
+    console.print(table)
+    console.print("now: with the overheads of a request as measured meanwhile, not as calibrated", highlight=False)
+
+
+def _both(predicted: int, measured: int) -> str:
+    return f"{predicted:,}" if predicted == measured else f"{predicted:,} | {measured:,}"

@@ -1,0 +1,223 @@
+"""What a plan says that a request takes, against what it does take: emulated devices behind emulated links, over real sockets.
+
+A device waits until its part has taken as long as at its speed (`EdgeDevice.emulated_speed`), a relay holds bytes back to its
+link's rates and latency (`runtime.link_relay`); all else is as it is used. A small model is rarely worth a link, so beside the
+plan that is chosen those are measured that cut it in the middle, and that leave it all to the server.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from gossipfl.inference.execution.calibration import Calibrator, Progress
+from gossipfl.inference.planning.cuts import Bits, Catalogue, Overhead, choose_plan, fetch_seconds
+from gossipfl.inference.planning.profile import ON_DEVICE, DeviceProfile, Plan
+from gossipfl.inference.planning.receipts import Receipt
+from gossipfl.runtime.edge_device import EdgeDevice
+from gossipfl.runtime.inference_server import InferenceServer
+from gossipfl.runtime.link_relay import LinkRelay
+
+LEVEL = 0.01
+"""The loss that plans are made for, or the least that there is."""
+TOTAL_S = 10.0
+"""What all requests together may take, as predicted."""
+LEAST_TURNS, MOST_TURNS = 3, 15
+PAUSE_S = 0.05
+"""Rest before each request: who is asked once in a while begins cold, which takes up to three times as long."""
+PATIENCE_S = 60.0
+MODEL = "m"
+Overheads = tuple[Overhead, Overhead, Overhead]
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyRow:
+    """One plan of one device: a request with the weights there, the median of `turns`, and the pull of the weights."""
+
+    device: str
+    cut: int
+    num_layers: int
+    is_chosen: bool
+    engine: str
+    turns: int
+    predicted_s: float
+    """As the plan says."""
+    predicted_now_s: float
+    """With the overheads of this machine as it was meanwhile (the relay's among them), not those of the calibration."""
+    measured_s: float
+    predicted_up: int
+    measured_up: int
+    predicted_pull: int
+    measured_pull: int
+    predicted_pull_s: float
+    measured_pull_s: float
+    """Without the offer before and the compiling after."""
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a share of what was measured."""
+        return self.predicted_s / self.measured_s - 1
+
+    @property
+    def error_now(self) -> float:
+        return self.predicted_now_s / self.measured_s - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A device that has answered once, and what it has to do: the only cut of `forced`."""
+
+    device: DeviceProfile
+    forced: Catalogue
+    plan: Plan
+    edge: EdgeDevice
+    receipts: list[Receipt] = field(default_factory=list)
+
+    def ask(self, inputs: np.ndarray, turn: int) -> None:
+        """About one sample, after a rest."""
+        time.sleep(PAUSE_S)
+        self.receipts.append(self.edge.predict(inputs[turn % len(inputs)][None], PATIENCE_S).receipt)
+
+    def predicted_s(self, overheads: Overheads) -> float:
+        """Of a request with the weights there."""
+        catalogue = replace(self.forced, overheads=overheads)
+        plan, _ = choose_plan(catalogue, self.device, min(catalogue.levels), cached=self.plan.weight_bits)
+        return plan.prediction.latency_s
+
+    @property
+    def overhead(self) -> Overhead:
+        """What was measured, less what is known of the layers; of a device without a link."""
+        known, seconds = self.plan.prediction, [receipt.seconds for receipt in self.receipts]
+        return Overhead(
+            max(0.0, statistics.median(one["device"] for one in seconds) - known.device_s),
+            max(0.0, statistics.median(one["server"] for one in seconds) - known.server_s),
+            max(0.0, statistics.median(one["total"] - one["device"] - one["server"] for one in seconds)),
+        )
+
+
+def measure_overheads(calibrator: Calibrator, catalogue: Catalogue, inputs: np.ndarray) -> Overheads:
+    """For `Catalogue.overheads`, on this machine and without a link. `inputs` f32[n, *input_shape]."""
+    with ExitStack() as stack:
+        unlinked = _open_unlinked(stack, calibrator, catalogue, inputs, relayed=False)
+        for turn in range(MOST_TURNS):
+            for one in unlinked:
+                one.ask(inputs, turn)
+        return _overheads(unlinked)
+
+
+def latency_rows(
+    calibrator: Calibrator,
+    catalogue: Catalogue,
+    devices: Sequence[DeviceProfile],
+    inputs: np.ndarray,
+    total_s: float = TOTAL_S,
+    told: Progress = lambda what, share: None,
+) -> list[LatencyRow]:
+    """For each device the plan that it gets, the middle cut and all on the server, where these can be; by turns."""
+    level = LEVEL if min(catalogue.levels) <= LEVEL else min(catalogue.levels)
+    with ExitStack() as stack:
+        unlinked = _open_unlinked(stack, calibrator, catalogue, inputs, relayed=True)
+        opened: list[_Opened] = []
+        chosen: list[bool] = []
+        servers: dict[int, InferenceServer] = {}
+        for device in devices:
+            plan, rows = choose_plan(catalogue, device, level)
+            able = {row.cut: (row.weight_bits, row.activation_bits) for row in rows if row.obstacle is None}
+            between = [cut for cut in able if 0 < cut < len(catalogue.profile.layers)]
+            for cut in dict.fromkeys((plan.cut, *between[len(between) // 2 :][:1], *([0] if 0 in able else []))):
+                forced = _only(catalogue, cut, able[cut])
+                if cut not in servers:
+                    servers[cut] = _serve(stack, calibrator, forced)
+                address = _relay(stack, servers[cut].address, device)
+                opened.append(_open(stack, calibrator, forced, device, address, inputs))
+                chosen.append(cut == plan.cut)
+        predicted_s = sum(one.predicted_s(catalogue.overheads) for one in opened)
+        turns = int(min(max(total_s / predicted_s, LEAST_TURNS), MOST_TURNS))
+        for turn in range(turns):
+            told("requests over emulated links", turn / turns)
+            for one in (*unlinked, *opened):
+                one.ask(inputs, turn)
+        now = _overheads(unlinked)
+        return [_row(one, is_chosen, now) for one, is_chosen in zip(opened, chosen, strict=True)]
+
+
+def _open_unlinked(
+    stack: ExitStack, calibrator: Calibrator, catalogue: Catalogue, inputs: np.ndarray, relayed: bool
+) -> list[_Opened]:
+    """For each of `Catalogue.overheads` a device as fast as the server; `relayed` through a link without limits."""
+    bare, last = replace(catalogue, overheads=(Overhead(),) * 3), len(catalogue.profile.layers)
+    device, opened = DeviceProfile(memory_bytes=2**40), []
+    for cut in (0, last // 2, last):
+        forced = _only(bare, cut, ((8,) * cut, 8 if cut < last else 0))
+        address = _serve(stack, calibrator, forced).address
+        if relayed:
+            address = _relay(stack, address, device)
+        opened.append(_open(stack, calibrator, forced, device, address, inputs))
+    return opened
+
+
+def _overheads(unlinked: Sequence[_Opened]) -> Overheads:
+    server_alone, both, device_alone = (one.overhead for one in unlinked)
+    return server_alone, both, device_alone
+
+
+def _only(catalogue: Catalogue, cut: int, bits: Bits) -> Catalogue:
+    """Where there is nothing else to choose."""
+    return replace(catalogue, levels={LEVEL: {cut: bits}})
+
+
+def _serve(stack: ExitStack, calibrator: Calibrator, forced: Catalogue) -> InferenceServer:
+    server = stack.enter_context(InferenceServer({MODEL: calibrator.chain}))
+    server.publish(MODEL, forced.version, calibrator.vector, forced)
+    return server
+
+
+def _relay(stack: ExitStack, address: str, device: DeviceProfile) -> str:
+    """The address behind the device's link."""
+    link = LinkRelay(address, uplink=device.uplink, downlink=device.downlink, latency_s=device.latency_s)
+    return stack.enter_context(link).address
+
+
+def _open(
+    stack: ExitStack, calibrator: Calibrator, forced: Catalogue, device: DeviceProfile, address: str, inputs: np.ndarray
+) -> _Opened:
+    plan, _ = choose_plan(forced, device, LEVEL)
+    edge = EdgeDevice(
+        [address],
+        calibrator.chain,
+        device,
+        LEVEL,
+        model=MODEL,
+        samples=calibrator.samples,
+        patience_s=PATIENCE_S,
+        emulated_speed=min(device.speed, 1.0),
+    )
+    stack.callback(edge.close)
+    edge.predict(inputs[:1], PATIENCE_S)
+    return _Opened(device, forced, plan, edge)
+
+
+def _row(one: _Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
+    plan = one.plan
+    return LatencyRow(
+        one.device.name,
+        plan.cut,
+        len(one.forced.profile.layers),
+        is_chosen,
+        next((stage.engine for stage in plan.stages if stage.device == ON_DEVICE), "-"),
+        len(one.receipts),
+        one.predicted_s(one.forced.overheads),
+        one.predicted_s(now),
+        statistics.median(receipt.seconds["total"] for receipt in one.receipts),
+        plan.prediction.activation_bytes,
+        one.receipts[0].bytes_up,
+        plan.prediction.weight_bytes,
+        one.edge.bytes_pulled,
+        fetch_seconds(one.forced, one.device, plan.weight_bits),
+        one.edge.seconds_pulled,
+    )

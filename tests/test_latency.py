@@ -1,0 +1,138 @@
+"""Predicted latency against measured, over emulated links: the rows, their bytes exactly, and what the links alone take.
+
+How far predictions are off depends on the machine: `gossipfl bench-inference` says so.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gossipfl.errors import ConfigError
+from gossipfl.inference.execution.calibration import Calibrator
+from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.planning.cuts import Catalogue, Overhead, activation_bytes, choose_plan, fetch_seconds, weight_bytes
+from gossipfl.inference.planning.profile import DeviceProfile
+from gossipfl.runtime.edge_device import EdgeDevice
+from gossipfl.runtime.stages import emulated
+from gossipfl.scenario.inference import latency
+from gossipfl.scenario.inference.latency import latency_rows, measure_overheads
+
+SHAPE, LAYERS = (1, 8, 8), 3
+X = np.random.default_rng(0).standard_normal((40, *SHAPE)).astype(np.float32)
+NEAR = DeviceProfile("near", speed=0.5, uplink=1e7, downlink=1e7, latency_s=1e-3)
+FAR = DeviceProfile("far", speed=0.1, uplink=1e5, downlink=2e5, latency_s=0.01)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(latency, "MOST_TURNS", 3)
+    monkeypatch.setattr(latency, "PAUSE_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def calibrator() -> Calibrator:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 16), nn.ReLU(), nn.Linear(16, 5)
+    )  # fmt: skip
+    return Calibrator(Chain.of(network, SHAPE), X, (X, None), data="x", engines=["fp32"])
+
+
+@pytest.fixture
+def catalogue(calibrator) -> Catalogue:
+    """Computing takes a second, so that devices are best off with the server."""
+    levels = {0.01: {cut: ((4, 5, 6)[:cut], 6 if cut < LAYERS else 0) for cut in range(LAYERS + 1)}}
+    times = (0.0, 1.0, 2.0, 3.0)
+    return Catalogue(calibrator.chain.profile, 7, levels, {"fp32": times}, {"fp32": (0.0,) * 4})
+
+
+def test_each_device_has_a_row_for_its_plan_the_middle_cut_and_all_on_the_server(calibrator, catalogue):
+    by_itself = DeviceProfile("by itself", price_weight=1e9, requests=1000)
+    dear = replace(catalogue, server_s={"fp32": (3.0, 2.0, 1.0, 0.0)})
+    rows = latency_rows(calibrator, dear, (by_itself,), X)
+    assert [(row.device, row.cut, row.num_layers, row.is_chosen) for row in rows] == [
+        ("by itself", 3, 3, True),
+        ("by itself", 2, 3, False),
+        ("by itself", 0, 3, False),
+    ]
+    rows = latency_rows(calibrator, catalogue, (NEAR, FAR), X)
+    assert [(row.device, row.cut, row.is_chosen, row.engine, row.turns) for row in rows] == [
+        ("near", 0, True, "-", 3),
+        ("near", 2, False, "fp32", 3),
+        ("far", 0, True, "-", 3),
+        ("far", 2, False, "fp32", 3),
+    ]
+
+
+def test_the_bytes_that_move_are_those_that_were_predicted(calibrator, catalogue):
+    profile = catalogue.profile
+    for row in latency_rows(calibrator, catalogue, (NEAR,), X):
+        assert row.predicted_up == row.measured_up == activation_bytes(profile, row.cut, 6)
+        assert row.predicted_pull == row.measured_pull == weight_bytes(profile, (4, 5)[: row.cut])
+        assert row.predicted_pull_s == fetch_seconds(catalogue, NEAR, (4, 5)[: row.cut])
+
+
+def test_nothing_takes_less_than_the_link_alone(calibrator, catalogue):
+    for row in latency_rows(calibrator, catalogue, (FAR,), X):
+        link_s = 2 * FAR.latency_s
+        assert row.measured_s >= link_s + row.measured_up / FAR.uplink + 4 * 5 / FAR.downlink
+        assert row.measured_pull_s >= (link_s + row.measured_pull / FAR.downlink if row.cut else 0.0)
+
+
+def test_a_prediction_is_the_plans_and_now_has_the_overheads_of_now(calibrator, catalogue):
+    overhead = Overhead(1.0, 2.0, 4.0)
+    catalogue = replace(catalogue, overheads=(overhead,) * 3)
+    for row in latency_rows(calibrator, catalogue, (NEAR,), X):
+        predicted = choose_plan(catalogue, NEAR, 0.01, (4, 5)[: row.cut])[1][row.cut].prediction
+        assert row.predicted_s == predicted.latency_s
+        measured = row.predicted_now_s - (predicted.latency_s - 2.0 - 4.0 - (1.0 / NEAR.speed))
+        assert measured > 0  # threads and messages take some time
+        assert row.error == row.predicted_s / row.measured_s - 1
+        assert row.error_now == row.predicted_now_s / row.measured_s - 1
+
+
+def test_a_cut_that_does_not_fit_the_device_has_no_row(calibrator, catalogue):
+    small = replace(NEAR, memory_bytes=2500)  # the first layer takes 1,352 bytes, the second 10 KiB of weights
+    assert [row.cut for row in latency_rows(calibrator, catalogue, (small,), X)] == [0, 1]
+
+
+def test_slow_links_are_asked_less_often(calibrator, catalogue, monkeypatch):
+    monkeypatch.setattr(latency, "MOST_TURNS", 9)
+    fast = replace(catalogue, device_s={"fp32": (0.0, 1e-6, 1e-6, 1e-6)})
+    rows = latency_rows(calibrator, fast, (FAR,), X, total_s=0.25)
+    assert {row.turns for row in rows} == {int(0.25 / sum(row.predicted_s for row in rows))}
+    assert 3 < rows[0].turns < 9
+
+
+def test_overheads_are_of_parts_that_there_are(calibrator, catalogue):
+    catalogue = replace(catalogue, device_s={"fp32": (0.0,) * 4})
+    server_alone, both, device_alone = measure_overheads(calibrator, catalogue, X)
+    assert server_alone.device_s == 0.0 == device_alone.server_s
+    assert min(server_alone.server_s, both.device_s, both.server_s, device_alone.device_s) > 0
+    assert min(one.rest_s for one in (server_alone, both, device_alone)) > 0
+
+
+def test_a_slow_device_takes_its_speeds_share_longer():
+    def work() -> float:
+        began = time.thread_time()
+        sum(range(20_000))
+        return time.thread_time() - began
+
+    for speed in (0.5, 0.1):
+        began = time.perf_counter()
+        worked = emulated(work, speed)
+        assert time.perf_counter() - began >= worked / speed
+    assert emulated(lambda: "x", 1.0) == "x"
+
+
+@pytest.mark.parametrize("speed", [0.0, -1.0, 2.0, float("nan")])
+def test_a_speed_that_waiting_cannot_bring_about_is_refused(calibrator, speed):
+    with pytest.raises(ConfigError, match="emulated_speed"):
+        EdgeDevice(["tcp://127.0.0.1:1"], calibrator.chain, emulated_speed=speed)
