@@ -25,7 +25,7 @@ from gossipfl.runtime.link_relay import LinkRelay
 
 LEVEL = 0.01
 """The loss that plans are made for, or the least that there is."""
-TOTAL_S = 10.0
+TOTAL_S = 8.0
 """What all requests together may take, as predicted."""
 LEAST_TURNS, MOST_TURNS = 3, 15
 PAUSE_S = 0.05
@@ -150,7 +150,8 @@ def _open_unlinked(
     stack: ExitStack, calibrator: Calibrator, catalogue: Catalogue, inputs: np.ndarray, relayed: bool
 ) -> list[_Opened]:
     """For each of `Catalogue.overheads` a device as fast as the server; `relayed` through a link without limits."""
-    bare, last = replace(catalogue, overheads=(Overhead(),) * 3), len(catalogue.profile.layers)
+    fp32 = {"fp32": catalogue.device_s["fp32"]}  # there is nothing that it cannot run
+    bare, last = replace(catalogue, device_s=fp32, overheads=(Overhead(),) * 3), len(catalogue.profile.layers)
     device, opened = DeviceProfile(memory_bytes=2**40), []
     for cut in (0, last // 2, last):
         forced = _only(bare, cut, ((8,) * cut, 8 if cut < last else 0))
