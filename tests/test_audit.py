@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gossipfl.errors import ConfigError
-from gossipfl.inference.planning.audit import Audit, is_audited, risks_bet_on
+from gossipfl.inference.planning.audit import Audit, audited_of, risks_bet_on
 
 ALPHA, DELTA = 0.02, 0.05
 
@@ -115,9 +115,10 @@ def test_an_alarm_stays_and_says_when_it_came():
 
 
 def test_about_the_share_that_was_asked_for_is_audited_and_the_seed_decides():
-    drawn = [[is_audited(0.05, rng) for _ in range(4000)] for rng in (np.random.default_rng(5), np.random.default_rng(5))]
-    assert drawn[0] == drawn[1]
-    assert abs(sum(drawn[0]) - 200) <= 4 * math.sqrt(4000 * 0.05 * 0.95)
+    drawn = [audited_of(4000, 0.05, np.random.default_rng(5)) for _ in range(2)]
+    assert drawn[0] == drawn[1] and set(drawn[0]) < set(range(4000))
+    assert abs(len(drawn[0]) - 200) <= 4 * math.sqrt(4000 * 0.05 * 0.95)
+    assert audited_of(10, 0.0, np.random.default_rng(5)) == () and len(audited_of(10, 1.0, np.random.default_rng(5))) == 10
 
 
 @pytest.mark.parametrize(("alpha", "delta"), [(0.0, 0.05), (0.02, 1.0), (math.nan, 0.05)])

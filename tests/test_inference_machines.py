@@ -33,8 +33,9 @@ from gossipfl.inference.planning.answering import (
     Serve,
     ServerConfig,
 )
-from gossipfl.inference.planning.asking import Asker
+from gossipfl.inference.planning.asking import AUDIT_S, MAX_AUDITS, Asker
 from gossipfl.inference.planning.device_words import (
+    Audited,
     Fail,
     Forget,
     Found,
@@ -47,6 +48,7 @@ from gossipfl.inference.planning.device_words import (
     Resolve,
     RunHead,
     Send,
+    SetAside,
     Unload,
     Upload,
 )
@@ -167,6 +169,8 @@ def test_twenty_thousand_mutated_manifests_are_manifests_or_refused():
         ({"layers": manifest(bits=5).layers}, "5 planes as 'planes:0-5:16' for 4 bits of layer 'a'"),
         ({"layers": (replace(manifest().layers[0], bias=None), *manifest().layers[1:])}, "layer 'a' has a bias"),
         ({"threshold": -0.1}, "threshold = -0.1"),
+        ({"alpha": 0.0}, "alpha = 0.0"),
+        ({"alpha": 0.1, "delta": 1.5}, "delta = 1.5"),
     ],
 )
 def test_an_offer_that_does_not_add_up_is_refused(changes, message):
@@ -592,6 +596,191 @@ def test_a_version_that_is_asked_for_by_number_is_that_one_or_an_error():
     assert failure.kind == "version" and "1, 2" in failure.reason
 
 
+# --- audits -----------------------------------------------------------------------------------------------------------
+
+
+def certified(version=1, **changes) -> Manifest:
+    return manifest(version, **(dict(threshold=0.5, alpha=0.02, delta=0.05) | changes))
+
+
+def audited(offer=None, **config) -> Asker:
+    """A machine that audits every sample."""
+    return ready(offer or certified(), **(dict(audit_share=1.0) | config))
+
+
+def ask_sure(machine, number, margins_=(0.9,), now=0.0) -> list:
+    machine.handle(Question(number, len(margins_), now + 100.0), now)
+    return machine.handle(HeadDone(number, margins_), now)
+
+
+def compared(machine, upload, *differ, now=0.0) -> list:
+    return machine.handle(Received(upload.peer, Result(upload.request, upload.version, 0.1, 0, 1, payload=differ)), now)
+
+
+def counted(machine, version=1) -> tuple[int, int]:
+    """Audits, and how many of them differed."""
+    audit = machine._audits._watched[version].audit
+    return audit.num_audited, audit.num_differing
+
+
+def alarm(machine, first=1000) -> list:
+    """Answers that all differ, until there is an alarm: what was done last."""
+    for number in itertools.count(first):
+        (upload,) = of(ask_sure(machine, number), Upload)
+        actions = compared(machine, upload, True)
+        if of(actions, Report):
+            return actions
+
+
+def test_an_answer_goes_out_at_once_and_is_compared_afterwards():
+    machine = audited()
+    aside, resolve, upload = ask_sure(machine, 7, (0.9, 0.6))
+    assert aside == SetAside(7, ~7, (0, 1)) and resolve == Resolve(7, certified())
+    assert upload == Upload(~7, "s0", upload.request, 1, 0, FULL_BITS, "audit", None)
+    assert counted(machine) == (0, 0)
+    assert compared(machine, upload, True, False) == [Audited(~7), Forget("s0", upload.request)]
+    assert counted(machine) == (2, 1)
+    assert not machine._questions and not machine._by_request
+
+
+def test_what_falls_back_counts_at_once_as_not_differing_and_is_not_asked_for_twice():
+    machine = audited()
+    machine.handle(Question(1, 3, 100.0), 0.0)
+    (upload,) = machine.handle(HeadDone(1, (0.1, 0.9, 0.2)), 0.0)
+    assert (upload.tier, upload.samples) == ("full", (0, 2)) and counted(machine) == (1, 0)
+    actions = machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1)), 0.1)
+    assert of(actions, SetAside) == [SetAside(1, ~1, (1,))] and of(actions, Resolve) == [Resolve(1, certified(), (0, 2))]
+    assert Forget("s0", upload.request) in actions
+    compared(machine, of(actions, Upload)[0], True)
+    assert counted(machine) == (3, 1)
+
+
+def test_audits_count_in_the_order_in_which_they_were_drawn():
+    """Else those that fall back would come before those that are accepted, and be missing among those that follow."""
+    machine = audited()
+    (first,) = of(ask_sure(machine, 1), Upload)
+    ask_sure(machine, 2, (0.1, 0.1))
+    assert counted(machine) == (0, 0)
+    compared(machine, first, True)
+    assert counted(machine) == (3, 1)
+
+
+@pytest.mark.parametrize("policy", ["unverified", "fail"])
+def test_after_an_alarm_the_full_model_answers_all_and_where_there_is_none_the_policy_decides(policy):
+    machine = audited(on_no_server=policy)
+    (report,) = of(alarm(machine), Report)
+    num_audited, num_differing = counted(machine)
+    assert num_audited == num_differing <= 10
+    assert (report.peer, report.kind) == ("m", "drift") and f"alpha = 0.02: it did in {num_audited} of" in report.detail
+    (upload,) = ask_sure(machine, 1, (0.9, 1.0))
+    assert (upload.tier, upload.samples) == ("full", None), "however sure"
+    actions = machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1)), 0.1)
+    assert actions[0] == Resolve(1, certified(), (0, 1), True, alarm=True) and not of(actions, SetAside)
+    machine.handle(PeerDown("s0"), 0.2)
+    machine.handle(PeerDown("s1"), 0.2)
+    actions = ask_sure(machine, 2, now=0.3)
+    while not of(actions, (Resolve, Fail)):
+        actions = machine.handle(Wake(), machine.next_deadline)
+    if policy == "unverified":
+        assert of(actions, Resolve) == [Resolve(2, certified(), (0,), False, alarm=True)]
+    else:
+        assert of(actions, Fail)[0].kind == "deadline"
+
+
+def test_questions_under_way_at_an_alarm_say_so_and_the_next_version_begins_anew():
+    machine = audited()
+    machine.handle(Question(1, 1, 100.0), 0.0)
+    (upload,) = machine.handle(HeadDone(1, (0.1,)), 0.0)
+    alarm(machine)
+    actions = machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1)), 0.1)
+    assert actions[0] == Resolve(1, certified(), (0,), True, alarm=True)
+    assert switch(machine, certified(2), 1.0) == [Unload(1)]
+    resolve, upload = ask_sure(machine, 2, now=1.0)[1:]
+    assert resolve == Resolve(2, certified(2)) and upload.tier == "audit"
+    compared(machine, upload, False, now=1.0)
+    assert counted(machine, 2) == (1, 0) and list(machine._audits._watched) == [2]
+
+
+def test_a_version_stays_until_its_last_audit_is_over():
+    machine = audited()
+    (upload,) = of(ask_sure(machine, 1), Upload)
+    assert not of(switch(machine, certified(2), 1.0), Unload)
+    assert compared(machine, upload, False, now=1.1) == [Audited(~1), Forget("s0", upload.request), Unload(1)]
+
+
+@pytest.mark.parametrize("trouble", ["gone", "busy", "silent", "draining", "retired", "wrong"])
+def test_what_no_server_compares_does_not_count(trouble):
+    machine = audited()
+    (upload,) = of(ask_sure(machine, 1), Upload)
+    failures = {
+        "busy": (Failure.BUSY, 1),
+        "draining": (Failure.DRAINING, math.inf),
+        "retired": (Failure.VERSION, 2),
+        "wrong": (Failure.INPUT, 1),
+    }
+    kind, most = failures.get(trouble, (None, math.inf))
+    if trouble == "gone":
+        machine.handle(PeerDown("s0"), 0.0)
+    actions, now, asked = [upload], 0.0, 0
+    while not of(actions, Audited):
+        uploads = of(actions, Upload)
+        if uploads and kind:
+            asked += 1
+            actions = machine.handle(Received(uploads[0].peer, Failed(uploads[0].request, kind, "no")), now)
+        else:
+            now = machine.next_deadline
+            actions = machine.handle(Wake(), now)
+    assert now <= AUDIT_S and asked <= most and not of(actions, (Fail, Resolve)) and counted(machine) == (0, 0)
+    assert not machine._questions and not machine._by_request and not machine._audits._watched[1].drawn
+
+
+def test_a_question_that_fails_does_not_count():
+    machine = audited()
+    machine.handle(Question(1, 2, 100.0), 0.0)
+    assert of(machine.handle(HeadDone(1, error="no memory"), 0.1), Fail)
+    ask_sure(machine, 2, (0.1,))
+    assert counted(machine) == (1, 0), "and holds up no other"
+
+
+def test_only_so_many_audits_are_under_way():
+    machine = audited()
+    uploads = [of(ask_sure(machine, number), Upload) for number in range(MAX_AUDITS + 3)]
+    assert [len(sent_) for sent_ in uploads] == [1] * MAX_AUDITS + [0] * 3
+    for (upload,) in uploads[:MAX_AUDITS]:
+        compared(machine, upload, False)
+    assert counted(machine) == (MAX_AUDITS, 0) and not machine._audits._watched[1].drawn
+
+
+def test_about_the_share_is_audited_and_the_generator_decides():
+    def run(seed) -> list:
+        machine = Asker(DeviceConfig(audit_share=0.1), ["s0"], PROFILE, itertools.count(1), np.random.default_rng(seed))
+        machine.handle(Start(), 0.0)
+        switch(machine, certified())
+        uploads = [of(ask_sure(machine, number), Upload) for number in range(500)]
+        return [compared(machine, *sent_, False) for sent_ in uploads if sent_]
+
+    assert run(1) == run(1) != run(2) and len(run(1)) > 10
+
+
+@pytest.mark.parametrize("why", ["no certificate", "no delta", "nothing reduced", "another engine", "share 0"])
+def test_where_nothing_is_certified_or_wanted_nothing_is_audited(why):
+    offer = {
+        "no certificate": certified(alpha=None, delta=None),
+        "no delta": certified(delta=None),
+        "nothing reduced": certified(cut=0, activation_bits=FULL_BITS),
+    }.get(why, certified())
+    machine = asker(audit_share=0.0 if why == "share 0" else 1.0)
+    machine.handle(Start(), 0.0)
+    offered(machine, offer)
+    machine.handle(Found(1, digests(offer)), 0.0)
+    machine.handle(Loaded(1, engine="int8" if why == "another engine" else None), 0.0)
+    machine.handle(Question(1, 1, 100.0), 0.0)
+    actions = machine.handle(HeadDone(1, (0.9,)), 0.0)
+    assert not of(actions, SetAside) and not machine._audits._watched
+    if why == "another engine":
+        assert of(actions, Resolve) == [Resolve(1, certified(alpha=None, delta=None))], "it speaks of the plan's"
+
+
 def test_what_strangers_say_and_answers_to_nothing_change_nothing():
     machine = ready(manifest(threshold=0.5))
     upload = fallen_back(machine)
@@ -752,7 +941,11 @@ class World:
         self.tickets = itertools.count()
         self.peers = [f"m@{k}" for k in range(num_servers)]
         self.device = Asker(
-            DeviceConfig(on_no_server=policy, patience_s=0.5, wait_s=2.0), self.peers, PROFILE, itertools.count(1)
+            DeviceConfig(on_no_server=policy, patience_s=0.5, wait_s=2.0, audit_share=0.5),
+            self.peers,
+            PROFILE,
+            itertools.count(1),
+            np.random.default_rng(seed),
         )
         self.servers = {peer: Answerer(ServerConfig(versions_kept=2, max_queued=4)) for peer in self.peers}
         self.lives = dict.fromkeys(self.peers, True)
@@ -761,6 +954,8 @@ class World:
         self.tiers: dict[tuple[str, int], tuple[int, str]] = {}  # request -> question and tier
         self.loaded: set[int] = set()
         self.ends: dict[int, tuple[float, object]] = {}
+        self.set_aside: set[int] = set()
+        self.num_compared = 0
         self.deadlines: dict[int, float] = {}
         self.last_wakes = 0
 
@@ -821,6 +1016,11 @@ class World:
                     assert used == {offer.version}, "a mixture of versions"
                     assert number not in self.ends
                     self.ends[number] = self.now, action
+                case SetAside(number, audit, _):
+                    assert number not in self.ends and self.computed[number]
+                    self.set_aside.add(audit)
+                case Audited(audit):
+                    self.set_aside.remove(audit)
                 case Fail(number):
                     assert number not in self.ends
                     self.ends[number] = self.now, action
@@ -854,7 +1054,10 @@ class World:
         if isinstance(message, Result):  # as the shell does: computed scores are kept, then the machine hears of them
             known = self.tiers.get((peer, message.request))
             number, tier = known or (None, None)
-            if number is not None and number not in self.ends:
+            if known and tier == "audit":
+                self.num_compared += 1
+                event = replace(event, message=replace(message, payload=(False,)))
+            elif number is not None and number not in self.ends:
                 self.computed.setdefault(number, {})
                 asked = self.device._by_request.get(message.request)
                 if asked is not None and asked.tier == tier and message.request in asked.requests:
@@ -878,7 +1081,8 @@ class World:
 
     def offer(self, peer, caller, request, version) -> None:
         cut, activation_bits = [(3, 0), (2, 8), (0, 32), (0, 8)][version % 4]
-        self.to_device(peer, Offer(request, 0, 1, payload=manifest(version, cut, 4, activation_bits, threshold=0.3)))
+        offer = certified(version, cut=cut, activation_bits=activation_bits, threshold=0.3)
+        self.to_device(peer, Offer(request, 0, 1, payload=offer))
         self.tell_server(peer, Planned(caller, request))
 
     def ran(self, peer, caller, chunk) -> None:
@@ -932,7 +1136,8 @@ def test_whatever_is_lost_and_whoever_dies_every_question_ends_in_time_and_with_
         for number, (ended, how) in world.ends.items():
             assert ended <= world.deadlines[number] + 1e-9, (seed, number, how)
             kinds.add(type(how).__name__ + str(getattr(how, "is_verified", "")))
-        assert not world.device._questions and not world.device._by_request
+        assert not world.device._questions and not world.device._by_request and not world.set_aside
+        assert set(world.device._audits._watched) <= world.loaded
         assert world.loaded == {world.device.fetcher.active.version} and world.device.fetcher.active.version == world.newest
     assert "ResolveTrue" in kinds
     assert ("ResolveFalse" in kinds) <= (policy == "unverified")
@@ -949,6 +1154,7 @@ def test_without_trouble_every_question_is_answered():
             world.after(1.0 + k, world.publish)
         world.run(20.0)
         assert len(world.ends) == 100 and all(isinstance(how, Resolve) and how.is_verified for _, how in world.ends.values())
+        assert world.num_compared > 10
 
 
 def test_the_same_events_give_the_same_run():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import random
@@ -18,16 +19,17 @@ import numpy as np
 import pytest
 import torch
 from sockets import DEADLINE_S, made_attackers, new_address, open_files, wait_for
+from test_audit import delay_bound
 from torch import nn
 
 from gossipfl.errors import ConfigError, PlanError, RunError
 from gossipfl.inference.execution.activations import decode_live, encode_live
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.planning.cuts import Catalogue
-from gossipfl.inference.planning.margins import Basis, Certificate, margins
+from gossipfl.inference.planning.margins import Basis, Certificate, accepted, certify, differing, margins
 from gossipfl.inference.planning.offers import Ask, Piece, manifest_from_json, to_json
 from gossipfl.inference.planning.profile import DeviceProfile
-from gossipfl.inference.planning.receipts import Budget
+from gossipfl.inference.planning.receipts import Budget, Receipt
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import Activation, Failed, Offer, PlanRequest, Pull, Refuse, Result
 from gossipfl.runtime import inference_server
@@ -424,6 +426,56 @@ def test_a_version_that_does_not_fit_or_is_not_newer_is_refused(servers):
     assert server.models()[0].version == 3
 
 
+# --- audits -----------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_that_have_drifted_raise_an_alarm_in_time_and_then_the_full_model_answers_all(servers, devices):
+    rng = np.random.default_rng(3)
+    clean, late = (rng.standard_normal((2000, *SHAPE)).astype(np.float32) for _ in range(2))
+    drifted = late - 2
+    basis = Basis("", 1, LAYERS, (2,) * LAYERS, 0, ("fp32",), "x")
+    reduced = reduced_scores(clean, cut=LAYERS, bits=2)
+    certificate = certify(margins(reduced), differing(reduced.argmax(1), full_scores(clean).argmax(1)), basis)
+    reduced, full = reduced_scores(drifted, cut=LAYERS, bits=2), full_scores(drifted)
+    risk = float((accepted(margins(reduced), certificate.threshold) & differing(reduced.argmax(1), full.argmax(1))).mean())
+    assert risk > 5 * certificate.alpha
+    server = servers(cut=LAYERS, bits=2, certificate=lambda plan: certificate)
+    device = devices(server, audit_share=1.0)
+
+    def ask(inputs) -> Receipt:
+        asked = inputs.copy()
+        receipt = device.predict(asked, DEADLINE_S).receipt
+        asked[:] = np.nan  # what was set aside to be audited is a copy
+        assert wait_for(lambda: not device._machine._audits._watched[1].drawn and len(device._jobs) == 0)
+        return receipt
+
+    for start in range(0, 200, 10):
+        receipt = ask(clean[start : start + 10])
+        assert (receipt.alpha, receipt.delta, receipt.alarm) == (0.02, 0.05, False) and "reduced" in receipt.tiers
+    audit = device._machine._audits._watched[1].audit
+    assert audit.num_audited == 200
+    for start in range(0, 2000, 10):
+        if device.faults:
+            break
+        ask(drifted[start : start + 10])
+    audit = device._machine._audits._watched[1].audit
+    assert audit.alarmed_at is not None and audit.alarmed_at <= 200 + delay_bound(risk, 200)
+    (fault,) = device.faults
+    assert (fault.peer, fault.kind) == ("m", "drift") and f"of {audit.alarmed_at} audits" in fault.detail
+    answer = device.predict(drifted[:10], DEADLINE_S)
+    assert answer.receipt.tiers == ("full",) * 10
+    assert (answer.receipt.alpha, answer.receipt.delta, answer.receipt.alarm) == (None, None, True)
+    assert_same(answer.scores, full[:10])
+    server.publish("m", 2, vector_of(2), catalogue(2, LAYERS, 2), certified(0.0))
+    assert wait_for(lambda: device.models()[0].version == 2)
+    assert not device.predict(X, DEADLINE_S).receipt.alarm
+
+
+def test_a_share_that_is_none_is_refused(devices):
+    with pytest.raises(ConfigError, match=r"audit_share = 1\.5; give"):
+        devices("tcp://127.0.0.1:9", audit_share=1.5)
+
+
 # --- what is asked wrongly --------------------------------------------------------------------------------------------
 
 
@@ -791,6 +843,22 @@ def test_closing_leaves_neither_files_nor_threads(servers, devices):
     for _ in range(3):
         once()
     assert wait_for(lambda: open_files() <= files and threading.active_count() <= threads)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds OpenMP in /proc")
+def test_every_thread_that_computes_takes_as_many_cores_as_torch_was_told_from_the_start(servers, devices):
+    """As OpenMP itself has it: asking torch would tell the thread, and some of its kernels do, but not all."""
+    with open("/proc/self/maps") as maps:
+        (library,) = {line.split()[-1] for line in maps if "omp" in os.path.basename(line.split()[-1])}
+    omp = ctypes.CDLL(library)
+    told = 1 + (os.cpu_count() or 1)
+    torch.set_num_threads(told)
+    try:
+        server, device = servers(version=0), devices("tcp://127.0.0.1:9")
+        for pool in (server._compute, server._library, device._compute, device._loader):
+            assert pool.submit(omp.omp_get_max_threads).result(DEADLINE_S) == told
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_questions_under_way_hear_of_the_closing(devices):

@@ -174,6 +174,9 @@ def serve(run: Path, model: str, bind: str, advertise: str | None, http: str | N
 @click.option("--config", "scenario", help="A scenario whose test samples are asked (default: noise).")
 @click.option("--samples", default=100, show_default=True, type=click.IntRange(1), help="Of the scenario's data, or of noise.")
 @click.option("--timeout", "timeout_s", default=30.0, show_default=True, help="Seconds for each answer.")
+@click.option(
+    "--audit", "audit_share", default=0.01, show_default=True, help="Share of answers to compare with the full model; 0: none."
+)
 @json_option
 @errors_are_messages
 def device(
@@ -187,11 +190,13 @@ def device(
     scenario: str | None,
     samples: int,
     timeout_s: float,
+    audit_share: float,
     as_json: bool,
 ) -> None:
     """Be an edge device: get a plan from a server, pull the part of the model that it puts here, and answer inputs.
 
     Answers of which the device is unsure are the full model's. With --json, a line for each: class, margin, and receipt.
+    Should audits find that more answers differ from the full model's than was certified, it answers all from then on.
 
     \b
     gossipfl device --server tcp://127.0.0.1:5800 --device scenarios/devices/phone.toml --config quickstart
@@ -207,7 +212,7 @@ def device(
     found = find_architecture(servers, model, min(timeout_s, 10.0))
     asked = read_inputs(inputs, load_scenario(scenario) if scenario else None, samples, found.input_shape)
     answers = Answers(asked.y, as_json)
-    with open_device(servers, found, profile, max_accuracy_loss, on_no_server, cache) as edge:
+    with open_device(servers, found, profile, max_accuracy_loss, on_no_server, cache, audit_share) as edge:
         answer_all(edge, asked, timeout_s, answers.take)
         answers.finish(edge)
 

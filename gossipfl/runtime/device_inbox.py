@@ -13,6 +13,7 @@ import numpy as np
 
 from gossipfl.errors import PlanError, RemoteProtocolError
 from gossipfl.inference.planning.device_words import Tier
+from gossipfl.inference.planning.margins import differing
 from gossipfl.inference.planning.offers import manifest_from_json, split
 from gossipfl.inference.planning.profile import Range
 from gossipfl.protocol.messages import Data, Offer, Result
@@ -72,7 +73,7 @@ def take_data(coming: Coming, data: Data, version: DeviceVersion | None, cache: 
 
 
 def take_result(coming: Coming, result: Result, num_classes: int, version: DeviceVersion | None) -> Result | None:
-    """The Result with the margins of its samples, once it is whole; the scores are the job's."""
+    """The Result with the margins of its samples, or whether they differ, once it is whole; the scores are the job's."""
     job, size = coming.job, 4 * coming.num_samples * num_classes
     if job is None or version is None or result.total != size:
         raise RemoteProtocolError(
@@ -86,8 +87,11 @@ def take_result(coming: Coming, result: Result, num_classes: int, version: Devic
         raise RemoteProtocolError("the scores are not finite")
     job.server_s += result.seconds
     job.transfer_s += max(0.0, time.perf_counter() - coming.sent_at - result.seconds)
-    found: tuple[float, ...] = ()
-    if coming.tier == "full":
+    found: tuple[float, ...] | tuple[bool, ...] = ()
+    if coming.tier == "audit":
+        assert job.reduced is not None, "it was set aside"
+        found = tuple(differing(job.reduced.argmax(1), scores.argmax(1)).tolist())
+    elif coming.tier == "full":
         job.full = scores
     else:
         job.reduced, job.margins = scores, version.margins_of(scores)

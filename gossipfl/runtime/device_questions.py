@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gossipfl.inference.planning.offers import Manifest
+from gossipfl.inference.planning.device_words import Resolve
 from gossipfl.inference.planning.receipts import Answer, Receipt, Tier
 from gossipfl.runtime.stages import FULL_ENGINE
 
@@ -31,8 +31,16 @@ class Job:
     bytes_down: int = 0
 
 
-def answer(job: Job, manifest: Manifest, unsure: tuple[int, ...], is_verified: bool, engine: str | None) -> Answer:
+def set_aside(job: Job, samples: tuple[int, ...]) -> Job:
+    """A job of its own of these samples, to be audited: nobody waits for it, and the caller may change the inputs."""
+    assert job.reduced is not None, "it is accepted"
+    rows = list(samples)
+    return Job(job.inputs[rows], time.perf_counter(), Future(), reduced=job.reduced[rows])
+
+
+def answer(job: Job, resolve: Resolve, engine: str | None) -> Answer:
     """Where each of the `unsure` samples has the full model's scores, if it `is_verified`; `engine` ran the device's layers."""
+    manifest, unsure, is_verified = resolve.manifest, resolve.unsure, resolve.is_verified
     scores = job.full if manifest.sends_everything else job.reduced
     assert scores is not None, "it is resolved"
     if is_verified and unsure and not manifest.sends_everything:
@@ -40,16 +48,15 @@ def answer(job: Job, manifest: Manifest, unsure: tuple[int, ...], is_verified: b
         scores[list(unsure)] = job.full
     fell_back: Tier = "full" if is_verified else "unverified"
     doubted = set(unsure)
-    # a certificate speaks of the engine that it was measured with
-    is_certified = engine is None or engine == manifest.plan.stages[0].engine
     receipt = Receipt(
         manifest.model,
         manifest.version,
         tuple(fell_back if index in doubted else "reduced" for index in range(len(scores))),
         job.margins,
         threshold=None if manifest.sends_everything else manifest.threshold,
-        alpha=manifest.alpha if is_certified else None,
-        delta=manifest.delta if is_certified else None,
+        alpha=None if resolve.alarm else manifest.alpha,
+        delta=None if resolve.alarm else manifest.delta,
+        alarm=resolve.alarm,
         cut=manifest.cut,
         weight_bits=manifest.plan.weight_bits,
         activation_bits=manifest.plan.activation_bits,

@@ -22,12 +22,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from gossipfl.errors import ConfigError, GossipflError, PlanError, RunError
 from gossipfl.inference.execution.activations import encode_live
 from gossipfl.inference.planning.asking import Asker
+from gossipfl.inference.planning.audit import SHARE
 from gossipfl.inference.planning.device_words import (
     Action,
+    Audited,
     Event,
     Fail,
     Forget,
@@ -41,6 +44,7 @@ from gossipfl.inference.planning.device_words import (
     Resolve,
     RunHead,
     Send,
+    SetAside,
     Unload,
     Upload,
 )
@@ -69,7 +73,7 @@ from gossipfl.protocol.messages import (
 )
 from gossipfl.runtime.content_cache import DEFAULT_BYTES, ContentCache
 from gossipfl.runtime.device_inbox import Coming, take_data, take_offer, take_result
-from gossipfl.runtime.device_questions import Job, answer
+from gossipfl.runtime.device_questions import Job, answer, set_aside
 from gossipfl.runtime.device_versions import DeviceVersion
 from gossipfl.runtime.inference_server import INFERENCE_RUN
 from gossipfl.runtime.message_loop import MessageLoop
@@ -89,8 +93,9 @@ class EdgeDevice:
     `cache` is a folder for the pieces that have been pulled (None: in memory), of at most `cache_bytes`. Where no server
     answers in time, the reduced model's answer stands, marked "unverified", or the question fails (`on_no_server`). `samples`
     (f32[n, *input_shape]) are what engines other than "fp32" are compiled with where the server sends none; without any "fp32"
-    runs in their place, and a certificate for another is not passed on. `emulated_speed` makes the device's part
-    take as much longer as on a device of that speed, for measuring.
+    runs in their place, and a certificate for another is not passed on. `audit_share` of the samples are compared with the full
+    model after they have been answered, to see whether a certificate still holds; 0: none. `emulated_speed` makes the
+    device's part take as much longer as on a device of that speed, for measuring.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class EdgeDevice:
         samples: np.ndarray | None = None,
         patience_s: float = 5.0,
         wait_s: float = 60.0,
+        audit_share: float = SHARE,
         emulated_speed: float = 1.0,
     ) -> None:
         if not servers:
@@ -115,12 +121,16 @@ class EdgeDevice:
             raise ConfigError(f"on_no_server = {on_no_server!r}; choose 'unverified' or 'fail'")
         if not 0 < emulated_speed <= 1:
             raise ConfigError(f"emulated_speed = {emulated_speed}; waiting only makes slower, give a number above 0, 1 at most")
+        if not 0 <= audit_share <= 1:
+            raise ConfigError(f"audit_share = {audit_share}; give the share of answers to audit, 0 to 1")
         self._chain, self._model, self._samples = chain, model, samples
         self._emulated_speed = emulated_speed
         self._cache = ContentCache(cache, cache_bytes)
         self._name = f"device-{secrets.token_hex(8)}"
         peers = [f"{model}@{index}" for index in range(len(servers))]
-        config = DeviceConfig(device_profile or DeviceProfile(), max_accuracy_loss, on_no_server, patience_s, wait_s)
+        config = DeviceConfig(
+            device_profile or DeviceProfile(), max_accuracy_loss, on_no_server, patience_s, wait_s, audit_share
+        )
         self._machine = Asker(config, peers, chain.profile)
         self._transport = ZmqTransport(f"inproc://{uuid.uuid4().hex}", run=INFERENCE_RUN)
         try:
@@ -130,8 +140,9 @@ class EdgeDevice:
             self._transport.close()
             raise
         self._loop = MessageLoop(self._transport, self, "gossipfl-edge-device")
-        self._compute = ThreadPoolExecutor(1, "gossipfl-head")
-        self._loader = ThreadPoolExecutor(1, "gossipfl-loader")
+        # Until it asks for it, a new thread ignores torch.set_num_threads: it takes every core, and rounds differently.
+        self._compute = ThreadPoolExecutor(1, "gossipfl-head", torch.get_num_threads)
+        self._loader = ThreadPoolExecutor(1, "gossipfl-loader", torch.get_num_threads)
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}
         self._coming: dict[Key, Coming] = {}
@@ -238,9 +249,13 @@ class EdgeDevice:
                 self._compute.submit(self._run_head, number, self._jobs[number], self._versions[version])
             case Upload():
                 self._upload(action)
-            case Resolve(number, manifest, unsure, is_verified):
+            case Resolve(number, manifest):
                 job, engine = self._jobs.pop(number), self._versions[manifest.version].engine
-                _settle(job.future.set_result, answer(job, manifest, unsure, is_verified, engine))
+                _settle(job.future.set_result, answer(job, action, engine))
+            case SetAside(number, audit, samples):
+                self._jobs[audit] = set_aside(self._jobs[number], samples)
+            case Audited(audit):
+                del self._jobs[audit]
             case Fail(number, kind, reason):
                 _fail(self._jobs.pop(number), _error_of(kind, reason))
             case Forget(peer, request):
@@ -272,7 +287,7 @@ class EdgeDevice:
 
     def _upload(self, upload: Upload) -> None:
         job, samples = self._jobs[upload.number], upload.samples
-        if upload.tier == "full" or not upload.cut:
+        if not upload.cut:
             inputs = job.inputs if samples is None else job.inputs[list(samples)]
             payload = memoryview(encode_live((inputs,), upload.bits))
         else:
@@ -359,7 +374,7 @@ class EdgeDevice:
         except Exception as error:  # whatever a compiler raises: the device goes on with the version before
             logger.exception("version %d cannot be loaded", version.manifest.version)
             failure = f"version {version.manifest.version} cannot be loaded: {type(error).__name__}: {error}"
-        self._loop.post(lambda: self._handle(Loaded(version.manifest.version, failure)))
+        self._loop.post(lambda: self._handle(Loaded(version.manifest.version, failure, version.engine)))
 
 
 def _error_of(kind: str, reason: str) -> GossipflError:

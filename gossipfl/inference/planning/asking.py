@@ -11,6 +11,9 @@ when its last question is answered. A reduced answer is accepted from the thresh
 full model. Whoever is silent, refuses, fails or goes away is left alone for a while and the next server is asked, until the
 question's deadline. Where no server is left, what the reduced model said is the answer, marked unverified, if `on_no_server`
 says so.
+
+Of what was accepted, samples that were drawn to be audited are asked for once more, as a question of their own that nobody
+waits for. Once an audit has raised its alarm nothing more is accepted of that version.
 """
 
 from __future__ import annotations
@@ -21,8 +24,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+
+from gossipfl.inference.planning.audits import Audits
 from gossipfl.inference.planning.device_words import (
     Action,
+    Audited,
     Event,
     Fail,
     Forget,
@@ -32,6 +39,7 @@ from gossipfl.inference.planning.device_words import (
     Question,
     Resolve,
     RunHead,
+    SetAside,
     Tier,
     Unload,
     Upload,
@@ -55,6 +63,9 @@ from gossipfl.protocol.messages import (
     Wake,
 )
 
+AUDIT_S, MAX_AUDITS = 30.0, 16
+"""How long an audit may take, and how many may be under way; what is more, or what a busy server refuses, is left out."""
+
 
 class Phase(Enum):
     WAITING = "waiting"
@@ -72,6 +83,8 @@ class _Asked:
     manifest: Manifest | None = None
     tier: Tier = "reduced"
     unsure: tuple[int, ...] = ()
+    audited: tuple[int, ...] = ()
+    audit_of: int | None = None  # the question whose audited samples these are
     requests: dict[int, PeerId] = field(default_factory=dict)  # of this tier, also those given up
     peer: PeerId | None = None
     silent_at: float = 0.0
@@ -81,7 +94,7 @@ class _Asked:
 
 
 class Asker:
-    """Of one model. `servers` are the peers that may hold it; `profile` is the device's own."""
+    """Of one model. `servers` are the peers that may hold it; `profile` is the device's own; `rng` draws what is audited."""
 
     def __init__(
         self,
@@ -89,11 +102,13 @@ class Asker:
         servers: Sequence[PeerId],
         profile: ModelProfile,
         numbers: Iterator[int] | None = None,
+        rng: np.random.Generator | None = None,
     ) -> None:
         self.config = config
         self._numbers = numbers or iter(lambda: 1 + secrets.randbelow(2**61), None)
         self._holders = Holders(servers)
         self.fetcher = Fetcher(config, self._holders, profile, self._numbers)
+        self._audits = Audits(config.audit_share, rng or np.random.default_rng())
         self._in_use: Counter[int] = Counter()
         self._questions: dict[int, _Asked] = {}
         self._by_request: dict[int, _Asked] = {}
@@ -128,8 +143,8 @@ class Asker:
                 return self._wake(now)
             case Found(version, have):
                 return self.fetcher.found(version, have, now)
-            case Loaded(version, error):
-                actions = self.fetcher.loaded_now(version, error, now)
+            case Loaded(version, error, engine):
+                actions = self.fetcher.loaded_now(version, error, engine, now)
                 return actions + self._settled(now) + self._unload()
             case PeerDown(peer) if peer in self._holders:
                 return self._down(peer, now)
@@ -158,7 +173,7 @@ class Asker:
         for asked in list(self._questions.values()):
             if asked.question.deadline <= now:
                 trouble = asked.last_failure or self._holders.last_trouble
-                actions += self._give_up(asked, "deadline", f"no answer in time; {trouble}")
+                actions += self._give_up(asked, "deadline", f"no answer in time; {trouble}", now)
             elif asked.phase is Phase.ASKED and asked.silent_at <= now:
                 assert asked.peer is not None
                 actions.append(self._holders.blame(asked.peer, "silent", "no answer to an activation", now))
@@ -195,7 +210,7 @@ class Asker:
         waiting = [asked for asked in self._questions.values() if asked.phase is Phase.WAITING]
         if self.fetcher.is_hopeless and self.fetcher.error is not None:
             kind, reason = self.fetcher.error
-            return [action for asked in waiting for action in self._give_up(asked, kind, reason)]
+            return [action for asked in waiting for action in self._give_up(asked, kind, reason, now)]
         active = self.fetcher.active
         return [action for asked in waiting if active and active is not asked.manifest for action in self._begin(asked, now)]
 
@@ -205,11 +220,12 @@ class Asker:
         manifest = self.fetcher.active if wanted is None else loaded.get(wanted)
         if manifest is None:
             here = ", ".join(map(str, sorted(loaded)))
-            return self._give_up(asked, Failure.VERSION, f"version {wanted} is not here; ask for {here} or for the newest")
+            return self._give_up(asked, Failure.VERSION, f"version {wanted} is not here; ask for {here} or for the newest", now)
         actions = self._leave(asked)
         self._in_use[manifest.version] += 1
         asked.manifest, asked.tier, asked.unsure = manifest, "reduced", ()
         asked.failed, asked.lacking = set(), set()
+        asked.audited = self._audits.draw(manifest, asked.question.number, asked.question.samples)
         if manifest.cut:
             asked.phase = Phase.HEAD
             return [*actions, RunHead(asked.question.number, manifest.version)]
@@ -221,6 +237,7 @@ class Asker:
         """The question is done with its version."""
         actions = self._drop_requests(asked)
         if asked.manifest is not None:
+            actions += self._audits.left_out(asked.manifest.version, asked.question.number)
             self._in_use[asked.manifest.version] -= 1
             asked.manifest = None
             actions += self._unload()
@@ -232,6 +249,7 @@ class Asker:
         unused = [version for version in loaded if not self._in_use[version] and loaded[version] is not active]
         for version in unused:
             del loaded[version], self._in_use[version]
+            self._audits.end(version)
         return [Unload(version) for version in unused]
 
     # --- questions ----------------------------------------------------------------------------------------------------
@@ -241,35 +259,59 @@ class Asker:
         if asked is None or asked.phase is not Phase.HEAD:
             return []
         if error is not None:
-            return self._give_up(asked, Failure.COMPUTE, error)
+            return self._give_up(asked, Failure.COMPUTE, error, now)
         return self._decide(asked, margins, now) if margins is not None else self._ask(asked, now)
 
     def _decide(self, asked: _Asked, margins: tuple[float, ...], now: float) -> list[Action]:
         """The reduced scores are there: whose margin is large enough is answered, the others go to the full model."""
         assert asked.manifest is not None
-        threshold = asked.manifest.threshold
-        asked.unsure = tuple(index for index, margin in enumerate(margins) if not margin >= threshold)
+        version, threshold = asked.manifest.version, asked.manifest.threshold
+        if self._audits.is_alarmed(version):
+            asked.unsure = tuple(range(len(margins)))
+        else:
+            asked.unsure = tuple(index for index, margin in enumerate(margins) if not margin >= threshold)
+        fell_back = dict.fromkeys(set(asked.audited).intersection(asked.unsure), False)
+        actions: list[Action] = [*self._audits.known(version, asked.question.number, fell_back)]
         if not asked.unsure:
-            return self._resolve(asked)
-        actions = self._drop_requests(asked)
+            return [*actions, *self._resolve(asked, now)]
+        actions += self._drop_requests(asked)
         asked.tier, asked.failed = "full", set()
         return [*actions, *self._ask(asked, now)]
 
-    def _resolve(self, asked: _Asked, is_verified: bool = True) -> list[Action]:
-        assert asked.manifest is not None
-        number = asked.question.number
+    def _resolve(self, asked: _Asked, now: float, is_verified: bool = True) -> list[Action]:
+        manifest, number = asked.manifest, asked.question.number
+        assert manifest is not None
         del self._questions[number]
-        # the answer first: what it is made of may go with the version
-        return [Resolve(number, asked.manifest, asked.unsure, is_verified), *self._leave(asked)]
+        resolve = Resolve(number, manifest, asked.unsure, is_verified, self._audits.is_alarmed(manifest.version))
+        accepted = tuple(sorted(set(asked.audited).difference(asked.unsure)))
+        num_audits = sum(other.audit_of is not None for other in self._questions.values())
+        if not accepted or num_audits >= MAX_AUDITS or resolve.alarm:
+            # the answer first: what it is made of may go with the version
+            return [resolve, *self._leave(asked)]
+        question = Question(~number, len(accepted), now + AUDIT_S, manifest.version)
+        audit = _Asked(question, manifest=manifest, tier="audit", audited=accepted, audit_of=number)
+        self._questions[~number] = audit
+        return [SetAside(number, ~number, accepted), resolve, *self._drop_requests(asked), *self._ask(audit, now)]
+
+    def _end_audit(self, audit: _Asked, differs: Sequence[bool] = ()) -> list[Action]:
+        """`differs` of each sample; nothing where no server has said."""
+        assert audit.manifest is not None and audit.audit_of is not None
+        del self._questions[audit.question.number]
+        known = dict(zip(audit.audited, differs, strict=False))
+        reports = self._audits.known(audit.manifest.version, audit.audit_of, known)
+        reports += self._audits.left_out(audit.manifest.version, audit.audit_of)
+        return [*reports, Audited(audit.question.number), *self._leave(audit)]
 
     def _has_spoken(self, asked: _Asked) -> bool:
         """Whether there is an answer of the reduced model and it will do where there is no other."""
         is_reduced = asked.tier == "full" and asked.manifest is not None and not asked.manifest.sends_everything
         return is_reduced and self.config.on_no_server == "unverified"
 
-    def _give_up(self, asked: _Asked, kind: str, reason: str) -> list[Action]:
+    def _give_up(self, asked: _Asked, kind: str, reason: str, now: float) -> list[Action]:
+        if asked.audit_of is not None:
+            return self._end_audit(asked)
         if self._has_spoken(asked) and kind != Failure.INPUT:
-            return self._resolve(asked, is_verified=False)
+            return self._resolve(asked, now, is_verified=False)
         del self._questions[asked.question.number]
         return [Fail(asked.question.number, kind, reason), *self._leave(asked)]
 
@@ -280,7 +322,7 @@ class Asker:
         if asked.lacking and self._holders.are_all(asked.lacking):
             return self._restart(asked, now)
         if self._has_spoken(asked) and self._holders.are_hopeless(asked.failed | asked.lacking):
-            return self._give_up(asked, "no_server", self._holders.last_trouble)
+            return self._give_up(asked, "no_server", self._holders.last_trouble, now)
         peer = self._holders.choose(now, asked.lacking | asked.failed) or self._holders.choose(now, asked.lacking)
         if peer is None:
             asked.phase, asked.peer = Phase.FREE, None
@@ -289,9 +331,9 @@ class Asker:
         asked.phase, asked.peer, asked.requests[request] = Phase.ASKED, peer, peer
         asked.silent_at = now + self._patience_s(asked, now)
         self._by_request[request] = asked
-        is_full = asked.tier == "full"
+        is_full = asked.tier != "reduced"
         cut, bits = (0, FULL_BITS) if is_full else (manifest.cut, manifest.plan.activation_bits)
-        samples = asked.unsure if is_full and len(asked.unsure) < asked.question.samples else None
+        samples = asked.unsure if asked.tier == "full" and len(asked.unsure) < asked.question.samples else None
         return [Upload(asked.question.number, peer, request, manifest.version, cut, bits, asked.tier, samples)]
 
     def _ask_another(self, asked: _Asked, failure: str, now: float) -> list[Action]:
@@ -312,7 +354,9 @@ class Asker:
         failure = f"{peer}: {reason}"
         match kind:
             case Failure.INPUT:
-                return self._give_up(asked, kind, reason)
+                return self._give_up(asked, kind, reason, now)
+            case Failure.BUSY if asked.audit_of is not None:
+                return self._end_audit(asked)
             case Failure.BUSY:
                 asked.last_failure = failure
                 self._holders.is_busy(peer, now)
@@ -327,7 +371,7 @@ class Asker:
         """No server has its version any more: with the newest one from the beginning, or as soon as there is one."""
         assert asked.manifest is not None
         if asked.question.version is not None:
-            return self._give_up(asked, Failure.VERSION, f"no server has version {asked.manifest.version} any more")
+            return self._give_up(asked, Failure.VERSION, f"no server has version {asked.manifest.version} any more", now)
         asked.phase, asked.peer = Phase.WAITING, None
         return self._settled(now)
 
@@ -336,7 +380,12 @@ class Asker:
         if asked.manifest is None or result.version != asked.manifest.version:
             return []
         self._holders.praise(peer)
-        return self._resolve(asked) if asked.tier == "full" else self._decide(asked, result.payload, now)
+        match asked.tier:
+            case "audit":
+                return self._end_audit(asked, result.payload)
+            case "full":
+                return self._resolve(asked, now)
+        return self._decide(asked, result.payload, now)
 
     def _drop_requests(self, asked: _Asked) -> list[Action]:
         actions: list[Action] = [Forget(peer, request) for request, peer in asked.requests.items()]

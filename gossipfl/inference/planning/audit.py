@@ -1,8 +1,8 @@
 """Does a certificate still hold? A random share of the requests is compared with the full model, and a drift raises an alarm.
 
     audit = Audit.start(certificate.alpha, delta=0.05)
-    if is_audited(share, rng):                                   # drawn for each request, whatever its margin
-        audit = audit.observe(accepted and reduced_class != full_class)
+    for sample in audited_of(num, share, rng):                   # drawn of all requests, whatever their margins
+        audit = audit.observe(accepted[sample] and reduced_class[sample] != full_class[sample])
     audit.alarmed                                                # P( ever, while R <= alpha ) <= delta
 
 A request that falls back anyway costs nothing to audit: it counts as one where nothing went wrong. As the draw looks at
@@ -35,13 +35,13 @@ import numpy as np
 from gossipfl.errors import ConfigError
 from gossipfl.inference.planning.margins import ALPHA, DELTA
 
-SHARE = 0.05
+SHARE = 0.01
 """Of the requests are audited by default."""
 
 
-def is_audited(share: float, rng: np.random.Generator) -> bool:
-    """Whether the next request is audited; draw it before anything is known of the request."""
-    return bool(rng.random() < share)
+def audited_of(num: int, share: float, rng: np.random.Generator) -> tuple[int, ...]:
+    """Which of the next `num` requests are audited; draw it before anything is known of them."""
+    return tuple(np.flatnonzero(rng.random(num) < share).tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from typing import Literal
 from gossipfl.inference.planning.offers import Manifest
 from gossipfl.protocol.messages import Message, PeerDown, PeerId, PeerUp, Received, Rejected, Start, Wake
 
-Tier = Literal["reduced", "full"]
+Tier = Literal["reduced", "full", "audit"]
+"""audit: the full model on samples that the reduced one has answered, to compare the two."""
 
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -34,10 +35,11 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A Load: the version's stage is ready, or why not."""
+    """A Load: the version's stage is ready, or why not. `engine` runs it; None where there is nothing to run."""
 
     version: int
     error: str | None = None
+    engine: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,8 @@ class HeadDone:
 
 
 Event = Start | Question | Found | Loaded | HeadDone | Received | Rejected | PeerUp | PeerDown | Wake
-"""The payload of a Received Offer is its Manifest, of Data nothing, of a Result the margins of its samples. All are checked;
-Offer and Result are heard of once, when they are whole."""
+"""The payload of a Received Offer is its Manifest, of Data nothing, of a Result the margins of its samples (f32), or where they
+are audited whether each differs (bool). All are checked; Offer and Result are heard of once, when they are whole."""
 
 
 # --- actions ----------------------------------------------------------------------------------------------------------
@@ -118,13 +120,31 @@ class Upload:
 class Resolve:
     """The question is answered: the `unsure` samples by the full model, the others by the reduced one.
 
-    Where it is not verified, the unsure ones, too, are answered by the reduced model, for want of a server.
+    Where it is not verified, the unsure ones, too, are answered by the reduced model, for want of a server. `alarm`: an audit
+    has found that the version's certificate does not hold.
     """
 
     number: int
     manifest: Manifest
     unsure: tuple[int, ...] = ()
     is_verified: bool = True
+    alarm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """Before the question is resolved: copy these samples, with their reduced scores, to be uploaded as question `audit`."""
+
+    number: int
+    audit: int
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """Nothing more is wanted of what was set aside."""
+
+    audit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +158,11 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Something went wrong with a server and was survived."""
+    """Something went wrong with a server and was survived; of kind "drift" with a certificate, and `peer` is the model."""
 
     peer: PeerId
     kind: str
     detail: str
 
 
-Action = Send | LookUp | Forget | Load | Unload | RunHead | Upload | Resolve | Fail | Report
+Action = Send | LookUp | Forget | Load | Unload | RunHead | Upload | SetAside | Audited | Resolve | Fail | Report

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from gossipfl.inference.planning.audit import SHARE
 from gossipfl.inference.planning.device_words import Action, Forget, Load, LookUp, Send, Unload
 from gossipfl.inference.planning.holders import FIRST_BACKOFF_S, MAX_BACKOFF_S, Holders
 from gossipfl.inference.planning.offers import Ask, Failure, Manifest, missing
@@ -29,13 +30,17 @@ MAX_REJECTIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class DeviceConfig:
-    """`patience_s`: silence of a server before another is asked; `wait_s`: how long a server may wait for a newer version."""
+    """`patience_s`: silence of a server before another is asked; `wait_s`: how long a server may wait for a newer version.
+
+    `audit_share` of what a certificate speaks of is compared with the full model, to see whether it still holds; 0: nothing.
+    """
 
     device: DeviceProfile = field(default_factory=DeviceProfile)
     max_accuracy_loss: float | None = None
     on_no_server: Literal["unverified", "fail"] = "unverified"
     patience_s: float = 5.0
     wait_s: float = 60.0
+    audit_share: float = SHARE
 
 
 @dataclass(slots=True)
@@ -239,7 +244,7 @@ class Fetcher:
         candidate.is_loading = True
         return [Load(candidate.manifest)]
 
-    def loaded_now(self, version: int, error: str | None, now: float) -> list[Action]:
+    def loaded_now(self, version: int, error: str | None, engine: str | None, now: float) -> list[Action]:
         """The stage is ready and in use from now on, or cannot be built."""
         candidate = self._candidate
         if candidate is None or candidate.manifest.version != version or not candidate.is_loading:
@@ -247,7 +252,10 @@ class Fetcher:
         self._candidate = None
         actions: list[Action] = []
         if error is None:
-            self.active = self.loaded[version] = candidate.manifest
+            manifest = candidate.manifest
+            if engine is not None and engine != manifest.plan.stages[0].engine:
+                manifest = replace(manifest, alpha=None, delta=None)  # they speak of the engine that they were measured with
+            self.active = self.loaded[version] = manifest
             self._spoilt.clear()
         else:
             self.error = Failure.COMPUTE, error

@@ -113,6 +113,9 @@ class Manifest:
             _refuse(f"activation_bits = {plan.activation_bits} for a cut after {self.cut} of {num_layers} layers")
         if not self.threshold >= 0 or self.scale not in ("softmax", "logits"):
             _refuse(f"threshold = {self.threshold} on scale {self.scale!r}")
+        for name, value in (("alpha", self.alpha), ("delta", self.delta)):
+            if value is not None and not 1e-9 <= value < 1:
+                _refuse(f"{name} = {value}")
         for layer, offer, bits in zip(profile.layers, self.layers, plan.weight_bits, strict=False):
             if not 1 <= bits <= MAX_PLANES or offer.codec != Planes(0, bits, layer.group).name or len(offer.planes) != bits:
                 _refuse(f"{len(offer.planes)} planes as {offer.codec!r} for {bits} bits of layer {layer.name!r}")

@@ -26,6 +26,8 @@ class Receipt:
     alpha: float | None = None
     """Share of all requests whose answers may differ from the full model's, with probability 1 - delta. None: unknown."""
     delta: float | None = None
+    alarm: bool = False
+    """An audit found that more answers differ than was certified: the full model answers all, and `alpha` is not known."""
     cut: int = 0
     weight_bits: tuple[int, ...] = ()
     activation_bits: int = 0

@@ -65,10 +65,13 @@ class Answers:
         console = Console()
         console.print(table)
         for fault in device.faults:
-            console.print(f"survived: {fault}", highlight=False)
+            is_drift = fault.kind == "drift"
+            console.print(f"alarm: {fault.detail}" if is_drift else f"survived: {fault}", highlight=False)
 
 
 def _guarantee(receipt: Receipt) -> str:
+    if receipt.alarm:
+        return "none: audits found more answers that differ than was certified"
     if receipt.alpha is None:
         return "none: not certified"
     return f"at most {receipt.alpha:.1%} differ from the full model, with probability {1 - (receipt.delta or 0):.0%}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from gossipfl.errors import ConfigError, RunError
 from gossipfl.inference.execution.chain import Chain
@@ -157,9 +158,20 @@ def open_device(
     max_accuracy_loss: float,
     on_no_server: Literal["unverified", "fail"],
     cache: Path | None,
+    audit_share: float,
 ) -> EdgeDevice:
-    chain = chain_of(architecture)
-    return EdgeDevice(servers, chain, profile, max_accuracy_loss, on_no_server, model=architecture.name, cache=cache)
+    """It computes on one core, as what was calibrated did."""
+    torch.set_num_threads(1)
+    return EdgeDevice(
+        servers,
+        chain_of(architecture),
+        profile,
+        max_accuracy_loss,
+        on_no_server,
+        model=architecture.name,
+        cache=cache,
+        audit_share=audit_share,
+    )
 
 
 def answer_all(device: EdgeDevice, inputs: Inputs, timeout_s: float, told: Callable[[int, Answer, float], None]) -> None:
