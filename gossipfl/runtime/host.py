@@ -4,7 +4,7 @@
     host.start({"p0": "tcp://...", ...})       # joins the run
     host.work(on_event)                        # trains until every peer here has finished
 
-Events are plain dicts: `round` and `fault` records, and `finished`.
+Events are plain dicts: `round` and `fault` records, `serving` (a version that devices get), and `finished`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ from gossipfl.runtime.transport import ZmqTransport
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.layout import SEGMENTATIONS, Layout
 from gossipfl.segments.store import SegmentStore
+
+if TYPE_CHECKING:
+    from gossipfl.runtime.serving_peers import Serving, ServingPeers
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +187,7 @@ class Job:
     emulation: dict[str, Any] | None = None  # see `shaping.Emulation`
     namespace: str | None = None  # see `namespaces.enter`
     late: list[PeerId] = field(default_factory=list)  # peers that are not there at the start
+    serving: dict[str, Any] | None = None  # see `serving_peers.ServingSettings`
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Job:
@@ -215,6 +219,7 @@ class PeerHost:
         self.job = job
         training = TrainingConfig(**job.training)
         self.dataset = dataset or open_dataset(Path(job.data))
+        is_callers_own = model is not None
         if model is None:
             model = build_model(job.model, self.dataset.input_shape, self.dataset.num_classes, job.model_args, job.model_seed)
         self.engine = Engine(model, training, self.dataset, step)
@@ -223,13 +228,14 @@ class PeerHost:
         self.settings = GossipSettings(**job.gossip)
         self.calls: SimpleQueue[Any] = SimpleQueue()
         self.emulation = Emulation.from_json(job.emulation) if job.emulation else None
+        self._started = time.monotonic()
+        self._records: SimpleQueue[Event] = SimpleQueue()
+        self._serving = self._make_serving(job.serving, is_callers_own) if job.serving else None
         self.transport = self._open_transport()
         self.reactor = Reactor(self.transport, on_crash=self.calls.put)
         self.initial = self.engine.initial_vector()
         self._hosted: dict[PeerId, _Hosted] = {}
         self._last_round = self.settings.rounds
-        self._faults: SimpleQueue[Event] = SimpleQueue()
-        self._started = time.monotonic()
         for peer in job.peers:
             self._add(peer)
 
@@ -247,6 +253,23 @@ class PeerHost:
             return ZmqTransport(job.bind, run=job.run, advertise=job.advertise, insecure=job.insecure)
         options = {"advertise": job.advertise, "insecure": job.insecure}
         return ShapedTransport(job.bind, run=job.run, emulation=self.emulation, **options)
+
+    def _make_serving(self, settings: dict[str, Any], is_callers_own: bool) -> ServingPeers:
+        from gossipfl.runtime.model_list import Architecture
+        from gossipfl.runtime.serving_peers import ServingPeers, ServingSettings  # takes half a second, for few runs
+
+        data, engine, build = self.dataset, self.engine, None
+        if not is_callers_own:
+            build = Architecture("", self.job.model, data.input_shape, data.num_classes, self.job.model_args)
+        return ServingPeers(
+            ServingSettings(**settings),
+            [peer.name for peer in self.job.peers],
+            engine.flat.model,
+            engine.config.buffers,
+            data,
+            build,
+            self._tell,
+        )
 
     def _add(self, peer: PeerJob) -> None:
         learner = Learner(peer.name, np.load(peer.indices, allow_pickle=False))
@@ -278,6 +301,8 @@ class PeerHost:
         if isinstance(self.transport, ShapedTransport):
             self.transport.begin(self._started)
         self.reactor.start()
+        if self._serving is not None:
+            self._serving.start()
         for hosted in self._hosted.values():
             self.reactor.post(lambda node=hosted.node: node.handle(Start()))  # type: ignore[misc]
 
@@ -301,8 +326,8 @@ class PeerHost:
         task = None
         with contextlib.suppress(Empty):
             task = self.calls.get(timeout=timeout_s)
-        while not self._faults.empty():
-            on_event(self._faults.get_nowait())
+        while not self._records.empty():
+            on_event(self._records.get_nowait())
         match task:
             case None:
                 return False
@@ -322,6 +347,8 @@ class PeerHost:
 
     def close(self, flush_s: float = 0.5) -> None:
         self.reactor.stop(flush_s)
+        if self._serving is not None:
+            self._serving.close()
 
     # --- one peer's round ---------------------------------------------------------------------------------------------
 
@@ -345,6 +372,8 @@ class PeerHost:
             return
         report, traffic = hosted.done.report, hosted.done.traffic
         hosted.done = None
+        if self._serving is not None:
+            self._serving.take(hosted.node.name, report.round, mixed, hosted.learner.local_buffers)
         is_first = not hosted.events
         accuracy = self._accuracy(hosted, mixed) if self._is_evaluated(report.round) else None
         event = round_event(
@@ -397,10 +426,15 @@ class PeerHost:
     def _record(self, node: Node, record: RoundDone | Fault) -> None:
         """On the reactor's thread; the round's task follows and takes it up."""
         if isinstance(record, Fault):
-            time_s = round(time.monotonic() - self._started, 4)
-            self._faults.put({"event": "fault", "at": node.name, "time_s": time_s, **asdict(record)})
+            self._tell(node.name, record)
         else:
             self._hosted[node.name].done = record
+
+    def _tell(self, at: PeerId, record: Fault | Serving) -> None:
+        """Have the thread that works tell it. May be called from any thread."""
+        time_s = round(time.monotonic() - self._started, 4)
+        event = {"event": "fault", "at": at} if isinstance(record, Fault) else {"event": "serving"}
+        self._records.put({**event, "time_s": time_s, **asdict(record)})
 
     def _collect(self, name: PeerId, item: str) -> bytes | None:
         """On the reactor's thread: what a collector may have, once the peer has finished."""

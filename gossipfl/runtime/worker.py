@@ -2,7 +2,7 @@
 
     in   the job; {"do": "start", "roster": {...}, "fast_math": bool, "elapsed_s": seconds of the run so far};
          {"do": "stop_after", "round": r}; {"do": "evaluate", "path": "..."}; {"do": "central", "rounds": n}; {"do": "exit"}
-    out  hello, ready, round, fault, finished, evaluated, central, alive, failed
+    out  hello, ready, round, fault, serving, finished, evaluated, central, alive, failed
 
 The end of its commands ends the process: a launcher that dies leaves no orphans. The same worker runs inside a process when the
 caller's own objects are to be trained (`InlineWorker`).

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -28,7 +29,15 @@ from gossipfl.protocol.messages import Collect, PeerId, Record
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
-from gossipfl.scenario.hosting import about_statistics, emulation, fidelity, peer_settings
+from gossipfl.scenario.hosting import (
+    about_statistics,
+    device_address,
+    emulation,
+    fidelity,
+    peer_settings,
+    serving,
+    tcp_address,
+)
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import RunFolder, RunRecord, check_free, final_models, remove_files, summarize
 from gossipfl.scenario.results import RunResult
@@ -102,7 +111,8 @@ def run_peer(
     check_loopback(bind or roster.peers[name], insecure)
     prepared = prepare(scenario)
     number, names = scenario.peer_names.index(name), scenario.peer_names
-    indices = deal(scenario, open_dataset(prepared))[number]
+    dataset = open_dataset(prepared)
+    indices = deal(scenario, dataset)[number]
     place = RunFolder(out, f"{scenario.name}-{name}", force)
     folder, record = place.path, RunRecord(place.path)
     record.write("scenario.toml", scenario.to_toml())
@@ -111,6 +121,10 @@ def run_peer(
     topology = scenario.build_topology()
     degrees, schedule = degrees_of(topology, number, names)
     settings = peer_settings(scenario) | {"advertise": roster.peers[name], "emulation": emulation(scenario)}
+    served = serving(scenario, dataset)
+    if served is not None:
+        served |= {"bind": device_address(scenario, number, _host_of(bind or roster.peers[name])), "insecure": insecure}
+        served["advertise"] = tcp_address(_host_of(roster.peers[name]), 0)
     job = Job(
         peers=[PeerJob(name, str(shard), degrees, schedule)],
         run=roster.run,
@@ -119,6 +133,7 @@ def run_peer(
         out=str(folder),
         insecure=insecure,
         scenario=scenario.to_toml(),
+        serving=served,
         **settings,
     )
     try:
@@ -129,9 +144,10 @@ def run_peer(
         raise
     place.keep()
     problem: str | None = None
+    is_served = False
 
     def hear(event: dict[str, Any]) -> None:
-        nonlocal problem
+        nonlocal problem, is_served
         record.add(event)
         match event:
             case {"event": "round", "round": round_, "accuracy_after": accuracy, "segments_mixed": mixed}:
@@ -139,6 +155,9 @@ def run_peer(
                 say(f"{name} round {round_}/{scenario.rounds}{shown}  segments mixed {mixed}")
             case {"event": "fault", "detail": detail}:
                 say(f"{name}: {detail}")
+            case {"event": "serving", "model": model, "address": address} if not is_served:
+                is_served = True
+                say(f"serving {model} for devices at {address}")
             case {"event": "finished", "error": error}:
                 problem = error
 
@@ -164,6 +183,11 @@ def run_peer(
         record.close()
         shard.unlink(missing_ok=True)
     return folder
+
+
+def _host_of(address: str) -> str:
+    """Where devices find what is at this address: on this machine, unless it says otherwise."""
+    return (urlsplit(address).hostname if address.startswith("tcp:") else None) or "127.0.0.1"
 
 
 @dataclass

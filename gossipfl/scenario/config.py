@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -35,7 +35,7 @@ from gossipfl.registry import Registry, did_you_mean
 from gossipfl.scenario.emulation import Churn, Compute, Network, unknown_peers
 from gossipfl.scenario.problems import Problem, ScenarioError, problems_of
 from gossipfl.scenario.sources import apply_overrides, line_of, read_toml, resolve_paths, scenario_file
-from gossipfl.scenario.tables import Data, Gossip, Seeds, Stop, Topology, Training, Transport
+from gossipfl.scenario.tables import Data, Gossip, Inference, Seeds, Stop, Topology, Training, Transport
 from gossipfl.scenario.values import Arguments, Table, Text, three_seeds
 
 BUILT_IN_MODELS = ("cnn", "gpt", "lenet5", "mlp", "resnet20")
@@ -71,6 +71,7 @@ class Scenario(Table):
     compute: Compute = Field(default=Compute(), description="emulated devices")
     churn: Churn = Field(default=Churn(), description="peers that come and go")
     transport: Transport = Field(default=Transport())
+    inference: Inference = Field(default=Inference(), description="serving while training")
     stop: Stop = Field(default=Stop())
 
     def __init__(self, /, **values: Any) -> None:
@@ -78,7 +79,7 @@ class Scenario(Table):
             super().__init__(**values)
         except ValidationError as error:
             raise ScenarioError(problems_of(error, Scenario)) from None
-        if problems := list(unknown_peers(self._emulated, self.peers)):
+        if problems := [*unknown_peers(self._emulated, self.peers), *self._unreachable()]:
             raise ScenarioError(problems)
 
     @field_validator("name")
@@ -129,6 +130,17 @@ class Scenario(Table):
             return self.clock
         return "virtual" if any(table.model_fields_set for table in self._emulated.values()) else "local"
 
+    def _unreachable(self) -> Iterator[Problem]:
+        """Models that no device could call."""
+        clock = self.resolved_clock
+        if self.inference.serve and clock != "local":
+            where = "nobody listens under virtual time" if clock == "virtual" else "no device is in these network namespaces"
+            given = "" if self.clock == clock else f", which is {clock!r} here"
+            yield Problem(
+                "inference.serve",
+                f"inference.serve = True with clock = {self.clock!r}{given}: {where}; set clock = 'local', or serve = false",
+            )
+
     @property
     def _emulated(self) -> dict[str, Network | Compute | Churn]:
         return {"network": self.network, "compute": self.compute, "churn": self.churn}
@@ -163,7 +175,7 @@ class Scenario(Table):
         values = self.model_dump(exclude_none=True)
         if len(set(values["seed"].values())) == 1:
             values["seed"] = self.data_seed
-        unused = {key for key in (*self._emulated, "stop") if not getattr(self, key).model_fields_set}
+        unused = {key for key in (*self._emulated, "inference", "stop") if not getattr(self, key).model_fields_set}
         return {key: value for key, value in values.items() if key not in unused}
 
     def to_toml(self) -> str:

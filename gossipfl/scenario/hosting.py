@@ -6,12 +6,19 @@ import math
 import resource
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from gossipfl.errors import ConfigError, RunError
+from gossipfl.learning.datasets import Dataset
+from gossipfl.randomness import generator
 from gossipfl.runtime.namespaces import check_available
 from gossipfl.runtime.shaping import Emulation
 from gossipfl.scenario.config import Scenario
+from gossipfl.scenario.preparation import calibration_indices, data_name, held_out_halves, seen_indices
 from gossipfl.scenario.records import Event
 from gossipfl.scenario.workers import num_cores
+
+MAX_PORT = 65535
 
 
 def peer_settings(scenario: Scenario) -> Event:
@@ -38,6 +45,38 @@ def emulation(scenario: Scenario, kernel_rates: bool = False) -> Event | None:
         scenario.build_devices() if scenario.compute.model_fields_set else None,
     )
     return emulated.to_json() if emulated.links or emulated.devices else None
+
+
+def serving(scenario: Scenario, dataset: Dataset) -> Event | None:
+    """What processes are told of serving their peers (`runtime.serving_peers`), but for the address; None if they do not."""
+    inference = scenario.inference
+    if not inference.serve:
+        return None
+    kept = calibration_indices(scenario, dataset)
+    unseen = kept if len(kept) else held_out_halves(scenario, dataset)[0]
+    some = generator(scenario.data_seed, "serving").permutation(unseen)[: inference.max_samples]
+    return {
+        "scenario": scenario.name,
+        "every": inference.every,
+        "alpha": inference.alpha,
+        "delta": inference.delta,
+        "data": data_name(scenario, dataset),
+        "seen": seen_indices(scenario, dataset, inference.max_samples).tolist(),
+        "unseen": np.sort(some).tolist(),
+        "is_of_test": not len(kept),
+    }
+
+
+def device_address(scenario: Scenario, index: int, host: str) -> str:
+    """Where the process number `index` listens for devices."""
+    port = scenario.inference.port and scenario.inference.port + index
+    if port > MAX_PORT:
+        raise ConfigError(f"inference.port = {scenario.inference.port} leaves no port to process {index + 1}; lower it")
+    return tcp_address(host, port)
+
+
+def tcp_address(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def fidelity(scenario: Scenario, events: Sequence[Event], note: Callable[[str], None], kernel_rates: bool = False) -> Event:

@@ -27,6 +27,7 @@ import tomli_w
 
 from gossipfl import errors
 from gossipfl.errors import ConfigError, GossipflError, RunError
+from gossipfl.learning.datasets import open_dataset
 from gossipfl.overlay.churn import Change
 from gossipfl.overlay.graphs import degrees_of
 from gossipfl.overlay.links import check_links
@@ -37,10 +38,13 @@ from gossipfl.scenario.hosting import (
     about_statistics,
     allow_file_descriptors,
     check_namespaces,
+    device_address,
     emulation,
     fidelity,
     groups_of,
     peer_settings,
+    serving,
+    tcp_address,
 )
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal_to_files
@@ -80,6 +84,7 @@ class Launcher:
     sockets: Path | None = None
     namespaces: Namespaces | None = None
     ended: set[int] = field(default_factory=set)
+    served_at: set[str] = field(default_factory=set)
     finished: dict[str, str | None] = field(default_factory=dict)
     peak_mib: float = 0.0
     sampled_at: float = 0.0
@@ -132,7 +137,8 @@ class Launcher:
             topology = scenario.build_topology()
             neighbours = [topology.neighbours(index) for index in range(scenario.peers)]
             self.namespaces = Namespaces(scenario.peer_names, scenario.build_links(), neighbours)
-        jobs = [self._job(index, worker.peers, folder, data, shards) for index, worker in enumerate(self.workers)]
+        served = serving(scenario, open_dataset(data))
+        jobs = [self._job(index, worker.peers, folder, data, shards, served) for index, worker in enumerate(self.workers)]
         for worker, job in zip(self.workers, jobs, strict=True):
             worker.send(job)
         ready = self._await_ready()
@@ -183,8 +189,8 @@ class Launcher:
         self.processes.append(process)
         return workers
 
-    def _job(self, index: int, peers: list[str], folder: Path, data: Path, shards: list[Path]) -> Event:
-        scenario = self.scenario
+    def _job(self, index: int, peers: list[str], folder: Path, data: Path, shards: list[Path], served: Event | None) -> Event:
+        scenario, insecure = self.scenario, self.insecure or self._is_in_namespaces  # nobody else is on the network there
         topology, names = scenario.build_topology(), scenario.peer_names
         jobs = []
         for peer in peers:
@@ -192,6 +198,10 @@ class Launcher:
             degrees, schedule = degrees_of(topology, number, names)
             indices = str(shards[number].resolve())
             jobs.append({"name": peer, "indices": indices, "degrees": degrees, "schedule": schedule})
+        advertise = f"tcp://{scenario.transport.advertise}:0" if scenario.transport.advertise else None
+        if served is not None:
+            bind = device_address(scenario, index, scenario.transport.host)
+            served = served | {"bind": bind, "advertise": advertise, "insecure": insecure}
         return peer_settings(scenario) | {
             "emulation": emulation(scenario, kernel_rates=self._is_in_namespaces),
             "late": [] if peers[0] in scenario.late_peers else scenario.late_peers,  # a late one waits for who is there
@@ -199,10 +209,11 @@ class Launcher:
             "peers": jobs,
             "run": self._run_number(folder),
             "bind": self._bind_address(index),
-            "advertise": f"tcp://{scenario.transport.advertise}:0" if scenario.transport.advertise else None,
+            "advertise": advertise,
             "data": str(data),
             "out": str(folder.resolve()),
-            "insecure": self.insecure or self._is_in_namespaces,  # nobody else is on the network there
+            "insecure": insecure,
+            "serving": served,
         }
 
     def _bind_address(self, index: int) -> str:
@@ -248,9 +259,13 @@ class Launcher:
             match event["event"]:
                 case _ if worker is None:
                     pass
-                case "round" | "fault" | "finished":
+                case "round" | "fault" | "serving" | "finished":
                     if event["event"] == "finished":
                         self.finished[event["peer"]] = event["error"]
+                    if event["event"] == "serving":
+                        self._tell_of_serving(event["address"], worker.peers)
+                    if event["event"] == "fault" and event["kind"] == "serving":
+                        self.observer.note(f"{event['at']} is not served after round {event['round']}: {event['detail']}")
                     record.add(event)
                     self.observer.event(event, self._num_alive())
                 case "ready":
@@ -266,6 +281,14 @@ class Launcher:
                 self._stop_soon(record)
             if stop.target_accuracy is not None and event["event"] == "round" and self._has_reached(record, event["round"]):
                 self._stop_soon(record)
+
+    def _tell_of_serving(self, address: str, peers: list[str]) -> None:
+        """Once of each address."""
+        if address not in self.served_at:
+            self.served_at.add(address)
+            names = [f"{self.scenario.name}-{peer}" for peer in peers]
+            shown = names[0] if len(names) == 1 else f"{names[0]} to {names[-1].rpartition('-')[2]}"
+            self.observer.note(f"serving {shown} for devices at {address}")
 
     def _present(self) -> list[str]:
         """Peers that have not finished and are there, or have yet to come."""
@@ -411,10 +434,6 @@ class Launcher:
             except ValueError:
                 break  # not the main thread
         return handlers
-
-
-def tcp_address(host: str, port: int) -> str:
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def _roster(run_number: int, addresses: Mapping[str, str]) -> dict[str, Any]:

@@ -56,5 +56,24 @@ def calibration_indices(scenario: Scenario, dataset: Dataset) -> np.ndarray:
     return np.sort(rng.choice(total, round(scenario.data.calibration_fraction * total), replace=False))
 
 
+def seen_indices(scenario: Scenario, dataset: Dataset, num_samples: int) -> np.ndarray:
+    """Some of the training samples (sorted i64[n]) that peers train on."""
+    kept = calibration_indices(scenario, dataset)
+    rng = generator(scenario.data_seed, "noise")
+    return np.sort(rng.permutation(np.setdiff1d(np.arange(len(dataset.y_train)), kept))[:num_samples])
+
+
+def held_out_halves(scenario: Scenario, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The test samples (sorted i64[n]), one half for calibration where the scenario has kept no others, and the other half."""
+    order = generator(scenario.data_seed, "calibration").permutation(len(dataset.y_test))
+    half = len(order) // 2
+    return np.sort(order[:half]), np.sort(order[half:])
+
+
+def data_name(scenario: Scenario, dataset: Dataset) -> str:
+    """What a certificate says that it was calibrated on."""
+    return f"{scenario.data.kind}-{len(dataset.y_train)}-{len(dataset.y_test)}"
+
+
 def _cache() -> Path:
     return Path(os.environ.get("GOSSIPFL_CACHE") or Path.home() / ".cache" / "gossipfl")

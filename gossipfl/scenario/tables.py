@@ -183,6 +183,23 @@ class Transport(Table):
     advertise: Text | None = Field(default=None, description="address that peers tell others, where it differs from host")
 
 
+class Inference(Table):
+    """[inference] Serving the peers' models to devices while they train."""
+
+    serve: bool = Field(default=False, description="whether every peer serves its newest model, as <name>-p0, <name>-p1, ...")
+    port: int = Field(
+        default=0, ge=0, le=65535, description="where the first process listens for devices, the next one at the next; 0 = any"
+    )
+    every: int = Field(
+        default=1, ge=1, description="rounds between two versions; those that end while one is calibrated are passed over"
+    )
+    alpha: float = Field(default=0.02, gt=0, lt=1, description="share of answers that may differ from the full model's")
+    delta: float = Field(default=0.05, gt=0, lt=1, description="probability that more do all the same")
+    max_samples: int = Field(
+        default=600, ge=1, description="samples that a version is calibrated on, of those that were trained on and of others"
+    )
+
+
 class Stop(Table):
     """[stop] What ends a run early."""
 

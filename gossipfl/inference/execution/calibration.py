@@ -24,7 +24,7 @@ from torch import nn
 
 from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.chain import Chain
-from gossipfl.inference.execution.engines import Compiled, available_engines, compile_stage, stage_seconds
+from gossipfl.inference.execution.engines import Compiled, Seconds, available_engines, compile_stage, stage_seconds
 from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, measure, quantized, rounded
 from gossipfl.inference.execution.tables import Row, make_tables, planned_scores
 from gossipfl.inference.planning.cuts import EXACT_BITS, Catalogue
@@ -181,8 +181,13 @@ class Calibrator:
     def sensitivity(self, progress: Callable[[float], None] = lambda share: None) -> Sensitivity:
         return measure(self.chain, self.vector, self.seen, progress)
 
-    def catalogue(self, progress: Progress = lambda what, share: None) -> tuple[Catalogue, dict[float, dict[int, Row]]]:
-        """The catalogue, and its rows with the harm that was measured. The inputs as they are go up at any level."""
+    def catalogue(
+        self, progress: Progress = lambda what, share: None, seconds: Seconds | None = None
+    ) -> tuple[Catalogue, dict[float, dict[int, Row]]]:
+        """The catalogue, and its rows with the harm that was measured. The inputs as they are go up at any level.
+
+        `seconds` are those of `stage_seconds`, where they are known: they hang on the model, not on its weights.
+        """
         begun, tabled = PARTS
         sensitivity = self.sensitivity(lambda share: progress("noise of each layer", begun * share))
         rows = make_tables(
@@ -193,7 +198,7 @@ class Calibrator:
             lambda share: progress("bits for each cut", begun + (tabled - begun) * share),
         )
         rows = {0.0: {0: Row((), EXACT_BITS, 0.0)}, **{level: cuts for level, cuts in rows.items() if cuts}}
-        seconds = stage_seconds(self.chain, self.vector, self.samples, self.engines)
+        seconds = seconds or stage_seconds(self.chain, self.vector, self.samples, self.engines)
         progress("seconds of each engine", 1.0)
         levels = {
             level: {cut: (row.weight_bits, row.activation_bits) for cut, row in cuts.items()} for level, cuts in rows.items()

@@ -43,8 +43,9 @@ class Chain:
     profile: ModelProfile
     layout: Layout
 
-    def __init__(self, traced: fx.GraphModule, input_shape: Shape) -> None:
-        """Of a graph as `Chain.of` makes it: one input, functional, batch norm folded."""
+    def __init__(self, traced: fx.GraphModule, input_shape: Shape, norms: Mapping[str, str]) -> None:
+        """Of a graph as `Chain.of` makes it: one input, functional, batch norm folded (`norms`: into which layer which)."""
+        self._norms = norms
         observed = [observe(traced, torch.zeros(batch, *input_shape)) for batch in BATCHES]
         self._traced, self._batch = traced, _resolve_sizes(traced, observed)
         nodes = list(traced.graph.nodes)
@@ -78,6 +79,8 @@ class Chain:
     def of(model: nn.Module, input_shape: tuple[int, ...]) -> Chain:
         """The chain of a copy of `model`, which maps f32[B, *input_shape] to scores f32[B, K] in evaluation.
 
+        No other thread may use any module meanwhile: torch.fx changes what calling one does, in the whole process.
+
         PlanError where it cannot be cut: a parameter outside of Conv2d, Linear and batch norm, or one used twice; batch norm
         that does not directly follow a layer; control flow that depends on values. ConfigError for samples it does not take.
         """
@@ -87,8 +90,8 @@ class Chain:
         samples = torch.rand(BATCHES[0], *input_shape, generator=torch.Generator().manual_seed(0))
         expected = _scores(own, samples)
         _make_functional(traced)
-        _fold_batch_norms(traced, observe(traced, samples))
-        chain = Chain(traced, tuple(input_shape))
+        norms = _fold_batch_norms(traced, observe(traced, samples))
+        chain = Chain(traced, tuple(input_shape), norms)
         with torch.no_grad():
             (found,) = chain.stage(0, len(chain.profile.layers))(samples)
         if not torch.allclose(found, expected, rtol=MAX_DIFFERENCE, atol=MAX_DIFFERENCE * float(expected.abs().max())):
@@ -100,6 +103,19 @@ class Chain:
         vector = np.empty(self.layout.size, np.float32)
         for name, values in self.layout.tensors(vector).items():
             values[...] = self._traced.get_parameter(name).numpy()
+        return vector
+
+    def vector_of(self, model: nn.Module) -> np.ndarray:
+        """The same of another model of this kind, in evaluation. Traces nothing, so it may run beside other threads."""
+        vector = np.empty(self.layout.size, np.float32)
+        tensors = self.layout.tensors(vector)
+        with torch.no_grad():
+            for profile in self.profile.layers:
+                layer: Any = model.get_submodule(profile.name)
+                if profile.name in self._norms:
+                    layer = _folded(layer, model.get_submodule(self._norms[profile.name]))
+                for key, values in layer.named_parameters():
+                    tensors[f"{profile.name}.{key}"][...] = values.numpy()
         return vector
 
     def stage(self, start: int, stop: int, vector: np.ndarray | None = None) -> fx.GraphModule:
@@ -240,7 +256,9 @@ def observe(traced: fx.GraphModule, *inputs: Tensor) -> dict[fx.Node, Any]:
     return observer.values
 
 
-def _fold_batch_norms(traced: fx.GraphModule, values: Mapping[fx.Node, Any]) -> None:
+def _fold_batch_norms(traced: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, str]:
+    """The names of the layers that had one, and its name."""
+    norms = {}
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or not isinstance(norm := traced.get_submodule(node.target), _BatchNorm):
             continue
@@ -252,10 +270,15 @@ def _fold_batch_norms(traced: fx.GraphModule, values: Mapping[fx.Node, Any]) -> 
                 f"batch norm {node.target!r} cannot be folded into {before.target!r}",
                 "let it alone directly follow a convolution, or a linear layer of f32[B, n]",
             )
-        folded = fuse_linear_bn_eval(layer, norm) if isinstance(layer, nn.Linear) else fuse_conv_bn_eval(layer, norm)
-        traced.set_submodule(before.target, folded)
+        traced.set_submodule(before.target, _folded(layer, norm))
+        norms[str(before.target)] = str(node.target)
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
+    return norms
+
+
+def _folded(layer: nn.Conv2d | nn.Linear, norm: Any) -> nn.Module:
+    return fuse_linear_bn_eval(layer, norm) if isinstance(layer, nn.Linear) else fuse_conv_bn_eval(layer, norm)
 
 
 def _resolve_sizes(traced: fx.GraphModule, observed: list[dict[fx.Node, Any]]) -> fx.Node:

@@ -14,6 +14,7 @@ import copy
 import importlib.util
 import logging
 import math
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 Live = tuple[Tensor, ...]
 """Live tensors of a cut, f32[B, ...]."""
 Run = Callable[..., Live]
+Seconds = dict[str, tuple[list[float], list[float]]]
+"""By engine, for each cut 0..L, a sample's seconds on the device and at the server; inf where the engine cannot be used."""
 ENGINES: Registry[Callable[[fx.GraphModule, Live], Run]] = Registry("engine")
 """`f(stage, inputs) -> run` compiles a stage (of `Chain.stage`) with live tensors of calibration samples."""
 
@@ -45,6 +48,8 @@ EXPLAINED = 3.0
 does (0.4 to 1.6 times on the models of `learning.models`); pairs of products that saturate in i16 come to ten times."""
 ROUNDING = 1e-3
 """Relative difference that every engine may show: sums in another order."""
+_TRACING = threading.Lock()
+"""torch.jit keeps what it traces, and warnings keep what they ignore, for the whole process."""
 TURN_S, TURNS = 5e-4, 40
 """Candidates are timed by turns, so that other work on the machine hits all alike, and the best turn counts."""
 
@@ -101,10 +106,8 @@ def fastest(stage: fx.GraphModule, inputs: Live, engines: Iterable[str] | None =
     return Compiled(best, seconds[best], runs[best], {name: seconds.get(name, math.inf) for name in names})
 
 
-def stage_seconds(
-    chain: Chain, vector: np.ndarray, inputs: np.ndarray, engines: Iterable[str] | None = None
-) -> dict[str, tuple[list[float], list[float]]]:
-    """By engine, a sample's seconds on the device and at the server for each cut 0..L; inf where the engine cannot be used.
+def stage_seconds(chain: Chain, vector: np.ndarray, inputs: np.ndarray, engines: Iterable[str] | None = None) -> Seconds:
+    """What every part of the chain takes with each engine.
 
     `inputs` are calibration samples, f32[n, *input_shape]. Every part is compiled and timed whole, since what layers take alone
     does not add up: converting to codes and calling a kernel take as long as a small layer. Other work on the machine only adds
@@ -180,7 +183,7 @@ def _compile(stage: fx.GraphModule, inputs: Live, engine: str, golden: _Golden) 
     if missing := _missing(engine):
         raise ConfigError(f"engine {engine!r} is not there: {missing}")
     try:
-        with warnings.catch_warnings(), torch.inference_mode():
+        with _TRACING, warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # torch announces that tracing and quantized tensors will have successors
             run = function(stage, inputs)
             found = run(*inputs)

@@ -17,10 +17,9 @@ from gossipfl.learning.datasets import Dataset, open_dataset
 from gossipfl.learning.datasets.dataset import normalise
 from gossipfl.learning.flatten import float_buffers, layout_of, unflatten_
 from gossipfl.learning.models import build_model
-from gossipfl.randomness import generator
 from gossipfl.registry import did_you_mean
 from gossipfl.scenario.config import Scenario, load_scenario
-from gossipfl.scenario.preparation import calibration_indices, prepare
+from gossipfl.scenario.preparation import calibration_indices, data_name, held_out_halves, prepare, seen_indices
 
 Samples = tuple[np.ndarray, np.ndarray]
 """Inputs as the model is fed them (f32[n, *input_shape]) and their labels (i64[n])."""
@@ -49,14 +48,12 @@ class Trained:
     @property
     def data_name(self) -> str:
         """What a certificate says that it was calibrated on."""
-        return f"{self.scenario.data.kind}-{len(self.dataset.y_train)}-{len(self.dataset.y_test)}"
+        return data_name(self.scenario, self.dataset)
 
     def fit_samples(self, num_samples: int = 1024) -> Samples:
         """Samples that peers trained on, for what needs no unseen ones: noise energies, ranges of activations."""
-        kept = calibration_indices(self.scenario, self.dataset)
-        rng = generator(self.scenario.data_seed, "noise")
-        used = rng.permutation(np.setdiff1d(np.arange(len(self.dataset.y_train)), kept))[:num_samples]
-        return self._samples(self.dataset.x_train, self.dataset.y_train, np.sort(used))
+        used = seen_indices(self.scenario, self.dataset, num_samples)
+        return self._samples(self.dataset.x_train, self.dataset.y_train, used)
 
     @cached_property
     def calibration_samples(self) -> Samples:
@@ -75,9 +72,7 @@ class Trained:
 
     @cached_property
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
-        order = generator(self.scenario.data_seed, "calibration").permutation(len(self.dataset.y_test))
-        half = len(order) // 2
-        return np.sort(order[:half]), np.sort(order[half:])
+        return held_out_halves(self.scenario, self.dataset)
 
     def _samples(self, x: np.ndarray, y: np.ndarray, indices: np.ndarray) -> Samples:
         return normalise(np.asarray(x[indices]), self.dataset), np.asarray(y[indices])
