@@ -93,6 +93,7 @@ def test_the_bench_tells_what_was_promised_and_what_was_kept(run):
         assert 0 <= row["payload"] < row["payload_32"] and row["predicted_loss"] <= row["level"]
     assert {row["rule"] for row in tables["thresholds"]} == {"max", "fit99", "fit99.9", "certified"}
     assert {row["device"] for row in tables["latency"]} == {"sensor", "phone", "gateway"}
+    assert len(tables["links"]) == 2 * 3
     for row in tables["latency"]:
         assert row["predicted_up"] == row["measured_up"] and row["predicted_pull"] == row["measured_pull"]
 

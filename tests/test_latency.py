@@ -20,8 +20,9 @@ from gossipfl.inference.planning.cuts import Catalogue, Overhead, activation_byt
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.stages import emulated
-from gossipfl.scenario.inference import latency
+from gossipfl.scenario.inference import latency, link_error
 from gossipfl.scenario.inference.latency import latency_rows, measure_overheads
+from gossipfl.scenario.inference.link_error import link_rows
 
 SHAPE, LAYERS = (1, 8, 8), 3
 X = np.random.default_rng(0).standard_normal((40, *SHAPE)).astype(np.float32)
@@ -136,3 +137,12 @@ def test_a_slow_device_takes_its_speeds_share_longer():
 def test_a_speed_that_waiting_cannot_bring_about_is_refused(calibrator, speed):
     with pytest.raises(ConfigError, match="emulated_speed"):
         EdgeDevice(["tcp://127.0.0.1:1"], calibrator.chain, emulated_speed=speed)
+
+
+def test_a_link_alone_is_never_faster_than_it_is_set(monkeypatch):
+    monkeypatch.setattr(link_error, "TURNS", 3)
+    rows = link_rows([replace(NEAR, latency_s=0.005)])
+    assert [(row.device, row.direction) for row in rows] == [("near", "up"), ("near", "down")]
+    for row in rows:
+        assert row.measured_latency_s >= row.latency_s and row.measured_rate <= row.rate
+        assert row.latency_error >= 0 >= row.rate_error

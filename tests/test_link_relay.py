@@ -129,6 +129,20 @@ def test_a_link_that_was_idle_has_saved_nothing_up(target):
             assert time.monotonic() - began >= size / 1e5
 
 
+def test_nor_has_one_that_was_idle_after_as_much_as_is_read_at_once(target):
+    rate, latency_s = 1e5, 0.03
+    ahead = int(rate * AHEAD_S)
+    with LinkRelay(target(echo), uplink=rate, latency_s=latency_s) as relay, connect(relay.address) as connection:
+        for size in range(ahead - 2, ahead + 3):  # rounding decides which of them it is
+            connection.sendall(bytes(size))
+            idle_at = time.monotonic() + 2 * size / rate  # while the first is still under way
+            assert wait_for(lambda due=idle_at: time.monotonic() > due)
+            began = time.monotonic()
+            connection.sendall(bytes(size))
+            read(connection, 2 * size)
+            assert time.monotonic() - began >= size / rate + 2 * latency_s
+
+
 @pytest.mark.parametrize("rate", [math.inf, 1e7])
 def test_who_sends_to_somebody_that_reads_nothing_is_held_back(target, rate):
     over = threading.Event()

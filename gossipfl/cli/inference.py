@@ -106,11 +106,13 @@ def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
     from gossipfl.scenario.inference.display import (
         plain,
         print_latency_rows,
+        print_link_rows,
         print_plan_rows,
         print_threshold_rows,
         progress,
     )
     from gossipfl.scenario.inference.latency import latency_rows
+    from gossipfl.scenario.inference.link_error import link_rows
     from gossipfl.scenario.inference.trained import load_trained
 
     trained = load_trained(run, model)
@@ -120,17 +122,20 @@ def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
     thresholds = list(threshold_rows(calibrator, calibration.catalogue, *samples))
     with progress(quiet) as told:
         latencies = latency_rows(calibrator, calibration.catalogue, DEVICES, samples[0], told=told)
+    links = link_rows(DEVICES)
     if as_json:
         values = {
             "plans": [asdict(row) | {"saved": row.saved} for row in plans],
             "thresholds": [asdict(row) for row in thresholds],
             "latency": [asdict(row) | {"error": row.error, "error_now": row.error_now} for row in latencies],
+            "links": [asdict(row) | {"latency_error": row.latency_error, "rate_error": row.rate_error} for row in links],
         }
         click.echo(json.dumps(plain(values)))
     else:
         print_plan_rows(Console(), plans)
         print_threshold_rows(Console(), thresholds)
         print_latency_rows(Console(), latencies)
+        print_link_rows(Console(), links)
         click.echo(f"{len(samples[1])} test samples, that neither training nor calibration saw")
 
 

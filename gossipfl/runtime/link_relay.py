@@ -94,7 +94,9 @@ class LinkRelay:
         now = time.monotonic()
         reading = [pipe for pipe in self._pipes if pipe.may_read(now)]
         blocked = [pipe for pipe in self._pipes if pipe.is_blocked]
-        waits = [max(0.0, due - now) for pipe in self._pipes if (due := pipe.next_time(now)) is not None]
+        # who is behind has something waiting or is not behind any more: that is to be known before anything else comes in
+        waits = [0.0 for pipe in reading if pipe.direction.is_behind]
+        waits += [max(0.0, due - now) for pipe in self._pipes if (due := pipe.next_time(now)) is not None]
         readers = [self._wake_read, self._listener, *(pipe.source for pipe in reading)]
         # not epoll, whose timeouts are whole milliseconds
         readable, writable, _ = select.select(readers, [pipe.sink for pipe in blocked], [], min(waits, default=None))

@@ -24,6 +24,7 @@ from gossipfl.inference.planning.profile import ModelProfile, Plan
 from gossipfl.scenario.inference.bench import PlanRow, ThresholdRow
 from gossipfl.scenario.inference.calibrate import certificates_by_bits
 from gossipfl.scenario.inference.latency import LatencyRow
+from gossipfl.scenario.inference.link_error import LinkRow
 from gossipfl.scenario.inference.payload import payload, saved
 
 LINE_S = 5.0
@@ -190,22 +191,42 @@ def print_threshold_rows(console: Console, rows: Sequence[ThresholdRow]) -> None
 def print_latency_rows(console: Console, rows: Sequence[LatencyRow]) -> None:
     """The plan that each device gets is in bold; of bytes that are as predicted there is one number."""
     title = "latency and bytes: predicted | measured, on emulated devices and links"
-    table = Table("device, cut", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("ms", "error", "now", "bytes up", "pulled", "in ms"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("device, cut", "ms", "error", "now", "bytes up", "pulled", "in ms"):
+        table.add_column(column, justify="left" if column.startswith("device") else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             f"{row.device} {row.cut}/{row.num_layers}",
-            f"{1000 * row.predicted_s:.1f} | {1000 * row.measured_s:.1f}",
+            f"{_ms(row.predicted_s)} | {_ms(row.measured_s)}",
             f"{row.error:+.1%}",
             f"{row.error_now:+.1%}",
             _both(row.predicted_up, row.measured_up),
             _both(row.predicted_pull, row.measured_pull),
-            f"{1000 * row.predicted_pull_s:.1f} | {1000 * row.measured_pull_s:.1f}" if row.cut else "-",
+            f"{_ms(row.predicted_pull_s)} | {_ms(row.measured_pull_s)}" if row.cut else "-",
             style="bold" if row.is_chosen else None,
         )
     console.print(table)
     console.print("now: with the overheads of a request as measured meanwhile, not as calibrated", highlight=False)
+
+
+def print_link_rows(console: Console, rows: Sequence[LinkRow]) -> None:
+    title = "emulated links by themselves: set | measured"
+    table = Table("link", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("latency in ms", "error", "bytes/s", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{row.device} {row.direction}",
+            f"{1000 * row.latency_s:.1f} | {1000 * row.measured_latency_s:.2f}",
+            f"{row.latency_error:+.1%}",
+            f"{row.rate:,.0f} | {row.measured_rate:,.0f}",
+            f"{row.rate_error:+.1%}",
+        )
+    console.print(table)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}" if seconds < 0.1 else f"{1000 * seconds:.0f}"
 
 
 def _both(predicted: int, measured: int) -> str:
