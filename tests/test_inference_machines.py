@@ -113,7 +113,7 @@ def digests(of: Manifest) -> frozenset[str]:
 
 
 def test_asks_and_manifests_come_back_from_json_as_they_went():
-    for ask in (Ask(DeviceProfile()), Ask(DeviceProfile("d", uplink=1e6, memory_bytes=5), 0.02, 7, 60.0)):
+    for ask in (Ask(DeviceProfile()), Ask(DeviceProfile("d", uplink=1e6, memory_bytes=5), 0.02, 7, 60.0, (4, 6))):
         assert offers.ask_from_json(offers.to_json(ask)) == ask
     for offer in (manifest(), manifest(2, 0), manifest(3, 2, 16, threshold=math.inf, alpha=0.02, delta=0.05, scale="logits")):
         assert offers.manifest_from_json(offers.to_json(offer)) == offer
@@ -265,7 +265,7 @@ def test_a_plan_is_asked_for_and_again_for_what_comes_after_it():
     actions = offered(machine, manifest())
     assert actions[0] == LookUp(manifest())
     ((peer, request),) = sent(actions, PlanRequest)
-    assert peer == "s0" and request.payload == Ask(DeviceProfile(), None, 1, WAIT), "the server may wait with the answer"
+    assert peer == "s0" and request.payload == Ask(DeviceProfile(), None, 1, WAIT, (4, 4, 4)), "the server may wait"
     assert machine.handle(Found(1, digests(manifest())), 0.1) == [Load(manifest())]
     assert machine.fetcher.active is None
     assert machine.handle(Loaded(1), 0.2) == [] and machine.fetcher.active == manifest()

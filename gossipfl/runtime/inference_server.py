@@ -312,7 +312,7 @@ class InferenceServer:
         if served is None:
             return Failed(request, Failure.VERSION, f"version {version} has been retired; ask again")
         try:
-            offer = served.offer(ask)
+            offer = served.offer(ask, self._served[caller.model].get(ask.held))
         except ConfigError as error:
             return Failed(request, Failure.PLAN, clipped(error))
         return [Offer(request, offset, len(offer), payload=part) for offset, part in _parts(memoryview(offer))]

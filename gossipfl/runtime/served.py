@@ -39,6 +39,7 @@ class ServedVersion:
     _stages: dict[int, RunnableStage] = field(default_factory=dict)
     _planes: dict[Range, PlaneSet] = field(default_factory=dict)
     _digests: dict[tuple[Range, str], str] = field(default_factory=dict)
+    _same: dict[int, tuple[bool, ...]] = field(default_factory=dict)
     _encoded: OrderedDict[tuple[Range, str], memoryview] = field(default_factory=OrderedDict)
     _offers: dict[tuple[tuple[Stage, ...], int], tuple[Certificate | None, tuple[LayerOffer, ...]]] = field(
         default_factory=dict
@@ -108,10 +109,16 @@ class ServedVersion:
 
     # --- offers -------------------------------------------------------------------------------------------------------
 
-    def offer(self, ask: Ask) -> bytes:
-        """What a device is offered, as JSON; PlanError or ConfigError where nothing keeps within what it allows."""
+    def offer(self, ask: Ask, held: ServedVersion | None = None) -> bytes:
+        """What a device is offered, as JSON; PlanError or ConfigError where nothing keeps within what it allows.
+
+        `held` is the version that it has already, if that is known here: what has not changed since need not be pulled.
+        """
         loss = min(self.catalogue.levels) if ask.max_accuracy_loss is None else ask.max_accuracy_loss
-        plan, _ = choose_plan(self.catalogue, ask.device, loss)
+        cached = ask.cached if held is not None else ()
+        if held is not None and len(cached) <= len(self.chain.profile.layers):  # else the plan says what is wrong
+            cached = tuple(planes if same else 0 for planes, same in zip(cached, self._unchanged(held), strict=False))
+        plan, _ = choose_plan(self.catalogue, ask.device, loss, cached)
         key = plan.stages, plan.activation_bits
         if key not in self._offers:
             if plan.cut < len(self.chain.profile.layers):
@@ -131,6 +138,18 @@ class ServedVersion:
                 delta=certificate.delta,
             )
         return to_json(manifest)
+
+    def _unchanged(self, held: ServedVersion) -> tuple[bool, ...]:
+        """Of each layer, whether weight and bias are those of `held`."""
+        if held.version not in self._same:
+            self._same[held.version] = tuple(
+                all(
+                    part is None or np.array_equal(self.vector[slice(*part)], held.vector[slice(*part)])
+                    for part in (layer.weight, layer.bias)
+                )
+                for layer in self.chain.profile.layers
+            )
+        return self._same[held.version]
 
     def _layer_offers(self, plan: Plan) -> list[LayerOffer]:
         offers = []

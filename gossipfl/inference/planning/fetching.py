@@ -180,7 +180,9 @@ class Fetcher:
             self._plan_due = self._holders.next_free()
             return []
         config, held = self._config, self._newest
-        ask = Ask(config.device, config.max_accuracy_loss, held, config.wait_s if held else 0.0)
+        ask = Ask(config.device, config.max_accuracy_loss)
+        if held is not None:
+            ask = replace(ask, held=held.version, wait_s=config.wait_s, cached=held.plan.weight_bits)
         request = next(self._numbers)
         self._plan, self._plan_due = _PlanAsked(request, peer), now + config.patience_s
         return [Send(peer, PlanRequest(request, payload=ask))]
@@ -190,10 +192,10 @@ class Fetcher:
         return [Forget(plan.peer, plan.request)] if plan else []
 
     @property
-    def _newest(self) -> int:
-        """Version of the newest offer taken up."""
+    def _newest(self) -> Manifest | None:
+        """The newest offer taken up, whose pieces are in the cache or on their way."""
         offers = (self.active, self._candidate and self._candidate.manifest, self._next and self._next[0])
-        return max((offer.version for offer in offers if offer), default=0)
+        return max((offer for offer in offers if offer), key=lambda offer: offer.version, default=None)
 
     def _plan_failed(self, peer: PeerId, kind: str, reason: str, now: float) -> list[Action]:
         self._plan = None
@@ -207,7 +209,7 @@ class Fetcher:
     def _offered(self, peer: PeerId, manifest: Manifest, now: float) -> list[Action]:
         self._holders.praise(peer)
         self._plan, self._plan_due, self.error = None, None, None
-        newest = self._newest
+        newest = self._newest.version if self._newest else 0
         if manifest.version <= newest:  # it lags behind, or has not waited
             self._plan_due = now + FIRST_BACKOFF_S
             is_behind = manifest.version < newest

@@ -49,13 +49,15 @@ class Failure(StrEnum):
 class Ask:
     """A plan for this device, please, within this loss of accuracy (None: the server's choice).
 
-    It has version `held` already (0: none): the answer may wait until there is a newer one, for at most `wait_s`.
+    It has version `held` already (0: none), and of it `cached` planes of each of the first layers: the answer may wait until
+    there is a newer one, for at most `wait_s`.
     """
 
     device: DeviceProfile
     max_accuracy_loss: float | None = None
     held: int = 0
     wait_s: float = 0.0
+    cached: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
