@@ -220,6 +220,12 @@ def test_a_certificate_is_passed_on_only_with_the_engine_that_it_speaks_of(serve
         assert (receipt.engines, receipt.alpha) == ((engine,), alpha)
 
 
+def test_a_certificate_of_accuracy_says_nothing_of_how_many_answers_differ(servers, devices):
+    server = servers(cut=LAYERS, certificate=lambda plan: replace(certified(0.001)(plan), loss="accuracy"))
+    receipt = devices(server).predict(X, DEADLINE_S).receipt
+    assert (receipt.threshold, receipt.alpha, receipt.delta) == (pytest.approx(0.001), None, None)
+
+
 def test_a_certificate_for_another_plan_is_not_offered(servers, devices):
     def of_another(plan) -> Certificate:
         return certified(0.5)(replace(plan, weight_bits=(16,) * plan.cut))

@@ -130,13 +130,9 @@ class ServedVersion:
             manifest = replace(manifest, samples=samples_to_text(self.samples))
         if certificate is not None:
             self._check_certificate(certificate, plan)
-            manifest = replace(
-                manifest,
-                threshold=certificate.threshold,
-                scale=certificate.basis.scale,
-                alpha=certificate.alpha,
-                delta=certificate.delta,
-            )
+            manifest = replace(manifest, threshold=certificate.threshold, scale=certificate.basis.scale)
+            if certificate.loss == "disagreement":  # of a loss of accuracy no device could tell without labels
+                manifest = replace(manifest, alpha=certificate.alpha, delta=certificate.delta)
         return to_json(manifest)
 
     def _unchanged(self, held: ServedVersion) -> tuple[bool, ...]:
