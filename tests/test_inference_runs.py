@@ -220,6 +220,16 @@ def test_a_certificate_is_passed_on_only_with_the_engine_that_it_speaks_of(serve
         assert (receipt.engines, receipt.alpha) == ((engine,), alpha)
 
 
+def test_where_the_planned_engine_does_not_work_fp32_runs_without_a_guarantee(servers, devices):
+    """It is not installed on the device, or computes something else there."""
+    server = servers(version=0)
+    plan = catalogue(cut=LAYERS)
+    plan = replace(plan, device_s={"fp32": plan.device_s["fp32"], "elsewhere": [s / 2 for s in plan.device_s["fp32"]]})
+    server.publish("m", 1, vector_of(1), plan, certified(0.0), samples=X)
+    receipt = devices(server).predict(X, DEADLINE_S).receipt
+    assert (receipt.engines, receipt.alpha, receipt.tiers) == (("fp32",), None, ("reduced",) * 6)
+
+
 def test_a_certificate_of_accuracy_says_nothing_of_how_many_answers_differ(servers, devices):
     server = servers(cut=LAYERS, certificate=lambda plan: replace(certified(0.001)(plan), loss="accuracy"))
     receipt = devices(server).predict(X, DEADLINE_S).receipt

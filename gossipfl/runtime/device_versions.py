@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
-from gossipfl.errors import RemoteProtocolError, RunError
+from gossipfl.errors import ConfigError, RemoteProtocolError, RunError
 from gossipfl.inference.planning.margins import margins
 from gossipfl.inference.planning.offers import Manifest, Piece, pieces
 from gossipfl.inference.planning.profile import Range
 from gossipfl.runtime.content_cache import ContentCache, digest_of
-from gossipfl.runtime.stages import ModelChain, RunnableStage, samples_from_text
+from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage, samples_from_text
 from gossipfl.segments.codecs import all_finite
 from gossipfl.segments.planes import PlaneSet
+
+logger = logging.getLogger(__name__)
 
 
 class DeviceVersion:
@@ -65,7 +69,13 @@ class DeviceVersion:
             engine = manifest.plan.stages[0].engine
             offered = samples_from_text(manifest.samples, profile.input_shape)
             samples = self._samples if offered is None else offered
-            self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, engine, samples)
+            try:
+                self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, engine, samples)
+            except (ConfigError, RunError) as error:  # not installed here, or it computes something else on this machine
+                if engine == FULL_ENGINE:
+                    raise
+                logger.warning("%s; %s runs in its place, without a guarantee", error, FULL_ENGINE)
+                self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, FULL_ENGINE)
         self._contents.clear()
 
     def margins_of(self, scores: np.ndarray) -> tuple[float, ...]:
