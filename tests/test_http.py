@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -717,6 +718,12 @@ def test_the_metrics_count_what_was_answered(service, server):
     assert value(server, "gossipfl_bytes_total", direction="up") == 300
     assert value(server, "gossipfl_bytes_total", direction="down") == 120
     assert value(server, "gossipfl_in_flight") == 0
+    service.receipt = replace(service.receipt, alpha=None, alarm=True)
+    assert ask(server, "POST", INFER, query(DIGITS[:1])).status == 200
+    assert math.isnan(value(server, "gossipfl_certificate_alpha", **of_model))
+    service.receipt = replace(service.receipt, alpha=None, alarm=True)
+    assert ask(server, "POST", INFER, query(DIGITS[:1])).status == 200
+    assert math.isnan(value(server, "gossipfl_certificate_alpha", **of_model))
 
 
 def test_the_metrics_speak_prometheus_and_openmetrics(common):

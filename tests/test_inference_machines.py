@@ -623,9 +623,9 @@ def counted(machine, version=1) -> tuple[int, int]:
     return audit.num_audited, audit.num_differing
 
 
-def alarm(machine, first=1000) -> list:
+def alarm(machine) -> list:
     """Answers that all differ, until there is an alarm: what was done last."""
-    for number in itertools.count(first):
+    for number in itertools.count(1000):
         (upload,) = of(ask_sure(machine, number), Upload)
         actions = compared(machine, upload, True)
         if of(actions, Report):
@@ -659,7 +659,8 @@ def test_audits_count_in_the_order_in_which_they_were_drawn():
     """Else those that fall back would come before those that are accepted, and be missing among those that follow."""
     machine = audited()
     (first,) = of(ask_sure(machine, 1), Upload)
-    ask_sure(machine, 2, (0.1, 0.1))
+    (upload,) = ask_sure(machine, 2, (0.1, 0.1))
+    assert of(machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1)), 0.1), Resolve), "nobody waits"
     assert counted(machine) == (0, 0)
     compared(machine, first, True)
     assert counted(machine) == (3, 1)
@@ -689,11 +690,12 @@ def test_after_an_alarm_the_full_model_answers_all_and_where_there_is_none_the_p
 
 def test_questions_under_way_at_an_alarm_say_so_and_the_next_version_begins_anew():
     machine = audited()
-    machine.handle(Question(1, 1, 100.0), 0.0)
-    (upload,) = machine.handle(HeadDone(1, (0.1,)), 0.0)
-    alarm(machine)
+    audits = [of(ask_sure(machine, number), Upload)[0] for number in range(2, 12)]
+    machine.handle(Question(1, 2, 100.0), 0.0)
+    (upload,) = machine.handle(HeadDone(1, (0.1, 0.9)), 0.0)
+    assert sum(len(of(compared(machine, audit, True), Report)) for audit in audits) == 1
     actions = machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1)), 0.1)
-    assert actions[0] == Resolve(1, certified(), (0,), True, alarm=True)
+    assert actions[0] == Resolve(1, certified(), (0,), True, alarm=True) and not of(actions, Upload)
     assert switch(machine, certified(2), 1.0) == [Unload(1)]
     resolve, upload = ask_sure(machine, 2, now=1.0)[1:]
     assert resolve == Resolve(2, certified(2)) and upload.tier == "audit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -45,7 +46,7 @@ class Metrics:
         )
         self._alpha = Gauge(
             "gossipfl_certificate_alpha",
-            "Certified share of accepted answers that may differ from the full model's.",
+            "Certified share of all answers that may differ from the full model's; NaN once an audit has found that more do.",
             of_model,
             registry=self.registry,
         )
@@ -72,6 +73,8 @@ class Metrics:
             margin.observe(value)
         if receipt.alpha is not None:
             self._alpha.labels(*of_model).set(receipt.alpha)
+        elif receipt.alarm:
+            self._alpha.labels(*of_model).set(math.nan)
         self._bytes.labels("up").inc(receipt.bytes_up)
         self._bytes.labels("down").inc(receipt.bytes_down)
 
