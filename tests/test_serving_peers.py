@@ -251,17 +251,22 @@ def test_each_peer_serves_its_own_model_and_rounds_between_versions_are_passed_o
                 np.testing.assert_allclose(device.predict(x).scores, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_is_traced_once_there_is_training(monkeypatch):
-    """It would break the training beside it: torch.fx takes the place of every module's call, in all threads."""
+def test_nothing_is_traced_or_drawn_once_there_is_training(monkeypatch):
+    """It would break the training beside it: torch.fx takes the place of every module's call, in all threads.
+
+    Nor is anything drawn from the generator that dropout draws from.
+    """
     model = mlp()
     chain = Chain.of(model, SHAPE)
     with Opened(model) as opened:
+        state = torch.get_rng_state()
         monkeypatch.setattr(torch.fx.Tracer, "trace", lambda *_: pytest.fail("traced"))
         opened.serving.take("p0", 1, flatten(model))
         told = opened.next()
         assert isinstance(told, Serving), told
         with EdgeDevice([told.address], chain, max_accuracy_loss=0.9, model="s-p0") as device:
             assert device.predict(dataset().x_test[:4]).receipt.version == 1
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_address_that_is_taken_is_a_fault():

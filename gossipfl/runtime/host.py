@@ -256,7 +256,7 @@ class PeerHost:
 
     def _make_serving(self, settings: dict[str, Any], is_callers_own: bool) -> ServingPeers:
         from gossipfl.runtime.model_list import Architecture
-        from gossipfl.runtime.serving_peers import ServingPeers, ServingSettings  # takes half a second, for few runs
+        from gossipfl.runtime.serving_peers import ServingPeers, ServingSettings  # takes a quarter of a second, for few runs
 
         data, engine, build = self.dataset, self.engine, None
         if not is_callers_own:
