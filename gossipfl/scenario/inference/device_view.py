@@ -45,7 +45,7 @@ class Answers:
         table.box, table.show_header = box.SIMPLE, False
         table.add_column("value", justify="right")
         rows = {
-            "layers here": f"{last.cut} at {bits_text(last.weight_bits)} bits, by {', '.join(last.engines) or 'nobody'}",
+            "layers here": f"{last.cut} at {bits_text(last.weight_bits)} bits, by {last.engines[0]}" if last.cut else "none",
             "pulled": size_text(device.bytes_pulled),
             "sent up / down, each": " / ".join(
                 size_text(statistics.fmean(getattr(receipt, name) for receipt in self._receipts))
@@ -72,6 +72,8 @@ class Answers:
 def _guarantee(receipt: Receipt) -> str:
     if receipt.alarm:
         return "none: audits found more answers that differ than was certified"
+    if receipt.threshold is None:
+        return "these are the full model's answers"
     if receipt.alpha is None:
         return "none: not certified"
     return f"at most {receipt.alpha:.1%} differ from the full model, with probability {1 - (receipt.delta or 0):.0%}"

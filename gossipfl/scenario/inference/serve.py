@@ -141,8 +141,10 @@ def read_inputs(path: Path | None, scenario: Scenario | None, count: int, input_
     if path is not None:
         try:
             x = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} is no .npy file of inputs: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is no .npy file of numbers; write one with numpy.save") from error
         return Inputs(np.asarray(x, np.float32), None)
     if scenario is not None:
         dataset = open_dataset(prepare(scenario))
