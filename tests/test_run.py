@@ -384,9 +384,14 @@ def test_what_a_killed_launcher_left_in_the_temporary_folder_goes_with_the_next_
     remove_stale()
     assert left.exists() and list(left.glob("*")) and (left / MARK).exists()
     run.process.kill()
+    run.process.wait()  # until then it may hold its lock
     assert wait_for(lambda: not run.workers(), 5.0)
-    remove_stale()
-    assert {path.name for path in (tmp_path / "tmp").iterdir()} == {"gossipfl-not-marked", "gossipfl-link"}
+
+    def is_clean() -> bool:
+        remove_stale()
+        return {path.name for path in (tmp_path / "tmp").iterdir()} == {"gossipfl-not-marked", "gossipfl-link"}
+
+    assert wait_for(is_clean, 5.0)
     assert (tmp_path / "elsewhere" / MARK).exists()
 
 
