@@ -19,8 +19,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from gossipfl.errors import ConfigError, RunError
 from gossipfl.inference.execution.chain import Chain
-from gossipfl.inference.execution.int8 import missing_kernels, quantize
+from gossipfl.inference.execution.int8 import LARGEST_CODE, missing_kernels, quantize
 from gossipfl.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -206,16 +206,16 @@ class _Golden:
     def check(self, engine: str, found: Live) -> None:
         """RunError where the difference has another reason than precision."""
         differs = self._difference(found)
-        allowed = ROUNDING + EXPLAINED * self._explained(PRECISIONS.get(engine, _rounded_to_codes))
+        allowed = ROUNDING + EXPLAINED * self._explained(PRECISIONS.get(engine, EIGHT_BITS))
         if not differs <= allowed:
             raise RunError(
                 f"engine {engine!r} computes something else than fp32 on this machine (relative difference {differs:.2g}, "
                 f"its precision explains {allowed:.2g}): its kernels saturate or are wrong"
             )
 
-    def _measure(self, rounded: Rounding) -> float:
+    def _measure(self, precision: Precision) -> float:
         with torch.inference_mode():
-            return self._difference(_Rounded(self._stage, rounded).run(*self._inputs))
+            return self._difference(_Rounded(self._stage, precision).run(*self._inputs))
 
     def _difference(self, found: Live) -> float:
         """The greatest of the live tensors, each relative to its norm; nan where one is not finite."""
@@ -228,35 +228,47 @@ Rounding = Callable[[Tensor], Tensor]
 """Of the rows of a matrix, each on its own."""
 
 
-def _rounded_to_codes(rows: Tensor) -> Tensor:
-    """To 256 even steps between a row's extremes, zero among them."""
+class Precision(NamedTuple):
+    """What an engine makes of a layer's weights, by channel, and of the values that it takes and gives."""
+
+    weights: Rounding
+    values: Rounding
+
+
+def _rounded_to_codes(rows: Tensor, largest: int = 255) -> Tensor:
+    """To `largest` even steps between a row's extremes, zero among their ends."""
     low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
-    step = ((high - low) / 255).clamp(min=1e-30)
+    step = ((high - low) / largest).clamp(min=1e-30)
     return (rows / step).round() * step
 
 
-PRECISIONS: dict[str, Rounding] = {"fp32": lambda rows: rows, "bf16": lambda rows: rows.bfloat16().float()}
-"""Of the engines that do not round to codes."""
+EIGHT_BITS = Precision(_rounded_to_codes, _rounded_to_codes)
+PRECISIONS = {
+    "fp32": Precision(lambda rows: rows, lambda rows: rows),
+    "bf16": Precision(lambda rows: rows.bfloat16().float(), lambda rows: rows.bfloat16().float()),
+    "int8": Precision(_rounded_to_codes, partial(_rounded_to_codes, largest=LARGEST_CODE)),
+}
+"""Of engines with another than eight bits."""
 
 
 class _Rounded(fx.Interpreter):
-    """A stage whose layers round their weights (by channel), what they take and what they give."""
+    """A stage in an engine's precision."""
 
-    def __init__(self, stage: fx.GraphModule, rounded: Rounding) -> None:
+    def __init__(self, stage: fx.GraphModule, precision: Precision) -> None:
         super().__init__(stage)
-        self._rounded = rounded
+        self._precision = precision
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         if not isinstance(module, nn.Conv2d | nn.Linear):
             return super().call_module(target, args, kwargs)
         layer = copy.copy(module)
-        weight = self._rounded(module.weight.flatten(1)).view_as(module.weight)
+        weight = self._precision.weights(module.weight.flatten(1)).view_as(module.weight)
         layer._parameters = module._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
         return self._tensor(layer(self._tensor(args[0])))
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        return self._rounded(tensor.reshape(1, -1)).view(tensor.shape)
+        return self._precision.values(tensor.reshape(1, -1)).view(tensor.shape)
 
 
 def _few(inputs: Live) -> Live:
