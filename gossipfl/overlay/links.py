@@ -168,6 +168,11 @@ class Links:
         late = self.jitter_s or any(self._peer_latency.values()) or self._latency.constant != 0
         return self.is_unlimited and not late and not self.loss
 
+    @property
+    def common_latency(self) -> float | None:
+        """That of all pairs, if they have one."""
+        return None if self._peer_latency else self._latency.constant
+
     def latency(self, sender: int, receiver: int) -> float:
         """Seconds that a message takes besides its transmission, without jitter."""
         if own := self._peer_latency:

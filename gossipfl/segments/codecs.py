@@ -40,10 +40,9 @@ import math
 import sys
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -76,8 +75,7 @@ _DEFAULT_RATIO = "0.1"
 _F32, _I8, _U16, _U32 = (np.dtype(name) for name in ("<f4", "i1", "<u2", "<u4"))
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
+class Decoded(NamedTuple):
     """Values of a range, and which of them the sender sent. Sparse codecs leave 0 where nothing was sent."""
 
     values: np.ndarray | Pieces

@@ -48,34 +48,35 @@ class SegmentMix(NamedTuple):
 def mix_segments(aggregate: Aggregator, own: np.ndarray, mixes: Sequence[SegmentMix], out: np.ndarray) -> None:
     """`mix` for several segments of `own` (f32[P]), in their order, to the same bits.
 
-    Where all are mixed by their mean, all at once: on small segments most of the time goes into calling numpy.
+    Where the segments make up the vector and each is the mean of as many copies, all are mixed at once: on small segments most
+    of the time goes into calling numpy.
     """
-    covered = sum(mix_.range[1] - mix_.range[0] for mix_ in mixes)
-    if aggregate is mean and covered == own.size and all(map(_is_plain, mixes)):
+    if aggregate is mean and _is_even(mixes, own.size):
         _mean_of_all(own, mixes, out)
         return
     for (start, stop), own_weight, copies in mixes:
         mix(aggregate, own[start:stop], own_weight, copies, out=out[start:stop])
 
 
-def _is_plain(mix_: SegmentMix) -> bool:
-    return bool(mix_.own_weight) and all(decoded.present is None for decoded, _ in mix_.copies)
+def _is_even(mixes: Sequence[SegmentMix], size: int) -> bool:
+    end = 0
+    for (start, stop), own_weight, copies in mixes:
+        if start != end or not own_weight or len(copies) != len(mixes[0].copies):
+            return False
+        if any(decoded.present is not None for decoded, _ in copies):
+            return False
+        end = stop
+    return end == size
 
 
 def _mean_of_all(own: np.ndarray, mixes: Sequence[SegmentMix], out: np.ndarray) -> None:
     """`mean`, with the same operations on each value: own - sum_i share_i (own - copy_i)."""
-    shares = [shares_of([mix_.own_weight, *(weight for _, weight in mix_.copies)])[1:] for mix_ in mixes]
-    sizes = [mix_.range[1] - mix_.range[0] for mix_ in mixes]
-    total, terms = np.zeros((2, own.size), np.float32)
-    places = [(own[start:stop], terms[start:stop]) for (start, stop), _, _ in mixes]
-    for number in range(max(map(len, shares))):
-        for (values, term), mix_ in zip(places, mixes, strict=True):
-            if number < len(mix_.copies):
-                np.subtract(values, mix_.copies[number][0].values, out=term)
-            else:
-                term.fill(0.0)  # changes nothing: a sum that began with +0 is never -0
-        of_each = [own_shares[number] if number < len(own_shares) else np.float32(0.0) for own_shares in shares]
-        share = of_each[0] if len(set(of_each)) == 1 else np.repeat(np.array(of_each), sizes)
-        np.multiply(terms, share, out=terms)
-        np.add(total, terms, out=total)
+    shares = [shares_of([own_weight, *(weight for _, weight in copies)])[1:] for _, own_weight, copies in mixes]
+    sizes = [stop - start for (start, stop), _, _ in mixes]
+    total, term = np.zeros(own.size, np.float32), np.empty(own.size, np.float32)
+    for number, of_each in enumerate(zip(*shares, strict=True)):
+        np.concatenate([copies[number][0].values for _, _, copies in mixes], out=term)
+        np.subtract(own, term, out=term)
+        np.multiply(term, of_each[0] if len(set(of_each)) == 1 else np.repeat(np.array(of_each), sizes), out=term)
+        np.add(total, term, out=total)
     np.subtract(own, total, out=out)

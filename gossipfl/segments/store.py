@@ -54,7 +54,8 @@ class SegmentStore:
 
     def read(self, version: int, range_: Range) -> np.ndarray:
         """A read-only view of the range, f32[stop - start]. KeyError if the version is not stored."""
-        return self._versions[version][slice(*range_)]
+        start, stop = range_
+        return self._versions[version][start:stop]
 
     def encode(self, version: int, range_: Range) -> memoryview:
         """The range as the codec sends it, a segment once for all who ask. CodecError for a range that cannot be served."""

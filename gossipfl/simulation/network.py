@@ -59,6 +59,7 @@ class Network:
         self._receiving: list[dict[Flow, None]] = [{} for _ in range(links.num_peers)]
         self._touched: dict[int, None] = {}  # peers whose flows came, went, or got other capacities
         self._last_arrival: dict[tuple[int, int], float] = {}
+        self._latency = links.common_latency
         self._is_plain = not links.jitter_s and not links.loss
         self.is_exact = links.num_peers <= EXACT_PEERS
         self._is_unlimited = links.is_unlimited
@@ -70,7 +71,8 @@ class Network:
     def send(self, sender: int, receiver: int, deliver: Callable[..., None], *args: Any) -> None:
         """A message without payload: `deliver(*args)` when it arrives, if it does."""
         if self._is_plain:
-            self._clock.at(self._clock.now + self._links.latency(sender, receiver), deliver, *args)
+            latency = self._latency if self._latency is not None else self._links.latency(sender, receiver)
+            self._clock.at(self._clock.now + latency, deliver, *args)
         else:
             self._launch(sender, receiver, deliver, args)
 

@@ -368,26 +368,14 @@ class Simulator:
             self._send(peer, to, Later(pull.request, ahead + total))
         newest, num_samples = peer.machine.desk.newest, peer.machine.config.num_samples
         resumed = pull.offset if version == pull.version else 0
+        request, stream = pull.request, self.network.stream
         for range_, size in zip(pull.ranges, sizes, strict=True):
             values = self._read(peer, version, range_)
-            first = min(resumed, size - 1)
-            for start in range(first - first % self._chunk_bytes, size, self._chunk_bytes):
-                offset = max(start, first)
-                num_bytes = min(start + self._chunk_bytes, size) - offset
-                payload = values if offset + num_bytes == size else None
-                data = Data(pull.request, version, newest, num_samples, range_, offset, size, num_bytes, payload)
-                header_bytes = len(wire.encode(RUN, peer.name, to, data))
-                self.network.stream(
-                    peer.index,
-                    receiver.index,
-                    pull.request,
-                    num_bytes,
-                    self._deliver,
-                    peer,
-                    receiver,
-                    data,
-                    header_bytes + num_bytes,
-                )
+            for offset, end in _chunks(size, resumed, self._chunk_bytes):
+                payload, num_bytes = values if end == size else None, end - offset
+                data = Data(request, version, newest, num_samples, range_, offset, size, num_bytes, payload)
+                wire_bytes = len(wire.encode(RUN, peer.name, to, data)) + num_bytes
+                stream(peer.index, receiver.index, request, num_bytes, self._deliver, peer, receiver, data, wire_bytes)
             resumed = 0
 
     def _read(self, peer: SimulatedPeer, version: int, range_: Range) -> Decoded:
@@ -462,12 +450,21 @@ class Simulator:
         mix_segments(self._aggregate, peer.own, mixes, out=peer.mixed)
 
 
+def _chunks(size: int, resumed: int, chunk_bytes: int) -> Iterable[tuple[int, int]]:
+    """Where the chunks of a range of `size` encoded bytes begin and end, from the byte `resumed` on, or the last one."""
+    if size <= chunk_bytes and not resumed:
+        return ((0, size),)
+    first = min(resumed, size - 1)
+    starts = range(first - first % chunk_bytes, size, chunk_bytes)
+    return [(max(start, first), min(start + chunk_bytes, size)) for start in starts]
+
+
 @contextlib.contextmanager
 def _rare_collections() -> Iterator[None]:
     """Messages make no cycles; looking for some among all that lives takes a third of the time."""
     thresholds = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(100 * thresholds[0], *thresholds[1:])
+    gc.set_threshold(1000 * thresholds[0], *thresholds[1:])
     try:
         yield
     finally:
