@@ -1,0 +1,200 @@
+"""Taking part in a run, whatever is done in its rounds: joining it, answering pulls, leaving it. The base of the machines.
+
+    phase      event                                      next                      actions
+    JOINING    Start, Hello, Wake                         TRAINING on a quorum      Hello until answered
+    any        Pull                                       same                      Serve, Later or Refuse (`serving.py`)
+    LINGERING  Leave from every live neighbour, or Wake   DONE                      keep serving; Finish
+
+Nobody waits for all: who has heard from a quorum of its neighbours when `join_timeout_s` is over begins without the others,
+and who finds the others under way adopts the newest model.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from gossipfl.protocol.membership import HELLO_INTERVAL_S, Membership
+from gossipfl.protocol.messages import (
+    Action,
+    Fault,
+    Finish,
+    Hello,
+    Leave,
+    PeerId,
+    Pull,
+    Range,
+    Refuse,
+    Report,
+    Send,
+)
+from gossipfl.protocol.serving import PullDesk
+
+MAX_STRANGERS = 64
+"""Strangers that are reported, each once."""
+
+
+class Phase(Enum):
+    JOINING = "joining"
+    TRAINING = "training"
+    GATHERING = "gathering"
+    LINGERING = "lingering"
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class GossipConfig:
+    """What one peer of a run goes by. Times are in seconds."""
+
+    rounds: int
+    segments: tuple[Range, ...]
+    layout: str
+    num_samples: int
+    seed: int = 0
+    replicas: int = 2
+    codec: str = "float32"
+    mixing: str = "data_size"
+    selection: str = "uniform"
+    exploration: float = 0.5
+    max_staleness: float = 0
+    staleness_exponent: float = 0.5
+    patience_s: float | None = None  # None: max(10 s, 4 x own training time)
+    versions_kept: int = 4
+    linger_s: float = 10.0
+    join_timeout_s: float = 30.0
+    quorum: int | None = None  # neighbours that must answer; None: half of them, rounded up
+    late: frozenset[PeerId] = frozenset()  # neighbours that are not there at the start
+    schedule: Sequence[Mapping[PeerId, int]] | None = None  # the neighbours of round 1, 2, ... with their degrees; then again
+
+
+class Participant(ABC):
+    """A machine but for its rounds. `degrees` maps each neighbour to its own number of neighbours."""
+
+    def __init__(self, name: PeerId, degrees: Mapping[PeerId, int], config: GossipConfig) -> None:
+        self.name = name
+        self.config = config
+        self.phase = Phase.JOINING
+        self.round = 0
+        quorum = math.ceil(len(degrees) / 2) if config.quorum is None else config.quorum
+        self.membership = Membership(name, config.layout, degrees, quorum, config.late)
+        self.desk = PullDesk(config.versions_kept)
+        self._segment_of = {range_: index for index, range_ in enumerate(config.segments)}
+        self._reported: set[tuple[PeerId, str]] = set()  # in this round
+        self._strangers: set[PeerId] = set()
+        self._wake_at: float | None = None  # hello or leave again
+        self._give_up_at = math.inf  # joining or lingering
+
+    @abstractmethod
+    def _train(self, round_: int, now: float) -> list[Action]:
+        """Begin this round."""
+
+    @abstractmethod
+    def _adopt(self, now: float) -> list[Action]:
+        """Take over the newest known version and go on from its round."""
+
+    # --- joining ------------------------------------------------------------------------------------------------------
+
+    def _join(self, now: float) -> list[Action]:
+        if not self.membership.neighbours:
+            lone = Fault(0, self.name, "lone", f"{self.name} has no neighbours and trains alone")
+            return [Report(lone), *self._train(1, now)]
+        if self.phase is not Phase.JOINING:
+            return []  # all whom it waits for had greeted it before it was told to begin
+        self._give_up_at = now + self.config.join_timeout_s
+        return self._begin(now) if self.membership.all_answered else self._greet(now)
+
+    def _greet(self, now: float) -> list[Action]:
+        self._wake_at = now + HELLO_INTERVAL_S
+        hello = self.membership.hello(self.desk.newest, wants_reply=True)
+        return [Send(name, hello) for name in self.membership.unanswered]
+
+    def _greeted(self, peer: PeerId, hello: Hello, now: float) -> list[Action]:
+        actions: list[Action] = []
+        if not self.membership.greeted(peer, hello):
+            detail = f"{peer} has the model layout {hello.layout}, {self.name} has {self.config.layout}; give them one model"
+            actions.append(Report(Fault(self.round, peer, "layout", detail)))
+        if hello.wants_reply:
+            actions.append(Send(peer, self.membership.hello(self.desk.newest, wants_reply=False)))
+        if self.phase is Phase.JOINING:
+            under_way = self.membership.claimed > 0 and self.membership.newest > 0 and self.membership.has_quorum
+            if under_way or self.membership.all_answered:
+                actions += self._begin(now)
+        return actions
+
+    def _begin_without_all(self, now: float) -> list[Action]:
+        missing = ", ".join(self.membership.unanswered)
+        if not self.membership.has_quorum:
+            return self._finish(f"{self.name}: no answer from {missing} within {self.config.join_timeout_s:g} s")
+        detail = f"{missing} did not answer within {self.config.join_timeout_s:g} s; starting without"
+        return [Report(Fault(0, self.name, "absent", detail)), *self._begin(now)]
+
+    def _begin(self, now: float) -> list[Action]:
+        if not self.membership.has_quorum:
+            foreign = ", ".join(n.name for n in self.membership.neighbours.values() if n.foreign)
+            return self._finish(f"{self.name}: too few neighbours share its model's layout; another one has {foreign}")
+        for name in self.membership.unanswered:
+            self.membership.neighbours[name].away = True
+        if self.membership.newest > self.config.versions_kept:
+            return self._adopt(now)
+        return self._train(1, now)
+
+    def _peer_up(self, peer: PeerId) -> list[Action]:
+        neighbour = self.membership.neighbours.get(peer)
+        if neighbour is not None and neighbour.away:
+            return [Send(peer, self.membership.hello(self.desk.newest, wants_reply=True))]
+        return []
+
+    # --- answering ----------------------------------------------------------------------------------------------------
+
+    def _answer(self, peer: PeerId, pull: Pull, now: float) -> list[Action]:
+        self.membership.heard(peer)
+        strange = [range_ for range_ in pull.ranges if range_ not in self._segment_of]
+        if strange or pull.codec != self.config.codec:
+            size, number = self.config.segments[-1][1], len(self.config.segments)
+            detail = f"pull of {(strange or pull.ranges)[0]} as {pull.codec!r}; there are {number} segments of {size} values"
+            detail += f", sent as {self.config.codec!r}"
+            refusal = Refuse(pull.request, self.desk.oldest, self.desk.newest)
+            return [*self._once(Fault(self.round, peer, "bad_pull", detail)), Send(peer, refusal)]
+        return self.desk.answer(peer, pull, now, may_train=self.phase is not Phase.LINGERING)
+
+    def _once(self, fault: Fault) -> list[Action]:
+        """Report this kind of fault of this peer once a round: reports must not fill the disk."""
+        if (fault.peer, fault.kind) in self._reported:
+            return []
+        self._reported.add((fault.peer, fault.kind))
+        return [Report(fault)]
+
+    def _turn_away(self, peer: PeerId, message: object) -> list[Action]:
+        """A stranger is reported once, and not at all where there are too many: reports must not fill the disk."""
+        if peer in self._strangers or len(self._strangers) >= MAX_STRANGERS:
+            return []
+        self._strangers.add(peer)
+        return [Report(Fault(self.round, peer, "stranger", f"{type(message).__name__} from a peer that is no neighbour"))]
+
+    # --- leaving ------------------------------------------------------------------------------------------------------
+
+    def _linger(self, now: float) -> list[Action]:
+        self.phase = Phase.LINGERING
+        self._give_up_at = now + self.config.linger_s
+        return [*self.desk.close(now), *self._say_leave(now), *self._finish_if_alone()]
+
+    def _say_leave(self, now: float) -> list[Action]:
+        self._wake_at = now + HELLO_INTERVAL_S
+        return [Send(n.name, Leave(self.round)) for n in self.membership.neighbours.values() if n.is_live and n.met]
+
+    def _left(self, peer: PeerId, now: float) -> list[Action]:
+        self.membership.heard(peer).gone = True
+        return self._finish_if_alone()
+
+    def _finish_if_alone(self) -> list[Action]:
+        if self.phase is not Phase.LINGERING:
+            return []
+        alone = all(neighbour.gone or not neighbour.is_live for neighbour in self.membership.neighbours.values())
+        return self._finish() if alone else []
+
+    def _finish(self, error: str | None = None) -> list[Action]:
+        self.phase = Phase.DONE
+        return [Finish(error)]
