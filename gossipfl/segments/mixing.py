@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +72,7 @@ def _is_even(mixes: Sequence[SegmentMix], size: int) -> bool:
 
 def _mean_of_all(own: np.ndarray, mixes: Sequence[SegmentMix], out: np.ndarray) -> None:
     """`mean`, with the same operations on each value: own - sum_i share_i (own - copy_i)."""
-    shares = [shares_of([own_weight, *(weight for _, weight in copies)])[1:] for _, own_weight, copies in mixes]
+    shares = [_shares_of_copies((own_weight, *(weight for _, weight in copies))) for _, own_weight, copies in mixes]
     sizes = [stop - start for (start, stop), _, _ in mixes]
     total, term = np.zeros(own.size, np.float32), np.empty(own.size, np.float32)
     for number, of_each in enumerate(zip(*shares, strict=True)):
@@ -80,3 +81,9 @@ def _mean_of_all(own: np.ndarray, mixes: Sequence[SegmentMix], out: np.ndarray) 
         np.multiply(term, of_each[0] if len(set(of_each)) == 1 else np.repeat(np.array(of_each), sizes), out=term)
         np.add(total, term, out=total)
     np.subtract(own, total, out=out)
+
+
+@lru_cache(maxsize=4096)
+def _shares_of_copies(weights: tuple[float, ...]) -> Sequence[np.float32]:
+    """Kept, for peers have the same few weights round after round."""
+    return shares_of(weights)[1:]
