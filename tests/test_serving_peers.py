@@ -119,7 +119,8 @@ def test_devices_get_rising_versions_while_peers_train_and_peers_learn_what_they
     (listed,) = ask_models(first["address"], INFERENCE_RUN)
     assert (listed.name, listed.model, listed.input_shape) == (first["model"], "mlp", SHAPE)
     exact = EdgeDevice([first["address"]], chain, max_accuracy_loss=0.0, model=first["model"])
-    reduced = EdgeDevice([first["address"]], chain, max_accuracy_loss=0.05, model=first["model"])
+    # not audited: eight samples, asked again and again, are no draw of what was calibrated for
+    reduced = EdgeDevice([first["address"]], chain, max_accuracy_loss=0.05, model=first["model"], audit_share=0.0)
     puller = Puller(first["address"], first["model"], chain.layout.size)
     vectors: dict[int, np.ndarray] = {}
     seen: dict[EdgeDevice, list[int]] = {exact: [], reduced: []}
