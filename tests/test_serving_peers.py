@@ -50,7 +50,7 @@ RUN = {
     "data": {"kind": "digits", "calibration_fraction": 0.4},
     "training": {"local_steps": 2},
     "gossip": {"segments": 2, "replicas": 1},
-    "compute": {"step_time": "50ms"},  # long enough for several versions
+    "compute": {"step_time": "100ms"},  # long enough for several versions, also where other work goes on
 }
 torch.set_num_threads(1)
 
