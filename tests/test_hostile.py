@@ -35,7 +35,6 @@ from virtual_host import VirtualHost
 
 from gossipfl.protocol import membership, wire
 from gossipfl.protocol.messages import Collect, Credit, Data, Hello, Later, Leave, Pull, Record, Refuse
-from gossipfl.runtime import transport as transport_module
 from gossipfl.runtime.node import MAX_SERVED
 from gossipfl.runtime.transport import LinkDown
 
@@ -96,7 +95,7 @@ def idle_connections(address: str) -> list[socket.socket]:
     "attack", [garbage, http, half_a_greeting, greeting_then_garbage, an_enormous_frame, reset, idle_connections]
 )
 def test_what_is_not_zeromq_disturbs_nobody(attack, ends, monkeypatch):
-    monkeypatch.setattr(transport_module, "HANDSHAKE_S", 0.3)
+    monkeypatch.setattr("gossipfl.runtime.transport.sockets.HANDSHAKE_S", 0.3)
     b, a = ends("tcp://127.0.0.1:0"), ends("tcp://127.0.0.1:0")
     a.transport.connect("b", b.address)
     before = open_files()

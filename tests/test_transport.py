@@ -9,6 +9,7 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
+import zmq
 from sockets import (
     DEADLINE_S,
     Attacker,
@@ -41,8 +42,9 @@ from gossipfl.protocol.messages import (
     Refuse,
     Result,
 )  # fmt: skip
-from gossipfl.runtime import transport as transport_module
-from gossipfl.runtime.transport import FIRST_WINDOW_BYTES, MAX_WINDOW_BYTES, LinkDown, LinkUp, ZmqTransport
+from gossipfl.runtime.transport import LinkDown, LinkUp, ZmqTransport, zmq_transport
+from gossipfl.runtime.transport.link import MAX_UNSENT_BYTES
+from gossipfl.runtime.transport.window import FIRST_WINDOW_BYTES, MAX_WINDOW_BYTES
 
 KINDS = ("tcp4", "tcp6", "ipc", "inproc")
 NETWORKED = KINDS[:3]  # inproc reports no links and does not reconnect: there is nothing to break
@@ -320,7 +322,7 @@ def test_what_waits_for_a_peer_that_is_not_there_is_bounded_and_can_be_taken_bac
     for request in range(3):
         for chunk in activation(request, wire.MAX_TENSOR_BYTES):
             a.transport.send("a", "b", chunk)
-    assert a.transport.bytes_unsent("b") == 2 * wire.MAX_TENSOR_BYTES == transport_module.MAX_UNSENT_BYTES
+    assert a.transport.bytes_unsent("b") == 2 * wire.MAX_TENSOR_BYTES == MAX_UNSENT_BYTES
     assert a.transport.dropped == wire.MAX_TENSOR_BYTES // CHUNK
     a.transport.cancel("b", 0)
     a.transport.cancel("unheard of", 0)
@@ -408,7 +410,7 @@ def test_an_answer_to_a_peer_that_has_gone_is_forgotten(ends, attackers):
 @pytest.mark.parametrize("num_strangers", [4, 5])
 def test_a_transfer_goes_on_however_many_others_connect(num_strangers, ends, attackers, monkeypatch):
     """What is remembered of connections is bounded, but both ends of one must remember the same of it."""
-    monkeypatch.setattr(transport_module, "MAX_REMEMBERED", 4)
+    monkeypatch.setattr(zmq_transport, "MAX_REMEMBERED", 4)
     a, b = ends("tcp://127.0.0.1:0"), ends("tcp://127.0.0.1:0")
     a.transport.connect("b", b.address)
     origin = asked(a, b)
@@ -423,7 +425,7 @@ def test_a_transfer_goes_on_however_many_others_connect(num_strangers, ends, att
 
 
 def test_a_newcomer_is_served_when_as_many_as_are_remembered_came_before(ends, attackers, monkeypatch):
-    monkeypatch.setattr(transport_module, "MAX_REMEMBERED", 4)
+    monkeypatch.setattr(zmq_transport, "MAX_REMEMBERED", 4)
     a, b = ends("tcp://127.0.0.1:0"), ends("tcp://127.0.0.1:0")
     for number, stranger in enumerate([attackers(b.address) for _ in range(4)], start=1):
         stranger.say("x", "b", PULL)
@@ -435,7 +437,7 @@ def test_a_newcomer_is_served_when_as_many_as_are_remembered_came_before(ends, a
 
 
 def test_outgoing_connections_are_capped_by_closing_idle_ones(ends, monkeypatch):
-    monkeypatch.setattr(transport_module, "IDLE_S", 0.0)
+    monkeypatch.setattr(zmq_transport, "IDLE_S", 0.0)
     a, b = ends("tcp://127.0.0.1:0"), ends("tcp://127.0.0.1:0")
     a.transport.connect("b", b.address)
     a.transport.send("a", "b", HELLO)
@@ -445,15 +447,15 @@ def test_outgoing_connections_are_capped_by_closing_idle_ones(ends, monkeypatch)
         a.transport.connect(f"p{number}", free_address())
         a.transport.send("a", f"p{number}", HELLO)
         a.pump()
-        assert len(a.transport._links) <= transport_module.MAX_LINKS
-    assert wait_for(lambda: open_files() < before + 6 * transport_module.MAX_LINKS)
+        assert len(a.transport._links) <= zmq_transport.MAX_LINKS
+    assert wait_for(lambda: open_files() < before + 6 * zmq_transport.MAX_LINKS)
     a.transport.send("a", "b", Leave(2))  # its connection was closed, and is made again
     until([a, b], lambda: Leave(2) in b.messages)
 
 
 def test_a_connection_that_data_comes_in_on_is_not_idle(ends, monkeypatch):
-    monkeypatch.setattr(transport_module, "IDLE_S", 0.0)
-    monkeypatch.setattr(transport_module, "MAX_LINKS", 2)
+    monkeypatch.setattr(zmq_transport, "IDLE_S", 0.0)
+    monkeypatch.setattr(zmq_transport, "MAX_LINKS", 2)
     a, b, c = (ends("tcp://127.0.0.1:0") for _ in range(3))
     for name, end in (("b", b), ("c", c), ("d", c)):
         a.transport.connect(name, end.address)
@@ -538,7 +540,7 @@ def test_an_address_that_is_none_is_an_error_of_ours(address, ends):
 )
 def test_what_others_are_told_is_the_advertised_address_with_the_port_found(advertise, expected, ends):
     end = ends("tcp://127.0.0.1:0", advertise=advertise)
-    port = port_of(end.transport._router.getsockopt_string(transport_module.zmq.LAST_ENDPOINT).rstrip("\0"))
+    port = port_of(end.transport._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0"))
     assert end.address == expected.format(port=port)
 
 
