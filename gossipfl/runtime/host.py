@@ -1,4 +1,4 @@
-"""The peers of one process: one endpoint, one reactor thread, one engine that trains them in turn.
+"""The peers of one process: one endpoint, one message loop, one engine that trains them in turn.
 
     host = PeerHost(job)                       # loads data and model, binds
     host.start({"p0": "tcp://...", ...})       # joins the run
@@ -34,7 +34,9 @@ from gossipfl.overlay.selection import SELECTORS
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.gossip import MAX_SAMPLES, MIXINGS, GossipConfig
 from gossipfl.protocol.messages import Fault, PeerId, RoundReport, Start, StopAfter
-from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone, TrainTask
+from gossipfl.runtime.endpoint import Endpoint
+from gossipfl.runtime.message_loop import MessageLoop
+from gossipfl.runtime.node import FinishTask, Node, RoundDone, TrainTask
 from gossipfl.runtime.shaping import Emulation, ShapedTransport
 from gossipfl.runtime.transport import ZmqTransport
 from gossipfl.segments.codecs import codec
@@ -137,7 +139,7 @@ def build_node(
     late: Iterable[PeerId] = (),
     **callbacks: Any,
 ) -> Node:
-    """A peer's machine with its store, ready for a reactor.
+    """A peer's machine with its store, ready for an endpoint.
 
     `degrees`: each neighbour's own number of neighbours; `schedule`: the same for each round, where they change.
     """
@@ -232,7 +234,8 @@ class PeerHost:
         self._records: SimpleQueue[Event] = SimpleQueue()
         self._serving = self._make_serving(job.serving, is_callers_own) if job.serving else None
         self.transport = self._open_transport()
-        self.reactor = Reactor(self.transport, on_crash=self.calls.put)
+        self._endpoint = Endpoint(on_crash=self.calls.put)
+        self._loop = MessageLoop(self.transport, self._endpoint, "gossipfl-peers")
         self.initial = self.engine.initial_vector()
         self._hosted: dict[PeerId, _Hosted] = {}
         self._last_round = self.settings.rounds
@@ -289,7 +292,7 @@ class PeerHost:
         )
         index = self.emulation.names.index(peer.name) if self.emulation else 0
         self._hosted[peer.name] = _Hosted(node, learner, index)
-        self.reactor.add(node)
+        self._endpoint.add(node)
 
     def start(self, roster: Mapping[PeerId, str], elapsed_s: float = 0.0) -> None:
         """Join the run whose peers live at these addresses, and which began `elapsed_s` ago."""
@@ -300,17 +303,17 @@ class PeerHost:
         self._started = time.monotonic() - elapsed_s
         if isinstance(self.transport, ShapedTransport):
             self.transport.begin(self._started)
-        self.reactor.start()
+        self._loop.start()
         if self._serving is not None:
             self._serving.start()
         for hosted in self._hosted.values():
-            self.reactor.post(lambda node=hosted.node: node.handle(Start()))  # type: ignore[misc]
+            self._loop.post(lambda node=hosted.node: node.handle(Start()))  # type: ignore[misc]
 
     def stop_after(self, round_: int) -> None:
         """End after this round; a peer that is past it, after the round that it is in."""
         self._last_round = min(self._last_round, round_)
         for hosted in self._hosted.values():
-            self.reactor.post(lambda node=hosted.node: node.handle(StopAfter(round_)))  # type: ignore[misc]
+            self._loop.post(lambda node=hosted.node: node.handle(StopAfter(round_)))  # type: ignore[misc]
 
     @property
     def num_active(self) -> int:
@@ -322,7 +325,7 @@ class PeerHost:
         return all(hosted.is_collected for hosted in self._hosted.values())
 
     def work(self, on_event: Callable[[Event], None], timeout_s: float | None = None) -> bool:
-        """Do what is asked next, within `timeout_s`; False if nothing was. Raises what a crashed reactor raised."""
+        """Do what is asked next, within `timeout_s`; False if nothing was. Raises what the message loop died of."""
         task = None
         with contextlib.suppress(Empty):
             task = self.calls.get(timeout=timeout_s)
@@ -346,7 +349,7 @@ class PeerHost:
         return True
 
     def close(self, flush_s: float = 0.5) -> None:
-        self.reactor.stop(flush_s)
+        self._loop.stop(flush_s)
         if self._serving is not None:
             self._serving.close()
 
@@ -358,12 +361,12 @@ class PeerHost:
         hosted.loss, hosted.train_s = result.loss, result.seconds
         devices = self.emulation.devices if self.emulation else None
         if devices is None:
-            self.reactor.post(lambda: hosted.node.trained(round_, result.vector))
+            self._loop.post(lambda: hosted.node.trained(round_, result.vector))
         else:
             hosted.train_s = devices.train_s(hosted.index, round_, result.num_steps)
             due = task.asked_at + hosted.train_s
             hosted.overrun_s = max(0.0, time.monotonic() - due)
-            self.reactor.post_at(due, lambda: hosted.node.trained(round_, result.vector))
+            self._loop.post_at(due, lambda: hosted.node.trained(round_, result.vector))
         hosted.accuracy_before = self._accuracy(hosted, result.vector) if self._is_evaluated(round_) else None
 
     def _close_round(self, hosted: _Hosted, mixed: np.ndarray, on_event: Callable[[Event], None]) -> None:
@@ -424,7 +427,7 @@ class PeerHost:
         return self.engine.evaluate(vector, hosted.learner)
 
     def _record(self, node: Node, record: RoundDone | Fault) -> None:
-        """On the reactor's thread; the round's task follows and takes it up."""
+        """On the loop's thread; the round's task follows and takes it up."""
         if isinstance(record, Fault):
             self._tell(node.name, record)
         else:
@@ -437,7 +440,7 @@ class PeerHost:
         self._records.put({**event, "time_s": time_s, **asdict(record)})
 
     def _collect(self, name: PeerId, item: str) -> bytes | None:
-        """On the reactor's thread: what a collector may have, once the peer has finished."""
+        """On the loop's thread: what a collector may have, once the peer has finished."""
         hosted = self._hosted[name]
         if not hosted.is_finished:
             return None
