@@ -30,9 +30,9 @@ import zmq
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import Credit, Data, Fault, Hello, Leave, Message, Pull, Record, RoundReport, Start
 from gossipfl.runtime.endpoint import Endpoint
-from gossipfl.runtime.host import GossipSettings, build_node
+from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.runtime.message_loop import MessageLoop
-from gossipfl.runtime.node import FinishTask, Node, RoundDone, TrainTask
+from gossipfl.runtime.node import FinishTask, Node, RoundDone, TrainTask, build_node
 from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, ZmqTransport
 from gossipfl.segments.layout import Layout
 

@@ -7,18 +7,21 @@ Training is somebody else's (`tasks` says when and from which vector), so a peer
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
-from gossipfl.aggregation import Aggregator
-from gossipfl.errors import CodecError
+from gossipfl.aggregation import AGGREGATORS, Aggregator
+from gossipfl.errors import CodecError, ConfigError
 from gossipfl.protocol import wire
-from gossipfl.protocol.gossip import Gossip
+from gossipfl.protocol.baselines import PROTOCOLS
+from gossipfl.protocol.gossip import MAX_SAMPLES, Gossip
 from gossipfl.protocol.messages import (
     Action,
     Collect,
@@ -49,11 +52,12 @@ from gossipfl.protocol.messages import (
     Train,
     Trained,
 )
+from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.runtime.transport import Incoming, Origin, Shared, ZmqTransport
 from gossipfl.segments.assembly import Assembler
 from gossipfl.segments.buffers import VectorPool
-from gossipfl.segments.codecs import Codec
-from gossipfl.segments.layout import Range
+from gossipfl.segments.codecs import Codec, codec
+from gossipfl.segments.layout import Layout, Range
 from gossipfl.segments.mixing import mix
 from gossipfl.segments.store import SegmentStore
 
@@ -324,3 +328,35 @@ class Node:
             return
         part = memoryview(content)[collect.offset : collect.offset + wire.MAX_PAYLOAD_BYTES]
         self.transport.queue(origin, self.name, peer, [Record(collect.request, collect.offset, len(content), payload=part)])
+
+
+def build_node(
+    name: PeerId,
+    degrees: Mapping[PeerId, int],
+    settings: GossipSettings,
+    layout: Layout,
+    initial: np.ndarray,
+    num_samples: int,
+    transport: ZmqTransport,
+    tasks: SimpleQueue[Any],
+    schedule: Sequence[Mapping[PeerId, int]] | None = None,
+    late: Iterable[PeerId] = (),
+    **callbacks: Any,
+) -> Node:
+    """A peer's machine with its store, ready for an endpoint.
+
+    `degrees`: each neighbour's own number of neighbours; `schedule`: the same for each round, where they change.
+    """
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise ConfigError(f"num_samples = {num_samples} of {name}; give its number of training samples, 1 to 2^40")
+    config = settings.for_peer(layout, num_samples, schedule, late)
+    values = codec(settings.codec)
+    if values.sparse and settings.aggregation != "mean":
+        raise ConfigError(
+            f"gossip.aggregation = {settings.aggregation!r} needs whole copies, gossip.codec = {settings.codec!r} sends parts; "
+            "use aggregation = 'mean' or a dense codec"
+        )
+    store = SegmentStore(initial, config.segments, values, settings.seed, name)
+    numbers = iter(lambda: 1 + secrets.randbelow(2**61), None)
+    machine = PROTOCOLS.get(settings.protocol)(name, degrees, config, numbers)
+    return Node(machine, store, values, AGGREGATORS.get(settings.aggregation), initial, transport, tasks, **callbacks)

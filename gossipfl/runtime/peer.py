@@ -30,9 +30,9 @@ from gossipfl.protocol.messages import Fault, RoundReport, Start, StopAfter
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
 from gossipfl.runtime.endpoint import Endpoint
-from gossipfl.runtime.host import GossipSettings, build_node
+from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.runtime.message_loop import MessageLoop
-from gossipfl.runtime.node import FinishTask, Node, RoundDone
+from gossipfl.runtime.node import FinishTask, Node, RoundDone, build_node
 from gossipfl.runtime.transport import ZmqTransport
 
 

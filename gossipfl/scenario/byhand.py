@@ -100,7 +100,8 @@ def run_peer(
 ) -> Path:
     """Run one peer to its end, then keep its results for `keep_s` seconds for `collect`; its folder."""
     from gossipfl.runtime.addresses import check_loopback
-    from gossipfl.runtime.host import Job, PeerHost, PeerJob
+    from gossipfl.runtime.host import PeerHost
+    from gossipfl.runtime.job import Job, PeerJob
 
     scenario = load_scenario(source, overrides)
     check_names(scenario)

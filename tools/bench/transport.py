@@ -92,8 +92,9 @@ def serve_segments(connection: Any, copy: bool) -> None:
     """A peer that has trained one version, on its message loop, as in a run."""
     from gossipfl.protocol.messages import Hello, Received, Start
     from gossipfl.runtime.endpoint import Endpoint
-    from gossipfl.runtime.host import GossipSettings, build_node
+    from gossipfl.runtime.gossip_settings import GossipSettings
     from gossipfl.runtime.message_loop import MessageLoop
+    from gossipfl.runtime.node import build_node
     from gossipfl.runtime.transport import ZmqTransport
     from gossipfl.segments.layout import Layout
 
