@@ -1,8 +1,10 @@
 """The nodes of one endpoint, as the shell of one message loop: each is given what is for it, and woken when its time has come.
 
-endpoint = Endpoint(on_crash)
-endpoint.add(node)
-loop = MessageLoop(transport, endpoint, "gossipfl-peers")
+    endpoint = Endpoint(on_crash)
+    endpoint.add(node)
+    loop = MessageLoop(transport, endpoint, "gossipfl-peers")
+
+Peers that train are driven so; servers and devices of inference are shells of such a loop themselves.
 """
 
 from __future__ import annotations

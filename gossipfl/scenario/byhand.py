@@ -24,7 +24,6 @@ import numpy as np
 from gossipfl.errors import ConfigError, DataError, GossipflError, RunError
 from gossipfl.learning.checkpoint import load_model, write_atomically
 from gossipfl.learning.datasets import open_dataset
-from gossipfl.overlay.graphs import degrees_of
 from gossipfl.protocol.messages import Collect, PeerId, Record
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
@@ -34,6 +33,7 @@ from gossipfl.scenario.hosting import (
     device_address,
     emulation,
     fidelity,
+    peer_job,
     peer_settings,
     serving,
     tcp_address,
@@ -111,7 +111,7 @@ def run_peer(
     _check_names_match(name, scenario, roster, roster_path)
     check_loopback(bind or roster.peers[name], insecure)
     prepared = prepare(scenario)
-    number, names = scenario.peer_names.index(name), scenario.peer_names
+    number = scenario.peer_names.index(name)
     dataset = open_dataset(prepared)
     indices = deal(scenario, dataset)[number]
     place = RunFolder(out, f"{scenario.name}-{name}", force)
@@ -119,15 +119,14 @@ def run_peer(
     record.write("scenario.toml", scenario.to_toml())
     shard = folder / "shard.npy"
     np.save(shard, indices)
-    topology = scenario.build_topology()
-    degrees, schedule = degrees_of(topology, number, names)
+    peer = PeerJob(**peer_job(scenario, scenario.build_topology(), number, shard))
     settings = peer_settings(scenario) | {"advertise": roster.peers[name], "emulation": emulation(scenario)}
     served = serving(scenario, dataset)
     if served is not None:
         served |= {"bind": device_address(scenario, number, _host_of(bind or roster.peers[name])), "insecure": insecure}
         served["advertise"] = tcp_address(_host_of(roster.peers[name]), 0)
     job = Job(
-        peers=[PeerJob(name, str(shard), degrees, schedule)],
+        peers=[peer],
         run=roster.run,
         bind=bind or roster.peers[name],
         data=str(prepared),
@@ -164,9 +163,9 @@ def run_peer(
 
     for line in about_statistics(scenario, host.engine.flat.has_statistics):
         say(line)
-    say(f"{name} listens at {host.address}; waiting for {len(degrees)} neighbours")
+    say(f"{name} listens at {host.address}; waiting for {len(peer.degrees)} neighbours")
     try:
-        host.start({other: address for other, address in roster.peers.items() if other in degrees or other == name})
+        host.start({other: address for other, address in roster.peers.items() if other in peer.degrees or other == name})
         began = time.monotonic()
         while host.num_active:
             host.work(hear, timeout_s=0.5)
