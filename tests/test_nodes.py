@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 from sockets import (
     DEADLINE_S,
+    RUN,
     Swarm,
     drift,
     free_address,
@@ -24,15 +26,22 @@ from sockets import (
     open_files,
     opened_ends,
     random_vectors,
+    until,
     wait_for,
 )
 from torch import nn
 from virtual_host import VirtualHost
 
 from gossipfl.errors import ConfigError, GossipflError, RunError
+from gossipfl.learning.datasets import Dataset
 from gossipfl.learning.flatten import flatten, layout_of
-from gossipfl.protocol.messages import Data, Fault, Pull
+from gossipfl.protocol.messages import Data, Fault, Hello, Pull
+from gossipfl.runtime.endpoint import Endpoint
+from gossipfl.runtime.host import PeerHost
+from gossipfl.runtime.job import Job, PeerJob
+from gossipfl.runtime.message_loop import MessageLoop
 from gossipfl.runtime.peer import Peer
+from gossipfl.runtime.transport import ZmqTransport
 
 swarms = pytest.fixture(made_swarms)
 ends = pytest.fixture(opened_ends)
@@ -399,6 +408,51 @@ def test_an_address_in_use_is_an_error_that_names_it(peers, ends):
     ends(roster["p0"])
     with pytest.raises(RunError, match=f"{roster['p0']} is in use"):
         peers("p0", linear(), roster, num_samples=1, rounds=2)
+
+
+def test_a_peer_that_cannot_be_made_leaves_no_socket_behind():
+    address = new_address("ipc")
+    with pytest.raises(ConfigError, match="num_samples"):
+        Peer("p0", linear(), {"p0": address}, num_samples=0, rounds=1)
+    assert not Path(address.removeprefix("ipc://")).exists()
+
+
+def test_a_host_that_cannot_be_made_leaves_no_socket_behind(tmp_path):
+    address = new_address("ipc")
+    np.save(tmp_path / "shard.npy", np.arange(4))
+    x, y = np.zeros((8, 3), np.float32), np.arange(8) % 2
+    job = Job(
+        peers=[PeerJob("p0", str(tmp_path / "shard.npy"), {})],
+        run=1,
+        bind=address,
+        data="",
+        model="",
+        model_args={},
+        model_seed=0,
+        training={},
+        gossip={"rounds": 1, "codec": "topk:0.5", "aggregation": "median"},
+        evaluate_every=0,
+        out=str(tmp_path),
+    )
+    with pytest.raises(ConfigError, match="whole copies"):
+        PeerHost(job, linear(), Dataset(x, y, x, y, 2))
+    assert not Path(address.removeprefix("ipc://")).exists()
+
+
+def test_a_loop_that_dies_says_of_what_and_leaves_no_socket_behind(ends):
+    address = new_address("ipc")
+    transport = ZmqTransport(address, run=RUN)
+    transport.tap = lambda incoming: 1 // 0
+    crashed: SimpleQueue = SimpleQueue()
+    loop = MessageLoop(transport, Endpoint(crashed.put), "gossipfl-test")
+    loop.start()
+    asker = ends("tcp://127.0.0.1:0")
+    asker.transport.connect("p0", address)
+    asker.transport.send("p1", "p0", Hello("L", 0, False))
+    until(asker, lambda: not crashed.empty())
+    assert isinstance(crashed.get(), ZeroDivisionError) and not loop.is_running
+    assert wait_for(lambda: not Path(address.removeprefix("ipc://")).exists())
+    loop.stop()
 
 
 def test_a_round_that_ends_without_mix_is_an_error(peers):

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -588,6 +589,75 @@ def test_the_tap_sees_every_well_formed_message_once(ends):
 
 
 # --- what is left over ------------------------------------------------------------------------------------------------
+
+
+def socket_file(address: str) -> Path:
+    return Path(address.removeprefix("ipc://"))
+
+
+def test_a_socket_file_goes_with_who_listens_there_and_with_nobody_else(ends):
+    address = new_address("ipc")
+    first = ends(address)
+    with pytest.raises(RunError, match="in use"):
+        ends(address)
+    assert socket_file(address).is_socket()
+    first.transport.close()
+    assert not socket_file(address).exists()
+    second, asker = ends(address), ends("tcp://127.0.0.1:0")  # at once: ZeroMQ may not be done with the first
+    first.transport.close()
+    asker.transport.connect("b", address)
+    asker.transport.send("a", "b", HELLO)
+    until([asker, second], lambda: second.messages == [HELLO])
+    assert socket_file(address).is_socket()
+
+
+def test_a_socket_file_is_found_again_from_another_folder(ends, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    end = ends("ipc://here")
+    assert (tmp_path / "here").is_socket()
+    monkeypatch.chdir("/")
+    end.transport.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_that_zeromq_makes_for_a_socket_goes_too(ends):
+    end = ends("ipc://*")
+    assert socket_file(end.address).is_socket()
+    end.transport.close()
+    assert wait_for(lambda: not socket_file(end.address).parent.exists())
+
+
+def test_a_socket_without_a_file_takes_none_along(ends, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = f"@gossipfl-{tmp_path.name}"  # Linux's own kind of name
+    end = ends(f"ipc://{name}")
+    (tmp_path / name).touch()
+    end.transport.close()
+    assert (tmp_path / name).exists()
+
+
+def test_a_socket_file_that_somebody_has_removed_is_not_missed(ends):
+    address = new_address("ipc")
+    end = ends(address)
+    socket_file(address).unlink()
+    end.transport.close()
+
+
+def test_closing_closes_everything_also_where_what_still_comes_in_raises(ends):
+    address = new_address("ipc")
+    a, b = ends("tcp://127.0.0.1:0"), ends(address)
+    a.transport.connect("b", address)
+    b.transport.connect("nobody", free_address())
+    b.transport.send("b", "nobody", HELLO)  # keeps it from closing at once
+    b.transport.tap = lambda incoming: 1 // 0
+    a.transport.send("a", "b", HELLO)
+    until(a, lambda: a.links)
+    a.pump()
+    before = open_files()
+    with pytest.raises(ZeroDivisionError):
+        b.transport.close(DEADLINE_S)
+    assert not socket_file(address).exists()
+    assert wait_for(lambda: open_files() < before)
 
 
 def test_closing_leaves_no_file_open(ends):

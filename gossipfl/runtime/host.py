@@ -78,14 +78,18 @@ class PeerHost:
         self._started = time.monotonic()
         self._records: SimpleQueue[Event] = SimpleQueue()
         self._serving = self._make_serving(job.serving, is_callers_own) if job.serving else None
-        self.transport = self._open_transport()
-        self._endpoint = Endpoint(on_crash=self.calls.put)
-        self._loop = MessageLoop(self.transport, self._endpoint, "gossipfl-peers")
         self.initial = self.engine.initial_vector()
         self._hosted: dict[PeerId, _Hosted] = {}
         self._last_round = self.settings.rounds
-        for peer in job.peers:
-            self._add(peer)
+        self.transport = self._open_transport()
+        self._endpoint = Endpoint(on_crash=self.calls.put)
+        self._loop = MessageLoop(self.transport, self._endpoint, "gossipfl-peers")
+        try:
+            for peer in job.peers:
+                self._add(peer)
+        except BaseException:
+            self.transport.close()
+            raise
 
     @property
     def address(self) -> str:

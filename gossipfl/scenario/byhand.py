@@ -161,10 +161,10 @@ def run_peer(
             case {"event": "finished", "error": error}:
                 problem = error
 
-    for line in about_statistics(scenario, host.engine.flat.has_statistics):
-        say(line)
-    say(f"{name} listens at {host.address}; waiting for {len(peer.degrees)} neighbours")
     try:
+        for line in about_statistics(scenario, host.engine.flat.has_statistics):
+            say(line)
+        say(f"{name} listens at {host.address}; waiting for {len(peer.degrees)} neighbours")
         host.start({other: address for other, address in roster.peers.items() if other in peer.degrees or other == name})
         began = time.monotonic()
         while host.num_active:
@@ -254,9 +254,22 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
 
 
 def _gather(roster: Roster, timeout_s: float, say: Say) -> dict[PeerId, dict[str, bytes]]:
-    from gossipfl.runtime.transport import Incoming, ZmqTransport
+    from gossipfl.runtime.transport import ZmqTransport
 
     transport = ZmqTransport("tcp://127.0.0.1:0", run=roster.run)
+    try:
+        done = _gather_through(transport, roster, timeout_s, say)
+    finally:
+        transport.close(flush_s=1.0)
+    missing = [name for name in roster.peers if name not in done]
+    if missing:
+        say(f"not collected within {timeout_s:g} s: {', '.join(missing)}")
+    return done
+
+
+def _gather_through(transport: Any, roster: Roster, timeout_s: float, say: Say) -> dict[PeerId, dict[str, bytes]]:
+    from gossipfl.runtime.transport import Incoming
+
     for name, address in roster.peers.items():
         transport.connect(name, address)
     waiting = {name: _Gathering() for name in roster.peers}
@@ -282,9 +295,6 @@ def _gather(roster: Roster, timeout_s: float, say: Say) -> dict[PeerId, dict[str
                 say(f"{happening.sender} is collected")
             elif happening.message.total >= 0:
                 _ask(transport, happening.sender, asked)
-    transport.close(flush_s=1.0)
-    if waiting:
-        say(f"not collected within {timeout_s:g} s: {', '.join(waiting)}")
     return done
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import zmq
 
 from gossipfl.errors import RunError
@@ -31,6 +33,12 @@ def listening_router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> z
         router.close(linger=0)
         raise RunError(bind_failure(address, error)) from error
     return router
+
+
+def socket_file(address: str) -> Path | None:
+    """The file that listening at this address makes and that ZeroMQ does not remove, as it does for `ipc://*`."""
+    kind, _, name = address.partition("://")
+    return Path(name).absolute() if kind == "ipc" and name != "*" and not name.startswith("@") else None
 
 
 def connecting_dealer(context: zmq.Context[zmq.Socket[bytes]], address: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:

@@ -8,6 +8,7 @@ A connection that sends something malformed is not listened to again; what it st
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import re
@@ -46,6 +47,7 @@ from gossipfl.runtime.transport.sockets import (
     connecting_dealer,
     listening_router,
     receive_frames,
+    socket_file,
     source_of,
 )
 from gossipfl.runtime.transport.wakeup import Wakeup
@@ -97,6 +99,7 @@ class ZmqTransport:
         self._swept_at = time.monotonic()
         self._happened: deque[Happening] = deque()
         self._router = listening_router(self._context, bind)
+        self._socket_file = socket_file(bind)
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self.address = re.sub(r":0$", f":{urlsplit(bound).port}", advertise) if advertise else bound
         self._wakeup = Wakeup()
@@ -210,12 +213,17 @@ class ZmqTransport:
         if self._router.closed:
             return
         deadline = time.monotonic() + flush_s
-        while time.monotonic() < deadline and self._is_unsent():
-            self.receive(min(0.05, flush_s))
-        for address in list(self._links):
-            self._drop_link(address, linger_s=max(0.0, flush_s))
-        self._router.close(linger=int(flush_s * 1000))
-        self._wakeup.close()
+        try:
+            while time.monotonic() < deadline and self._is_unsent():
+                self.receive(min(0.05, flush_s))
+        finally:
+            if self._socket_file is not None:  # while it is still ours: whoever listens there next makes another
+                with contextlib.suppress(OSError):  # somebody else has removed it, or its folder
+                    self._socket_file.unlink()
+            for address in list(self._links):
+                self._drop_link(address, linger_s=max(0.0, flush_s))
+            self._router.close(linger=int(flush_s * 1000))
+            self._wakeup.close()
 
     def _is_unsent(self) -> bool:
         return any(link.outbox or link.uploads for link in self._links.values()) or any(i.queue for i in self._inbound.values())
