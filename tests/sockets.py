@@ -29,8 +29,10 @@ import zmq
 
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import Credit, Data, Fault, Hello, Leave, Message, Pull, Record, RoundReport, Start
-from gossipfl.runtime.host import GossipSettings, build_node
-from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone, TrainTask
+from gossipfl.runtime.endpoint import Endpoint
+from gossipfl.runtime.gossip_settings import GossipSettings
+from gossipfl.runtime.message_loop import MessageLoop
+from gossipfl.runtime.node import FinishTask, Node, RoundDone, TrainTask, build_node
 from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, ZmqTransport
 from gossipfl.segments.layout import Layout
 
@@ -301,7 +303,7 @@ def random_vectors(names: int | list[str], size: int = 1000, seed: int = 0) -> d
 
 
 class Swarm:
-    """Nodes with a stub for training, `per_reactor` of them at each endpoint; this thread trains and collects.
+    """Nodes with a stub for training, `per_endpoint` of them at each endpoint; this thread trains and collects.
 
     `others` are peers that are run by somebody else (an attacker, or nobody), with their addresses. Everybody is
     everybody's neighbour. `gossip` are settings of the protocol.
@@ -312,7 +314,7 @@ class Swarm:
         vectors: Mapping[str, np.ndarray],
         rounds: int,
         *,
-        per_reactor: int = 1,
+        per_endpoint: int = 1,
         train: TrainFunction = drift,
         others: Mapping[str, str] | None = None,
         bind: Callable[[], str] = lambda: "tcp://127.0.0.1:0",
@@ -331,8 +333,8 @@ class Swarm:
         self.first_pulls: Counter = Counter()
         self.data_frames: Counter = Counter()
         self.nodes: dict[str, Node] = {}
-        self.reactor_of: dict[str, Reactor] = {}
-        self.reactors: list[Reactor] = []
+        self.loop_of: dict[str, MessageLoop] = {}
+        self.loops: list[MessageLoop] = []
         self._seen: set = set()
         self._lock = threading.Lock()
         names = [*vectors, *(others or {})]
@@ -341,36 +343,37 @@ class Swarm:
         self.layout = layout.digest
         settings = GossipSettings(rounds=rounds, **gossip)  # type: ignore[arg-type]
         own = list(vectors)
-        for first in range(0, len(own), per_reactor):
+        for first in range(0, len(own), per_endpoint):
             transport = ZmqTransport(bind(), run=RUN)
             transport.tap = self._tap
-            reactor = Reactor(transport, on_crash=self.tasks.put)
-            self.reactors.append(reactor)
-            for name in own[first : first + per_reactor]:
+            endpoint = Endpoint(on_crash=self.tasks.put)
+            loop = MessageLoop(transport, endpoint, "gossipfl-swarm")
+            self.loops.append(loop)
+            for name in own[first : first + per_endpoint]:
                 degrees = {other: len(names) - 1 for other in names if other != name}
                 node = build_node(
                     name, degrees, settings, layout, vectors[name], 1, transport, self.tasks, on_record=self._on_record
                 )
-                reactor.add(node)
-                self.nodes[name], self.reactor_of[name] = node, reactor
-        self.addresses = {name: reactor.transport.address for name, reactor in self.reactor_of.items()} | dict(others or {})
-        for reactor in self.reactors:
+                endpoint.add(node)
+                self.nodes[name], self.loop_of[name] = node, loop
+        self.addresses = {name: loop.transport.address for name, loop in self.loop_of.items()} | dict(others or {})
+        for loop in self.loops:
             for name, address in self.addresses.items():
-                reactor.transport.connect(name, address)
+                loop.transport.connect(name, address)
 
     # --- what a test does ---------------------------------------------------------------------------------------------
 
     def start(self, *names: str) -> Swarm:
         """Start these peers (default: all)."""
-        for reactor in self.reactors:
-            if not reactor.is_running and any(self.reactor_of[name] is reactor for name in names or self.nodes):
-                reactor.start()
+        for loop in self.loops:
+            if not loop.is_running and any(self.loop_of[name] is loop for name in names or self.nodes):
+                loop.start()
         for name in names or self.nodes:
-            self.reactor_of[name].post(lambda node=self.nodes[name]: node.handle(Start()))
+            self.loop_of[name].post(lambda node=self.nodes[name]: node.handle(Start()))
         return self
 
     def run_until(self, condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> Swarm:
-        """Train whoever asks for it until `condition` holds. Fails if a reactor crashes."""
+        """Train whoever asks for it until `condition` holds. Fails if a loop crashes."""
         deadline = time.monotonic() + deadline_s
         while not condition():
             if time.monotonic() > deadline:
@@ -393,17 +396,17 @@ class Swarm:
                 self._train(self.waiting.pop(name))
 
     def settle(self, name: str) -> None:
-        """Wait until the reactor of this peer has done what was asked of it so far."""
+        """Wait until the loop of this peer has done what was asked of it so far."""
         done = threading.Event()
-        self.reactor_of[name].post(done.set)
-        assert done.wait(DEADLINE_S), f"the reactor of {name} does not answer"
+        self.loop_of[name].post(done.set)
+        assert done.wait(DEADLINE_S), f"the loop of {name} does not answer"
 
     def until(self, name: str, condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
-        """Wait until `condition`, seen between two turns of this peer's reactor, holds; meanwhile train whoever asks."""
+        """Wait until `condition`, seen between two turns of this peer's loop, holds; meanwhile train whoever asks."""
         deadline = time.monotonic() + deadline_s
         while True:
             answers: SimpleQueue = SimpleQueue()
-            self.reactor_of[name].post(lambda answers=answers: answers.put(condition()))
+            self.loop_of[name].post(lambda answers=answers: answers.put(condition()))
             if answers.get(timeout=DEADLINE_S):
                 return
             assert time.monotonic() < deadline, f"not within {deadline_s:g} s at {name}"
@@ -411,14 +414,14 @@ class Swarm:
                 self._perform(self.tasks.get(timeout=0.005))
 
     def check_running(self) -> None:
-        """Fails if anything was raised out of a reactor."""
+        """Fails if anything was raised out of a loop."""
         while not self.tasks.empty():
             self._perform(self.tasks.get())
-        assert all(reactor.is_running for reactor in self.reactors)
+        assert all(loop.is_running for loop in self.loops)
 
     def close(self) -> None:
-        for reactor in self.reactors:
-            reactor.stop(flush_s=0.05)
+        for loop in self.loops:
+            loop.stop(flush_s=0.05)
 
     def faults_about(self, peer: str) -> set[str]:
         return {fault.kind for faults in self.faults.values() for fault in faults if fault.peer == peer}
@@ -434,12 +437,12 @@ class Swarm:
             case FinishTask(node, vector, error):
                 self.final[node.name], self.errors[node.name] = vector, error
             case BaseException():
-                raise AssertionError(f"raised out of the reactor: {task!r}") from task
+                raise AssertionError(f"raised out of the loop: {task!r}") from task
 
     def _train(self, task: TrainTask) -> None:
         node, round_ = task.node, task.round
         vector = self.train(node.name, round_, task.vector).astype(np.float32)
-        self.reactor_of[node.name].post(lambda: node.trained(round_, vector))
+        self.loop_of[node.name].post(lambda: node.trained(round_, vector))
 
     def _on_record(self, node: Node, record: RoundDone | Fault) -> None:
         if isinstance(record, Fault):

@@ -41,7 +41,7 @@ from gossipfl.protocol.messages import (
     Trained,
     Wake,
 )  # fmt: skip
-from gossipfl.runtime.host import GossipSettings
+from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.results import RunResult
 

@@ -35,7 +35,6 @@ from virtual_host import VirtualHost
 
 from gossipfl.protocol import membership, wire
 from gossipfl.protocol.messages import Collect, Credit, Data, Hello, Later, Leave, Pull, Record, Refuse
-from gossipfl.runtime import transport as transport_module
 from gossipfl.runtime.node import MAX_SERVED
 from gossipfl.runtime.transport import LinkDown
 
@@ -96,7 +95,7 @@ def idle_connections(address: str) -> list[socket.socket]:
     "attack", [garbage, http, half_a_greeting, greeting_then_garbage, an_enormous_frame, reset, idle_connections]
 )
 def test_what_is_not_zeromq_disturbs_nobody(attack, ends, monkeypatch):
-    monkeypatch.setattr(transport_module, "HANDSHAKE_S", 0.3)
+    monkeypatch.setattr("gossipfl.runtime.transport.sockets.HANDSHAKE_S", 0.3)
     b, a = ends("tcp://127.0.0.1:0"), ends("tcp://127.0.0.1:0")
     a.transport.connect("b", b.address)
     before = open_files()
@@ -391,7 +390,7 @@ def test_a_flood_of_strangers_pulls_fills_nothing_and_crowds_out_nobody(waiting,
 def test_a_flood_of_collects_by_who_does_not_read_is_bounded(waiting, attackers):
     """A collector is no neighbour: anybody may ask."""
     attacker = attackers(waiting.addresses["p01"], receive_limit=1)
-    node, transport = waiting.nodes["p01"], waiting.reactor_of["p01"].transport
+    node, transport = waiting.nodes["p01"], waiting.loop_of["p01"].transport
     content = bytes(2**20)
     node.collect = lambda item: content if item == "model" else None
     for request in range(4000):
@@ -632,7 +631,7 @@ def test_a_flood_of_pulls_by_a_neighbour_that_does_not_read_is_bounded(codec_nam
         flood.say("evil", "p00", Pull(request, 1, 1, ranges, codec_name, 10.0))
     flood.say("nobody", "p00", HELLO)
     swarm.until("p00", lambda: swarm.faults_about("nobody"))
-    transport = swarm.reactor_of["p00"].transport
+    transport = swarm.loop_of["p00"].transport
     assert sum(len(inbound.queue) for inbound in transport._inbound.values()) <= 32 * MAX_SERVED * 2
     assert process.memory_info().rss - before < 100 * 2**20
     swarm.release("p01")
@@ -654,7 +653,7 @@ def test_the_machine_of_these_tests_uses_an_honest_fake(with_evil):
     assert swarm.faults_about("evil") == set()
 
 
-def test_rubbish_in_the_middle_of_a_run_stops_no_reactor(waiting, attackers):
+def test_rubbish_in_the_middle_of_a_run_stops_no_loop(waiting, attackers):
     made: list[Attacker] = [attackers(waiting.addresses["p01"]) for _ in range(10)]
     rng = np.random.default_rng(5)
     for _ in range(50):
@@ -662,6 +661,6 @@ def test_rubbish_in_the_middle_of_a_run_stops_no_reactor(waiting, attackers):
             attacker.send(*[rng.bytes(rng.integers(1, 300)) for _ in range(rng.integers(1, 4))])
     with contextlib.closing(raw_connection(waiting.addresses["p01"])) as connection:
         connection.sendall(rng.bytes(5000))
-        waiting.until("p01", lambda: waiting.reactor_of["p01"].transport.malformed >= 10)
+        waiting.until("p01", lambda: waiting.loop_of["p01"].transport.malformed >= 10)
         finish_undisturbed(waiting)
     assert threading.active_count() < 50

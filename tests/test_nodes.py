@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 from sockets import (
     DEADLINE_S,
+    RUN,
     Swarm,
     drift,
     free_address,
@@ -24,15 +26,22 @@ from sockets import (
     open_files,
     opened_ends,
     random_vectors,
+    until,
     wait_for,
 )
 from torch import nn
 from virtual_host import VirtualHost
 
 from gossipfl.errors import ConfigError, GossipflError, RunError
+from gossipfl.learning.datasets import Dataset
 from gossipfl.learning.flatten import flatten, layout_of
-from gossipfl.protocol.messages import Data, Fault, Pull
+from gossipfl.protocol.messages import Data, Fault, Hello, Pull
+from gossipfl.runtime.endpoint import Endpoint
+from gossipfl.runtime.host import PeerHost
+from gossipfl.runtime.job import Job, PeerJob
+from gossipfl.runtime.message_loop import MessageLoop
 from gossipfl.runtime.peer import Peer
+from gossipfl.runtime.transport import ZmqTransport
 
 swarms = pytest.fixture(made_swarms)
 ends = pytest.fixture(opened_ends)
@@ -46,7 +55,7 @@ ends = pytest.fixture(opened_ends)
 def test_a_run_over_sockets_equals_the_run_under_virtual_time(kind, codec_name, swarms):
     if codec_name != "float32" and kind != "tcp4":
         pytest.skip("once for each codec is enough")
-    swarm = swarms(random_vectors(6), 5, per_reactor=3, bind=lambda: new_address(kind), segments=4, seed=3, codec=codec_name)
+    swarm = swarms(random_vectors(6), 5, per_endpoint=3, bind=lambda: new_address(kind), segments=4, seed=3, codec=codec_name)
     swarm.start().run()
     virtual = VirtualHost(random_vectors(6), 5, train=drift, seed=3, codec_name=codec_name).run()
     assert swarm.first_pulls == virtual.first_pulls
@@ -63,7 +72,7 @@ def test_a_run_over_sockets_equals_the_run_under_virtual_time(kind, codec_name, 
 def test_a_model_of_many_chunks_travels_whole(swarms):
     """Segments of 5.6 chunks each, 4 from each of 2 peers at once."""
     size = 1_460_000
-    swarm = swarms(random_vectors(4, size), 2, per_reactor=2, segments=4).start().run()
+    swarm = swarms(random_vectors(4, size), 2, per_endpoint=2, segments=4).start().run()
     virtual = VirtualHost(random_vectors(4, size), 2, train=drift).run()
     assert swarm.data_frames == virtual.data_frames and max(swarm.data_frames.values()) == 1
     for name, vector in virtual.models().items():
@@ -92,13 +101,13 @@ def test_the_others_finish_when_a_peer_vanishes(round_, swarms):
     others, late = ("p00", "p01", "p02"), "p03"
     swarm.held_at[late] = round_
     swarm.start().run_until(lambda: late in swarm.waiting and {(name, late) for name in others} <= swarm.heard)
-    swarm.reactor_of[late].stop(flush_s=0.0)  # the others have asked for what it was training, or will
+    swarm.loop_of[late].stop(flush_s=0.0)  # the others have asked for what it was training, or will
     swarm.run(*others)
     for name in others:
         assert [report.round for report in swarm.reports[name]] == [1, 2, 3, 4, 5, 6]
         assert all(report.segments_mixed == 8 for report in swarm.reports[name]), "there were two others for each segment"
         assert {fault.kind for fault in swarm.faults[name] if fault.peer == late} == {"down"}
-        assert swarm.reactor_of[name].is_running
+        assert swarm.loop_of[name].is_running
 
 
 def test_the_last_words_of_a_peer_do_not_bring_it_back(swarms):
@@ -108,17 +117,17 @@ def test_the_last_words_of_a_peer_do_not_bring_it_back(swarms):
     swarm.held_at = dict.fromkeys(swarm.nodes, 2)
     swarm.start().run_until(lambda: set(swarm.waiting) == set(swarm.nodes) and {(name, late) for name in others} <= swarm.heard)
     go_on, said = threading.Event(), threading.Event()
-    swarm.reactor_of["p02"].post(lambda: go_on.wait(DEADLINE_S))
+    swarm.loop_of["p02"].post(lambda: go_on.wait(DEADLINE_S))
 
     def last_words() -> None:
         for request in (10**6, 10**6 + 1):
             swarm.nodes[late].transport.send(late, "p02", Pull(request, 1, 1, ((0, 250),), "float32", 1.0))
         said.set()
 
-    swarm.reactor_of[late].post(last_words)
+    swarm.loop_of[late].post(last_words)
     assert said.wait(DEADLINE_S)
-    swarm.reactor_of[late].stop(flush_s=1.0)
-    link = swarm.reactor_of["p02"].transport._links[swarm.addresses[late]]
+    swarm.loop_of[late].stop(flush_s=1.0)
+    link = swarm.loop_of["p02"].transport._links[swarm.addresses[late]]
     assert link.monitor.poll(DEADLINE_S * 1000)  # its thread is busy, so that this one may look
     go_on.set()
     swarm.until("p02", lambda: "down" in swarm.faults_about(late))
@@ -157,7 +166,7 @@ def test_a_peer_that_comes_back_at_its_address_is_mixed_with_again(swarms):
 
     def train(name: str, round_: int, vector: np.ndarray) -> np.ndarray:
         if name == "p02" and round_ == 3:
-            swarm.reactor_of["p02"].stop(flush_s=0.0)
+            swarm.loop_of["p02"].stop(flush_s=0.0)
         return drift(name, round_, vector)
 
     swarm.train, swarm.held_at = train, dict.fromkeys(others, 12)
@@ -401,6 +410,51 @@ def test_an_address_in_use_is_an_error_that_names_it(peers, ends):
         peers("p0", linear(), roster, num_samples=1, rounds=2)
 
 
+def test_a_peer_that_cannot_be_made_leaves_no_socket_behind():
+    address = new_address("ipc")
+    with pytest.raises(ConfigError, match="num_samples"):
+        Peer("p0", linear(), {"p0": address}, num_samples=0, rounds=1)
+    assert not Path(address.removeprefix("ipc://")).exists()
+
+
+def test_a_host_that_cannot_be_made_leaves_no_socket_behind(tmp_path):
+    address = new_address("ipc")
+    np.save(tmp_path / "shard.npy", np.arange(4))
+    x, y = np.zeros((8, 3), np.float32), np.arange(8) % 2
+    job = Job(
+        peers=[PeerJob("p0", str(tmp_path / "shard.npy"), {})],
+        run=1,
+        bind=address,
+        data="",
+        model="",
+        model_args={},
+        model_seed=0,
+        training={},
+        gossip={"rounds": 1, "codec": "topk:0.5", "aggregation": "median"},
+        evaluate_every=0,
+        out=str(tmp_path),
+    )
+    with pytest.raises(ConfigError, match="whole copies"):
+        PeerHost(job, linear(), Dataset(x, y, x, y, 2))
+    assert not Path(address.removeprefix("ipc://")).exists()
+
+
+def test_a_loop_that_dies_says_of_what_and_leaves_no_socket_behind(ends):
+    address = new_address("ipc")
+    transport = ZmqTransport(address, run=RUN)
+    transport.tap = lambda incoming: 1 // 0
+    crashed: SimpleQueue = SimpleQueue()
+    loop = MessageLoop(transport, Endpoint(crashed.put), "gossipfl-test")
+    loop.start()
+    asker = ends("tcp://127.0.0.1:0")
+    asker.transport.connect("p0", address)
+    asker.transport.send("p1", "p0", Hello("L", 0, False))
+    until(asker, lambda: not crashed.empty())
+    assert isinstance(crashed.get(), ZeroDivisionError) and not loop.is_running
+    assert wait_for(lambda: not Path(address.removeprefix("ipc://")).exists())
+    loop.stop()
+
+
 def test_a_round_that_ends_without_mix_is_an_error(peers):
     peer = peers("p0", linear(), roster_of(1), num_samples=1, rounds=3)
     with pytest.raises(RunError, match=r"p0: round 1 ended without peer\.mix"):
@@ -431,7 +485,7 @@ def test_an_error_of_the_training_function_is_raised_and_closes_the_peer(peers):
     peer = peers("p0", linear(), roster, num_samples=1, rounds=3)
     with pytest.raises(ZeroDivisionError):
         peer.run(lambda model, round_: 1 // 0)
-    assert not peer._reactor.is_running
+    assert not peer._loop.is_running
 
 
 def test_a_model_that_changes_its_shape_is_an_error(peers):

@@ -439,7 +439,7 @@ def test_a_run_whose_majority_is_killed_has_failed_with_a_readable_summary(launc
 @pytest.mark.processes
 def test_a_worker_that_is_stopped_for_the_rest_of_the_run_is_named_and_the_others_finish(launch, gate):
     """A stopped process keeps its connections: nothing but its silence tells of it. Ten seconds of that are cut to 4 here."""
-    patch = "import gossipfl.scenario.launcher as launcher; launcher.STOPPED_S = 4.0"
+    patch = "import gossipfl.scenario.crew as crew; crew.STOPPED_S = 4.0"
     run = launch("quickstart", *settings(*GATED, "gossip.patience=2"), patch=patch)
     run.await_round(3)
     run.worker(1).suspend()

@@ -24,7 +24,8 @@ from gossipfl.errors import ConfigError
 from gossipfl.overlay.devices import Devices
 from gossipfl.overlay.links import Constant, LinksConfig, build_links
 from gossipfl.protocol.messages import Data, Hello, Leave, Record
-from gossipfl.runtime.shaping import Downlink, Emulation, Flow, ShapedTransport, Uplink
+from gossipfl.runtime.shaping import Emulation, ShapedTransport
+from gossipfl.runtime.shaping.capacities import Downlink, Flow, Uplink
 from gossipfl.runtime.transport import Incoming
 from gossipfl.scenario.byhand import collect_run, run_peer
 from gossipfl.scenario.results import Observer

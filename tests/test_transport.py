@@ -6,9 +6,11 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import zmq
 from sockets import (
     DEADLINE_S,
     Attacker,
@@ -41,8 +43,9 @@ from gossipfl.protocol.messages import (
     Refuse,
     Result,
 )  # fmt: skip
-from gossipfl.runtime import transport as transport_module
-from gossipfl.runtime.transport import FIRST_WINDOW_BYTES, MAX_WINDOW_BYTES, LinkDown, LinkUp, ZmqTransport
+from gossipfl.runtime.transport import LinkDown, LinkUp, ZmqTransport, zmq_transport
+from gossipfl.runtime.transport.link import MAX_UNSENT_BYTES
+from gossipfl.runtime.transport.window import FIRST_WINDOW_BYTES, MAX_WINDOW_BYTES
 
 KINDS = ("tcp4", "tcp6", "ipc", "inproc")
 NETWORKED = KINDS[:3]  # inproc reports no links and does not reconnect: there is nothing to break
@@ -320,7 +323,7 @@ def test_what_waits_for_a_peer_that_is_not_there_is_bounded_and_can_be_taken_bac
     for request in range(3):
         for chunk in activation(request, wire.MAX_TENSOR_BYTES):
             a.transport.send("a", "b", chunk)
-    assert a.transport.bytes_unsent("b") == 2 * wire.MAX_TENSOR_BYTES == transport_module.MAX_UNSENT_BYTES
+    assert a.transport.bytes_unsent("b") == 2 * wire.MAX_TENSOR_BYTES == MAX_UNSENT_BYTES
     assert a.transport.dropped == wire.MAX_TENSOR_BYTES // CHUNK
     a.transport.cancel("b", 0)
     a.transport.cancel("unheard of", 0)
@@ -408,7 +411,7 @@ def test_an_answer_to_a_peer_that_has_gone_is_forgotten(ends, attackers):
 @pytest.mark.parametrize("num_strangers", [4, 5])
 def test_a_transfer_goes_on_however_many_others_connect(num_strangers, ends, attackers, monkeypatch):
     """What is remembered of connections is bounded, but both ends of one must remember the same of it."""
-    monkeypatch.setattr(transport_module, "MAX_REMEMBERED", 4)
+    monkeypatch.setattr(zmq_transport, "MAX_REMEMBERED", 4)
     a, b = ends("tcp://127.0.0.1:0"), ends("tcp://127.0.0.1:0")
     a.transport.connect("b", b.address)
     origin = asked(a, b)
@@ -423,7 +426,7 @@ def test_a_transfer_goes_on_however_many_others_connect(num_strangers, ends, att
 
 
 def test_a_newcomer_is_served_when_as_many_as_are_remembered_came_before(ends, attackers, monkeypatch):
-    monkeypatch.setattr(transport_module, "MAX_REMEMBERED", 4)
+    monkeypatch.setattr(zmq_transport, "MAX_REMEMBERED", 4)
     a, b = ends("tcp://127.0.0.1:0"), ends("tcp://127.0.0.1:0")
     for number, stranger in enumerate([attackers(b.address) for _ in range(4)], start=1):
         stranger.say("x", "b", PULL)
@@ -435,7 +438,7 @@ def test_a_newcomer_is_served_when_as_many_as_are_remembered_came_before(ends, a
 
 
 def test_outgoing_connections_are_capped_by_closing_idle_ones(ends, monkeypatch):
-    monkeypatch.setattr(transport_module, "IDLE_S", 0.0)
+    monkeypatch.setattr(zmq_transport, "IDLE_S", 0.0)
     a, b = ends("tcp://127.0.0.1:0"), ends("tcp://127.0.0.1:0")
     a.transport.connect("b", b.address)
     a.transport.send("a", "b", HELLO)
@@ -445,15 +448,15 @@ def test_outgoing_connections_are_capped_by_closing_idle_ones(ends, monkeypatch)
         a.transport.connect(f"p{number}", free_address())
         a.transport.send("a", f"p{number}", HELLO)
         a.pump()
-        assert len(a.transport._links) <= transport_module.MAX_LINKS
-    assert wait_for(lambda: open_files() < before + 6 * transport_module.MAX_LINKS)
+        assert len(a.transport._links) <= zmq_transport.MAX_LINKS
+    assert wait_for(lambda: open_files() < before + 6 * zmq_transport.MAX_LINKS)
     a.transport.send("a", "b", Leave(2))  # its connection was closed, and is made again
     until([a, b], lambda: Leave(2) in b.messages)
 
 
 def test_a_connection_that_data_comes_in_on_is_not_idle(ends, monkeypatch):
-    monkeypatch.setattr(transport_module, "IDLE_S", 0.0)
-    monkeypatch.setattr(transport_module, "MAX_LINKS", 2)
+    monkeypatch.setattr(zmq_transport, "IDLE_S", 0.0)
+    monkeypatch.setattr(zmq_transport, "MAX_LINKS", 2)
     a, b, c = (ends("tcp://127.0.0.1:0") for _ in range(3))
     for name, end in (("b", b), ("c", c), ("d", c)):
         a.transport.connect(name, end.address)
@@ -538,7 +541,7 @@ def test_an_address_that_is_none_is_an_error_of_ours(address, ends):
 )
 def test_what_others_are_told_is_the_advertised_address_with_the_port_found(advertise, expected, ends):
     end = ends("tcp://127.0.0.1:0", advertise=advertise)
-    port = port_of(end.transport._router.getsockopt_string(transport_module.zmq.LAST_ENDPOINT).rstrip("\0"))
+    port = port_of(end.transport._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0"))
     assert end.address == expected.format(port=port)
 
 
@@ -586,6 +589,75 @@ def test_the_tap_sees_every_well_formed_message_once(ends):
 
 
 # --- what is left over ------------------------------------------------------------------------------------------------
+
+
+def socket_file(address: str) -> Path:
+    return Path(address.removeprefix("ipc://"))
+
+
+def test_a_socket_file_goes_with_who_listens_there_and_with_nobody_else(ends):
+    address = new_address("ipc")
+    first = ends(address)
+    with pytest.raises(RunError, match="in use"):
+        ends(address)
+    assert socket_file(address).is_socket()
+    first.transport.close()
+    assert not socket_file(address).exists()
+    second, asker = ends(address), ends("tcp://127.0.0.1:0")  # at once: ZeroMQ may not be done with the first
+    first.transport.close()
+    asker.transport.connect("b", address)
+    asker.transport.send("a", "b", HELLO)
+    until([asker, second], lambda: second.messages == [HELLO])
+    assert socket_file(address).is_socket()
+
+
+def test_a_socket_file_is_found_again_from_another_folder(ends, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    end = ends("ipc://here")
+    assert (tmp_path / "here").is_socket()
+    monkeypatch.chdir("/")
+    end.transport.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_that_zeromq_makes_for_a_socket_goes_too(ends):
+    end = ends("ipc://*")
+    assert socket_file(end.address).is_socket()
+    end.transport.close()
+    assert wait_for(lambda: not socket_file(end.address).parent.exists())
+
+
+def test_a_socket_without_a_file_takes_none_along(ends, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = f"@gossipfl-{tmp_path.name}"  # Linux's own kind of name
+    end = ends(f"ipc://{name}")
+    (tmp_path / name).touch()
+    end.transport.close()
+    assert (tmp_path / name).exists()
+
+
+def test_a_socket_file_that_somebody_has_removed_is_not_missed(ends):
+    address = new_address("ipc")
+    end = ends(address)
+    socket_file(address).unlink()
+    end.transport.close()
+
+
+def test_closing_closes_everything_also_where_what_still_comes_in_raises(ends):
+    address = new_address("ipc")
+    a, b = ends("tcp://127.0.0.1:0"), ends(address)
+    a.transport.connect("b", address)
+    b.transport.connect("nobody", free_address())
+    b.transport.send("b", "nobody", HELLO)  # keeps it from closing at once
+    b.transport.tap = lambda incoming: 1 // 0
+    a.transport.send("a", "b", HELLO)
+    until(a, lambda: a.links)
+    a.pump()
+    before = open_files()
+    with pytest.raises(ZeroDivisionError):
+        b.transport.close(DEADLINE_S)
+    assert not socket_file(address).exists()
+    assert wait_for(lambda: open_files() < before)
 
 
 def test_closing_leaves_no_file_open(ends):

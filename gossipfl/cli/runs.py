@@ -7,12 +7,16 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 from rich.console import Console
 
 from gossipfl.cli.options import EPILOG, errors_are_messages, insecure_option, quiet_option, set_option
 from gossipfl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gossipfl.scenario.results import RunResult
 
 CLOCKS = ["virtual", "local", "netns"]
 
@@ -49,7 +53,7 @@ def run(
     gossipfl run quickstart --clock virtual --set peers=100 --set network.uplink=10Mbit
     gossipfl run scenarios/quickstart.toml --set gossip.segments=4 --set peers=12 --out runs/mine --json
     """
-    from gossipfl.scenario.display import Display, print_summary
+    from gossipfl.scenario.display import Display
     from gossipfl.scenario.results import Observer
     from gossipfl.scenario.runner import run as run_scenario
 
@@ -68,11 +72,7 @@ def run(
         )
     finally:
         display.close()
-    if as_json:
-        click.echo(json.dumps(result.summary))
-    else:
-        print_summary(Console(), result)
-    sys.exit(result.exit_code)
+    _end(result, as_json)
 
 
 @click.command(epilog=EPILOG)
@@ -149,14 +149,9 @@ def collect(roster: Path, out: Path | None, force: bool, timeout_s: float, as_js
     gossipfl collect roster.toml
     """
     from gossipfl.scenario.byhand import collect_run
-    from gossipfl.scenario.display import print_summary
 
     result = collect_run(roster, out, force, timeout_s, lambda text: click.echo(text, err=True))
-    if as_json:
-        click.echo(json.dumps(result.summary))
-    else:
-        print_summary(Console(), result)
-    sys.exit(result.exit_code)
+    _end(result, as_json)
 
 
 @click.command(epilog=EPILOG)
@@ -336,6 +331,17 @@ def sweep(
     print_sweep(Console(), rows, list(runs[0].settings))
     click.echo(folder / "sweep.csv")
     sys.exit(1 if any(row["error"] for row in rows) else 0)
+
+
+def _end(result: RunResult, as_json: bool) -> NoReturn:
+    """Show what the run came to, and end as it did."""
+    from gossipfl.scenario.display import print_summary
+
+    if as_json:
+        click.echo(json.dumps(result.summary))
+    else:
+        print_summary(Console(), result)
+    sys.exit(result.exit_code)
 
 
 def _process_began() -> float:

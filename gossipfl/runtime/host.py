@@ -1,4 +1,4 @@
-"""The peers of one process: one endpoint, one reactor thread, one engine that trains them in turn.
+"""The peers of one process: one endpoint, one message loop, one engine that trains them in turn.
 
     host = PeerHost(job)                       # loads data and model, binds
     host.start({"p0": "tcp://...", ...})       # joins the run
@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import math
-import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -24,174 +21,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gossipfl.aggregation import AGGREGATORS
-from gossipfl.errors import ConfigError, RunError
+from gossipfl.errors import RunError
 from gossipfl.learning.checkpoint import save_model
 from gossipfl.learning.datasets import open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
-from gossipfl.overlay.selection import SELECTORS
-from gossipfl.protocol.baselines import PROTOCOLS
-from gossipfl.protocol.gossip import MAX_SAMPLES, MIXINGS, GossipConfig
-from gossipfl.protocol.messages import Fault, PeerId, RoundReport, Start, StopAfter
-from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone, TrainTask
+from gossipfl.protocol.messages import Fault, PeerId, Start, StopAfter
+from gossipfl.runtime.endpoint import Endpoint
+from gossipfl.runtime.events import Event, fault_event, finished_event, round_event
+from gossipfl.runtime.gossip_settings import GossipSettings
+from gossipfl.runtime.job import Job, PeerJob
+from gossipfl.runtime.message_loop import MessageLoop
+from gossipfl.runtime.node import FinishTask, Node, RoundDone, TrainTask, build_node
 from gossipfl.runtime.shaping import Emulation, ShapedTransport
 from gossipfl.runtime.transport import ZmqTransport
-from gossipfl.segments.codecs import codec
-from gossipfl.segments.layout import SEGMENTATIONS, Layout
-from gossipfl.segments.store import SegmentStore
+from gossipfl.segments.layout import Layout
 
 if TYPE_CHECKING:
     from gossipfl.runtime.serving_peers import Serving, ServingPeers
-
-logger = logging.getLogger(__name__)
-
-Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class GossipSettings:
-    """The protocol's dials, as in the scenario's [gossip] table; times in seconds, None where it is derived."""
-
-    rounds: int
-    seed: int = 0
-    protocol: str = "gossip"
-    segments: int = 8
-    segmentation: str = "even"
-    replicas: int = 2
-    codec: str = "float32"
-    mixing: str = "data_size"
-    aggregation: str = "mean"
-    selection: str = "uniform"
-    exploration: float = 0.5
-    max_staleness: float = 0
-    staleness_exponent: float = 0.5
-    patience: float | None = None
-    versions_kept: int = 4
-    linger_s: float = 10.0
-    join_timeout_s: float = 30.0
-    quorum: int | None = None
-
-    def __post_init__(self) -> None:
-        choices = {"segmentation": tuple(SEGMENTATIONS), "mixing": MIXINGS}
-        for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise ConfigError(f"{key} = {getattr(self, key)!r}; choose one of {', '.join(known)}")
-        bounds: dict[str, tuple[float, float]] = {
-            **dict.fromkeys(("rounds", "segments", "replicas", "versions_kept"), (1, 1e9)),
-            **dict.fromkeys(("staleness_exponent", "linger_s", "quorum"), (0, 1e9)),
-            **dict.fromkeys(("patience", "join_timeout_s"), (1e-3, 1e9)),
-            "exploration": (0, 1),
-            "max_staleness": (0, math.inf),
-        }
-        for key, (least, most) in bounds.items():
-            value = getattr(self, key)
-            if value is not None and not least <= value <= most:  # NaN fails every comparison
-                raise ConfigError(f"{key} = {value!r} is out of bounds; give {least:g} to {most:g}")
-        PROTOCOLS.get(self.protocol), AGGREGATORS.get(self.aggregation), SELECTORS.get(self.selection), codec(self.codec)
-
-    def for_peer(
-        self,
-        layout: Layout,
-        num_samples: int,
-        schedule: Sequence[Mapping[PeerId, int]] | None = None,
-        late: Iterable[PeerId] = (),
-    ) -> GossipConfig:
-        """What a peer's machine goes by, once its model is known.
-
-        `schedule`: its neighbours of each round, if they change; `late`: peers that are not there at the start.
-        """
-        return GossipConfig(
-            rounds=self.rounds,
-            segments=tuple(SEGMENTATIONS[self.segmentation](layout, self.segments)),
-            layout=layout.digest,
-            num_samples=num_samples,
-            seed=self.seed,
-            replicas=self.replicas,
-            codec=self.codec,
-            mixing=self.mixing,
-            selection=self.selection,
-            exploration=self.exploration,
-            max_staleness=self.max_staleness,
-            staleness_exponent=self.staleness_exponent,
-            patience_s=self.patience,
-            versions_kept=self.versions_kept,
-            linger_s=self.linger_s,
-            join_timeout_s=self.join_timeout_s,
-            quorum=self.quorum,
-            schedule=schedule,
-            late=frozenset(late),
-        )
-
-
-def build_node(
-    name: PeerId,
-    degrees: Mapping[PeerId, int],
-    settings: GossipSettings,
-    layout: Layout,
-    initial: np.ndarray,
-    num_samples: int,
-    transport: ZmqTransport,
-    tasks: SimpleQueue[Any],
-    schedule: Sequence[Mapping[PeerId, int]] | None = None,
-    late: Iterable[PeerId] = (),
-    **callbacks: Any,
-) -> Node:
-    """A peer's machine with its store, ready for a reactor.
-
-    `degrees`: each neighbour's own number of neighbours; `schedule`: the same for each round, where they change.
-    """
-    if not 1 <= num_samples <= MAX_SAMPLES:
-        raise ConfigError(f"num_samples = {num_samples} of {name}; give its number of training samples, 1 to 2^40")
-    config = settings.for_peer(layout, num_samples, schedule, late)
-    values = codec(settings.codec)
-    if values.sparse and settings.aggregation != "mean":
-        raise ConfigError(
-            f"gossip.aggregation = {settings.aggregation!r} needs whole copies, gossip.codec = {settings.codec!r} sends parts; "
-            "use aggregation = 'mean' or a dense codec"
-        )
-    store = SegmentStore(initial, config.segments, values, settings.seed, name)
-    numbers = iter(lambda: 1 + secrets.randbelow(2**61), None)
-    machine = PROTOCOLS.get(settings.protocol)(name, degrees, config, numbers)
-    return Node(machine, store, values, AGGREGATORS.get(settings.aggregation), initial, transport, tasks, **callbacks)
-
-
-@dataclass(frozen=True)
-class PeerJob:
-    """One peer of a process: its shard (an .npy file of indices) and its neighbours with their degrees, also of each round."""
-
-    name: PeerId
-    indices: str
-    degrees: dict[PeerId, int]
-    schedule: list[dict[PeerId, int]] | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a process needs to host its peers; plain values, so that it travels as JSON."""
-
-    peers: list[PeerJob]
-    run: int
-    bind: str
-    data: str
-    model: str
-    model_args: dict[str, Any]
-    model_seed: int
-    training: dict[str, Any]
-    gossip: dict[str, Any]
-    evaluate_every: int
-    out: str
-    advertise: str | None = None
-    insecure: bool = False
-    scenario: str = ""
-    emulation: dict[str, Any] | None = None  # see `shaping.Emulation`
-    namespace: str | None = None  # see `namespaces.enter`
-    late: list[PeerId] = field(default_factory=list)  # peers that are not there at the start
-    serving: dict[str, Any] | None = None  # see `serving_peers.ServingSettings`
-
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> Job:
-        return Job(**{**values, "peers": [PeerJob(**peer) for peer in values["peers"]]})
 
 
 @dataclass
@@ -231,13 +78,18 @@ class PeerHost:
         self._started = time.monotonic()
         self._records: SimpleQueue[Event] = SimpleQueue()
         self._serving = self._make_serving(job.serving, is_callers_own) if job.serving else None
-        self.transport = self._open_transport()
-        self.reactor = Reactor(self.transport, on_crash=self.calls.put)
         self.initial = self.engine.initial_vector()
         self._hosted: dict[PeerId, _Hosted] = {}
         self._last_round = self.settings.rounds
-        for peer in job.peers:
-            self._add(peer)
+        self.transport = self._open_transport()
+        self._endpoint = Endpoint(on_crash=self.calls.put)
+        self._loop = MessageLoop(self.transport, self._endpoint, "gossipfl-peers")
+        try:
+            for peer in job.peers:
+                self._add(peer)
+        except BaseException:
+            self.transport.close()
+            raise
 
     @property
     def address(self) -> str:
@@ -289,7 +141,7 @@ class PeerHost:
         )
         index = self.emulation.names.index(peer.name) if self.emulation else 0
         self._hosted[peer.name] = _Hosted(node, learner, index)
-        self.reactor.add(node)
+        self._endpoint.add(node)
 
     def start(self, roster: Mapping[PeerId, str], elapsed_s: float = 0.0) -> None:
         """Join the run whose peers live at these addresses, and which began `elapsed_s` ago."""
@@ -300,17 +152,17 @@ class PeerHost:
         self._started = time.monotonic() - elapsed_s
         if isinstance(self.transport, ShapedTransport):
             self.transport.begin(self._started)
-        self.reactor.start()
+        self._loop.start()
         if self._serving is not None:
             self._serving.start()
         for hosted in self._hosted.values():
-            self.reactor.post(lambda node=hosted.node: node.handle(Start()))  # type: ignore[misc]
+            self._loop.post(lambda node=hosted.node: node.handle(Start()))  # type: ignore[misc]
 
     def stop_after(self, round_: int) -> None:
         """End after this round; a peer that is past it, after the round that it is in."""
         self._last_round = min(self._last_round, round_)
         for hosted in self._hosted.values():
-            self.reactor.post(lambda node=hosted.node: node.handle(StopAfter(round_)))  # type: ignore[misc]
+            self._loop.post(lambda node=hosted.node: node.handle(StopAfter(round_)))  # type: ignore[misc]
 
     @property
     def num_active(self) -> int:
@@ -322,7 +174,7 @@ class PeerHost:
         return all(hosted.is_collected for hosted in self._hosted.values())
 
     def work(self, on_event: Callable[[Event], None], timeout_s: float | None = None) -> bool:
-        """Do what is asked next, within `timeout_s`; False if nothing was. Raises what a crashed reactor raised."""
+        """Do what is asked next, within `timeout_s`; False if nothing was. Raises what the message loop died of."""
         task = None
         with contextlib.suppress(Empty):
             task = self.calls.get(timeout=timeout_s)
@@ -346,7 +198,7 @@ class PeerHost:
         return True
 
     def close(self, flush_s: float = 0.5) -> None:
-        self.reactor.stop(flush_s)
+        self._loop.stop(flush_s)
         if self._serving is not None:
             self._serving.close()
 
@@ -358,12 +210,12 @@ class PeerHost:
         hosted.loss, hosted.train_s = result.loss, result.seconds
         devices = self.emulation.devices if self.emulation else None
         if devices is None:
-            self.reactor.post(lambda: hosted.node.trained(round_, result.vector))
+            self._loop.post(lambda: hosted.node.trained(round_, result.vector))
         else:
             hosted.train_s = devices.train_s(hosted.index, round_, result.num_steps)
             due = task.asked_at + hosted.train_s
             hosted.overrun_s = max(0.0, time.monotonic() - due)
-            self.reactor.post_at(due, lambda: hosted.node.trained(round_, result.vector))
+            self._loop.post_at(due, lambda: hosted.node.trained(round_, result.vector))
         hosted.accuracy_before = self._accuracy(hosted, result.vector) if self._is_evaluated(round_) else None
 
     def _close_round(self, hosted: _Hosted, mixed: np.ndarray, on_event: Callable[[Event], None]) -> None:
@@ -396,10 +248,9 @@ class PeerHost:
         on_event(event)
 
     def _finish(self, hosted: _Hosted, vector: np.ndarray, error: str | None, on_event: Callable[[Event], None]) -> None:
-        name = hosted.node.name
-        node = hosted.node
-        event: Event = {"event": "finished", "peer": name, "round": node.machine.round, "error": error}
-        event |= {"time_s": round(time.monotonic() - self._started, 4), "received_from": dict(node.received_from)}
+        node, name = hosted.node, hosted.node.name
+        time_s = time.monotonic() - self._started
+        event = finished_event(name, node.machine.round, time_s, error, received_from=dict(node.received_from))
         if error is None:
             hosted.model_file = Path(self.job.out) / "models" / f"{name}.safetensors"
             save_model(hosted.model_file, self.layout, vector, peer=name)
@@ -424,7 +275,7 @@ class PeerHost:
         return self.engine.evaluate(vector, hosted.learner)
 
     def _record(self, node: Node, record: RoundDone | Fault) -> None:
-        """On the reactor's thread; the round's task follows and takes it up."""
+        """On the loop's thread; the round's task follows and takes it up."""
         if isinstance(record, Fault):
             self._tell(node.name, record)
         else:
@@ -432,12 +283,14 @@ class PeerHost:
 
     def _tell(self, at: PeerId, record: Fault | Serving) -> None:
         """Have the thread that works tell it. May be called from any thread."""
-        time_s = round(time.monotonic() - self._started, 4)
-        event = {"event": "fault", "at": at} if isinstance(record, Fault) else {"event": "serving"}
-        self._records.put({**event, "time_s": time_s, **asdict(record)})
+        time_s = time.monotonic() - self._started
+        if isinstance(record, Fault):
+            self._records.put(fault_event(at, record, time_s))
+        else:
+            self._records.put({"event": "serving", "time_s": round(time_s, 4), **asdict(record)})
 
     def _collect(self, name: PeerId, item: str) -> bytes | None:
-        """On the reactor's thread: what a collector may have, once the peer has finished."""
+        """On the loop's thread: what a collector may have, once the peer has finished."""
         hosted = self._hosted[name]
         if not hosted.is_finished:
             return None
@@ -453,46 +306,3 @@ class PeerHost:
             case "model" if hosted.model_file is not None:
                 return hosted.model_file.read_bytes()
         return None
-
-
-def round_event(
-    peer: PeerId,
-    report: RoundReport,
-    *,
-    time_s: float,
-    train_loss: float,
-    train_s: float,
-    merge_s: float,
-    wire_bytes: int,
-    control_bytes: int,
-    accuracy_before: float | None,
-    accuracy_after: float | None,
-) -> Event:
-    """The record's line for one peer and round; a peer that adopted a model in this round has not trained in it."""
-    trained = not report.adopted
-    return {
-        "event": "round",
-        "peer": peer,
-        "round": report.round,
-        "time_s": round(time_s, 4),
-        "train_loss": train_loss if trained else None,
-        "accuracy_before": accuracy_before if trained else None,
-        "accuracy_after": accuracy_after,
-        "train_s": round(train_s, 6) if trained else 0.0,
-        "wait_s": round(report.wait_s, 6),
-        "merge_s": round(merge_s, 6),
-        "payload_bytes": report.payload_bytes,
-        "wire_bytes": wire_bytes,
-        "control_bytes": control_bytes,
-        "repeated_bytes": report.repeated_bytes,
-        "local_bytes": 0,
-        "segments_mixed": report.segments_mixed,
-        "late": report.late,
-        "refused": report.refused,
-        "rejected": report.rejected,
-        "timeouts": report.timeouts,
-        "missing": report.missing,
-        "staleness_mean": report.staleness_sum / max(report.segments_mixed, 1),
-        "staleness_max": report.staleness_max,
-        "adopted": report.adopted,
-    }

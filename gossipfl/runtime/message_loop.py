@@ -8,6 +8,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import count
 from typing import Protocol
 
 from gossipfl.runtime.transport import Happening, ZmqTransport
@@ -33,6 +35,8 @@ class MessageLoop:
         self.transport = transport
         self._shell = shell
         self._posted: deque[Callable[[], None]] = deque()
+        self._planned: list[tuple[float, int, Callable[[], None]]] = []
+        self._tickets = count()
         self._is_stopping = False
         self._flush_s = 0.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -44,6 +48,10 @@ class MessageLoop:
         """Have `call` run on the loop's thread. May be called from any thread; after the end it is lost."""
         self._posted.append(call)
         self.transport.wake()
+
+    def post_at(self, time_s: float, call: Callable[[], None]) -> None:
+        """Have `call` run there at this time (monotonic seconds), or soon if it is past. May be called from any thread."""
+        self.post(lambda: heappush(self._planned, (time_s, next(self._tickets), call)))
 
     def stop(self, flush_s: float = 1.0, timeout_s: float = 5.0) -> None:
         """Send what is queued, for at most `flush_s`, close the sockets and end the thread. Stopping twice is allowed."""
@@ -70,12 +78,18 @@ class MessageLoop:
             self.transport.close(self._flush_s)
 
     def _turn(self) -> None:
-        deadline = self._shell.next_deadline
-        timeout_s = None if deadline is None or deadline == math.inf else max(0.0, deadline - time.monotonic())
-        for happening in self.transport.receive(0.0 if self._posted else timeout_s):
+        for happening in self.transport.receive(0.0 if self._posted else self._timeout_s()):
             self._shell.take(happening)
         while self._posted:
             self._posted.popleft()()
+        while self._planned and self._planned[0][0] <= time.monotonic():
+            heappop(self._planned)[2]()
         deadline = self._shell.next_deadline
         if deadline is not None and deadline <= time.monotonic():
             self._shell.wake()
+
+    def _timeout_s(self) -> float | None:
+        """Until there is something to do without anything coming in; None: for ever."""
+        deadline = self._shell.next_deadline
+        nearest = min(math.inf if deadline is None else deadline, self._planned[0][0] if self._planned else math.inf)
+        return None if nearest == math.inf else max(0.0, nearest - time.monotonic())

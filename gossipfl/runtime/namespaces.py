@@ -6,7 +6,7 @@
 Each namespace hangs by a pair of virtual Ethernet devices on a bridge, in a namespace of its own; none of them reaches the
 machine's networks. The kernel's hierarchical token bucket at the peer's end shapes its uplink and, within that, what goes to
 each neighbour; a token bucket at the bridge's end shapes its downlink (tc-htb(8), tc-tbf(8)). Latency, jitter and loss are
-not the kernel's here: `links.without_rates` in user space (`shaping.py`) adds them.
+not the kernel's here: `links.without_rates` in user space (`shaping`) adds them.
 """
 
 from __future__ import annotations

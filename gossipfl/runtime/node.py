@@ -1,27 +1,27 @@
-"""The shell of one peer's machine, and the thread that drives the nodes of one endpoint.
+"""The shell of one peer's machine.
 
-A node performs what its machine decides: it sends, serves, assembles, decodes and merges, on the reactor's thread. Training is
-somebody else's (`tasks` says when and from which vector), so a peer answers pulls while it trains.
+A node performs what its machine decides: it sends, serves, assembles, decodes and merges, on the message loop's thread.
+Training is somebody else's (`tasks` says when and from which vector), so a peer answers pulls while it trains.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
+import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
-from itertools import count
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
-from gossipfl.aggregation import Aggregator
-from gossipfl.errors import CodecError
+from gossipfl.aggregation import AGGREGATORS, Aggregator
+from gossipfl.errors import CodecError, ConfigError
 from gossipfl.protocol import wire
-from gossipfl.protocol.gossip import Gossip
+from gossipfl.protocol.baselines import PROTOCOLS
+from gossipfl.protocol.gossip import MAX_SAMPLES, Gossip
 from gossipfl.protocol.messages import (
     Action,
     Collect,
@@ -51,13 +51,13 @@ from gossipfl.protocol.messages import (
     Traffic,
     Train,
     Trained,
-    Wake,
 )
-from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, Origin, Shared, ZmqTransport
+from gossipfl.runtime.gossip_settings import GossipSettings
+from gossipfl.runtime.transport import Incoming, Origin, Shared, ZmqTransport
 from gossipfl.segments.assembly import Assembler
 from gossipfl.segments.buffers import VectorPool
-from gossipfl.segments.codecs import Codec
-from gossipfl.segments.layout import Range
+from gossipfl.segments.codecs import Codec, codec
+from gossipfl.segments.layout import Layout, Range
 from gossipfl.segments.mixing import mix
 from gossipfl.segments.store import SegmentStore
 
@@ -165,6 +165,16 @@ class Node:
         self._traffic.control_bytes += incoming.num_bytes
         if not isinstance(message, Collect | Record | Credit):
             self.handle(Received(peer, message))
+
+    def link_up(self, peer: PeerId) -> None:
+        """The connection to this peer's endpoint stands."""
+        self.handle(PeerUp(peer))
+
+    def link_down(self, peer: PeerId, reason: str) -> None:
+        """It broke, or was closed for what it sent."""
+        if peer in self.machine.membership.neighbours and reason.startswith("malformed"):
+            self._report(Fault(self.machine.round, peer, "malformed", reason))
+        self.handle(PeerDown(peer))
 
     def _assemble(self, peer: PeerId, data: Data) -> Event:
         request = peer, data.request  # nobody completes what was asked of another
@@ -320,91 +330,33 @@ class Node:
         self.transport.queue(origin, self.name, peer, [Record(collect.request, collect.offset, len(content), payload=part)])
 
 
-class Reactor:
-    """The thread that moves messages for the nodes of one endpoint and wakes their machines when a deadline comes."""
+def build_node(
+    name: PeerId,
+    degrees: Mapping[PeerId, int],
+    settings: GossipSettings,
+    layout: Layout,
+    initial: np.ndarray,
+    num_samples: int,
+    transport: ZmqTransport,
+    tasks: SimpleQueue[Any],
+    schedule: Sequence[Mapping[PeerId, int]] | None = None,
+    late: Iterable[PeerId] = (),
+    **callbacks: Any,
+) -> Node:
+    """A peer's machine with its store, ready for an endpoint.
 
-    def __init__(self, transport: ZmqTransport, on_crash: Callable[[BaseException], None] | None = None) -> None:
-        self.transport = transport
-        self.nodes: dict[PeerId, Node] = {}
-        self._on_crash = on_crash
-        self._posted: deque[Callable[[], None]] = deque()
-        self._planned: list[tuple[float, int, Callable[[], None]]] = []
-        self._tickets = count()
-        self._is_stopping = False
-        self._flush_s = 0.0
-        self._thread = threading.Thread(target=self._run, name="gossipfl-reactor", daemon=True)
-
-    def add(self, node: Node) -> None:
-        """Before `start`."""
-        self.nodes[node.name] = node
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def post(self, call: Callable[[], None]) -> None:
-        """Have `call` run on the reactor's thread. May be called from any thread."""
-        self._posted.append(call)
-        self.transport.wake()
-
-    def post_at(self, time_s: float, call: Callable[[], None]) -> None:
-        """Have `call` run there at this time (monotonic seconds), or soon if it is past. May be called from any thread."""
-        self.post(lambda: heappush(self._planned, (time_s, next(self._tickets), call)))
-
-    def stop(self, flush_s: float = 1.0, timeout_s: float = 5.0) -> None:
-        """Send what is queued, for at most `flush_s`, close the sockets and end the thread. Stopping twice is allowed."""
-        if self._is_stopping:
-            return
-        self._flush_s, self._is_stopping = flush_s, True
-        if not self._thread.is_alive():
-            self.transport.close()
-            return
-        self.transport.wake()
-        self._thread.join(timeout_s)
-
-    @property
-    def is_running(self) -> bool:
-        return self._thread.is_alive() and not self._is_stopping
-
-    def _run(self) -> None:
-        try:
-            while not self._is_stopping:
-                self._turn()
-            self.transport.close(self._flush_s)
-        except BaseException as error:
-            logger.exception("the reactor stopped")
-            if self._on_crash is not None:
-                self._on_crash(error)
-
-    def _turn(self) -> None:
-        deadlines = [node.machine.next_deadline for node in self.nodes.values()]
-        deadlines += [time_s for time_s, _, _ in self._planned[:1]]
-        nearest = min((deadline for deadline in deadlines if deadline is not None), default=None)
-        timeout_s = None if nearest is None else max(0.0, nearest - time.monotonic())
-        for happening in self.transport.receive(0.0 if self._posted else timeout_s):
-            self._dispatch(happening)
-        while self._posted:
-            self._posted.popleft()()
-        now = time.monotonic()
-        while self._planned and self._planned[0][0] <= now:
-            heappop(self._planned)[2]()
-        for node in self.nodes.values():
-            deadline = node.machine.next_deadline
-            if deadline is not None and deadline <= now:
-                node.handle(Wake())
-
-    def _dispatch(self, happening: Happening) -> None:
-        match happening:
-            case Incoming():
-                node = self.nodes.get(happening.recipient)
-                if node is not None:
-                    node.take(happening)
-            case LinkUp(peers):
-                for node in self.nodes.values():
-                    for peer in peers:
-                        node.handle(PeerUp(peer))
-            case LinkDown(peers, reason):
-                for node in self.nodes.values():
-                    for peer in peers:
-                        if peer in node.machine.membership.neighbours and reason.startswith("malformed"):
-                            node._report(Fault(node.machine.round, peer, "malformed", reason))
-                        node.handle(PeerDown(peer))
+    `degrees`: each neighbour's own number of neighbours; `schedule`: the same for each round, where they change.
+    """
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise ConfigError(f"num_samples = {num_samples} of {name}; give its number of training samples, 1 to 2^40")
+    config = settings.for_peer(layout, num_samples, schedule, late)
+    values = codec(settings.codec)
+    if values.sparse and settings.aggregation != "mean":
+        raise ConfigError(
+            f"gossip.aggregation = {settings.aggregation!r} needs whole copies, gossip.codec = {settings.codec!r} sends parts; "
+            "use aggregation = 'mean' or a dense codec"
+        )
+    store = SegmentStore(initial, config.segments, values, settings.seed, name)
+    numbers = iter(lambda: 1 + secrets.randbelow(2**61), None)
+    machine = PROTOCOLS.get(settings.protocol)(name, degrees, config, numbers)
+    return Node(machine, store, values, AGGREGATORS.get(settings.aggregation), initial, transport, tasks, **callbacks)

@@ -29,8 +29,10 @@ from gossipfl.learning.training import TrainingStep, cross_entropy
 from gossipfl.protocol.messages import Fault, RoundReport, Start, StopAfter
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
-from gossipfl.runtime.host import GossipSettings, build_node
-from gossipfl.runtime.node import FinishTask, Node, Reactor, RoundDone
+from gossipfl.runtime.endpoint import Endpoint
+from gossipfl.runtime.gossip_settings import GossipSettings
+from gossipfl.runtime.message_loop import MessageLoop
+from gossipfl.runtime.node import FinishTask, Node, RoundDone, build_node
 from gossipfl.runtime.transport import ZmqTransport
 
 
@@ -92,8 +94,9 @@ class Peer:
         except BaseException:
             transport.close()
             raise
-        self._reactor = Reactor(transport, on_crash=self._tasks.put)
-        self._reactor.add(self._node)
+        endpoint = Endpoint(on_crash=self._tasks.put)
+        endpoint.add(self._node)
+        self._loop = MessageLoop(transport, endpoint, "gossipfl-peers")
 
     def rounds(self) -> Iterator[int]:
         """The rounds to train for, 1, 2, ...; call `mix` once in each. Ends when the run does.
@@ -104,8 +107,8 @@ class Peer:
         if self._has_begun:
             raise RunError(f"{self.name}: a Peer is good for one run; make another")
         self._has_begun = True
-        self._reactor.start()
-        self._reactor.post(lambda: self._node.handle(Start()))
+        self._loop.start()
+        self._loop.post(lambda: self._node.handle(Start()))
         try:
             start = self._next_task()
             if self._round > 1:
@@ -124,7 +127,7 @@ class Peer:
             raise RunError(f"{self.name}: call peer.mix() once in each round of `for round in peer.rounds()`")
         model = model or self.model
         vector, round_ = flatten(model, self.buffers), self._round
-        self._reactor.post(lambda: self._node.trained(round_, vector))
+        self._loop.post(lambda: self._node.trained(round_, vector))
         mixed = self._next_task()
         unflatten_(model, mixed, self.buffers)
         return self.reports[-1]
@@ -153,12 +156,12 @@ class Peer:
 
     def stop_after(self, round_: int) -> None:
         """End after this round instead of the last one planned."""
-        self._reactor.post(lambda: self._node.handle(StopAfter(round_)))
+        self._loop.post(lambda: self._node.handle(StopAfter(round_)))
 
     def close(self) -> None:
         """Leave at once; closing twice is allowed."""
         self._round = 0
-        self._reactor.stop()
+        self._loop.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -173,7 +176,7 @@ class Peer:
                 task = self._tasks.get(timeout=1.0)
                 break
             except Empty:
-                if not self._reactor.is_running:
+                if not self._loop.is_running:
                     raise RunError(f"{self.name}: closed while waiting") from None
         if isinstance(task, BaseException):
             raise RunError(f"the message thread stopped: {task}") from task

@@ -27,7 +27,9 @@ from typing import Any
 from gossipfl.errors import GossipflError
 from gossipfl.learning.central import train_centrally
 from gossipfl.learning.checkpoint import load_model
-from gossipfl.runtime.host import Event, Job, PeerHost
+from gossipfl.runtime.events import Event
+from gossipfl.runtime.host import PeerHost
+from gossipfl.runtime.job import Job
 from gossipfl.runtime.namespaces import enter
 
 logger = logging.getLogger(__name__)

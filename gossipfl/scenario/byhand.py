@@ -24,7 +24,6 @@ import numpy as np
 from gossipfl.errors import ConfigError, DataError, GossipflError, RunError
 from gossipfl.learning.checkpoint import load_model, write_atomically
 from gossipfl.learning.datasets import open_dataset
-from gossipfl.overlay.graphs import degrees_of
 from gossipfl.protocol.messages import Collect, PeerId, Record
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
@@ -34,6 +33,7 @@ from gossipfl.scenario.hosting import (
     device_address,
     emulation,
     fidelity,
+    peer_job,
     peer_settings,
     serving,
     tcp_address,
@@ -100,7 +100,8 @@ def run_peer(
 ) -> Path:
     """Run one peer to its end, then keep its results for `keep_s` seconds for `collect`; its folder."""
     from gossipfl.runtime.addresses import check_loopback
-    from gossipfl.runtime.host import Job, PeerHost, PeerJob
+    from gossipfl.runtime.host import PeerHost
+    from gossipfl.runtime.job import Job, PeerJob
 
     scenario = load_scenario(source, overrides)
     check_names(scenario)
@@ -110,7 +111,7 @@ def run_peer(
     _check_names_match(name, scenario, roster, roster_path)
     check_loopback(bind or roster.peers[name], insecure)
     prepared = prepare(scenario)
-    number, names = scenario.peer_names.index(name), scenario.peer_names
+    number = scenario.peer_names.index(name)
     dataset = open_dataset(prepared)
     indices = deal(scenario, dataset)[number]
     place = RunFolder(out, f"{scenario.name}-{name}", force)
@@ -118,15 +119,14 @@ def run_peer(
     record.write("scenario.toml", scenario.to_toml())
     shard = folder / "shard.npy"
     np.save(shard, indices)
-    topology = scenario.build_topology()
-    degrees, schedule = degrees_of(topology, number, names)
+    peer = PeerJob(**peer_job(scenario, scenario.build_topology(), number, shard))
     settings = peer_settings(scenario) | {"advertise": roster.peers[name], "emulation": emulation(scenario)}
     served = serving(scenario, dataset)
     if served is not None:
         served |= {"bind": device_address(scenario, number, _host_of(bind or roster.peers[name])), "insecure": insecure}
         served["advertise"] = tcp_address(_host_of(roster.peers[name]), 0)
     job = Job(
-        peers=[PeerJob(name, str(shard), degrees, schedule)],
+        peers=[peer],
         run=roster.run,
         bind=bind or roster.peers[name],
         data=str(prepared),
@@ -161,11 +161,11 @@ def run_peer(
             case {"event": "finished", "error": error}:
                 problem = error
 
-    for line in about_statistics(scenario, host.engine.flat.has_statistics):
-        say(line)
-    say(f"{name} listens at {host.address}; waiting for {len(degrees)} neighbours")
     try:
-        host.start({other: address for other, address in roster.peers.items() if other in degrees or other == name})
+        for line in about_statistics(scenario, host.engine.flat.has_statistics):
+            say(line)
+        say(f"{name} listens at {host.address}; waiting for {len(peer.degrees)} neighbours")
+        host.start({other: address for other, address in roster.peers.items() if other in peer.degrees or other == name})
         began = time.monotonic()
         while host.num_active:
             host.work(hear, timeout_s=0.5)
@@ -254,9 +254,22 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
 
 
 def _gather(roster: Roster, timeout_s: float, say: Say) -> dict[PeerId, dict[str, bytes]]:
-    from gossipfl.runtime.transport import Incoming, ZmqTransport
+    from gossipfl.runtime.transport import ZmqTransport
 
     transport = ZmqTransport("tcp://127.0.0.1:0", run=roster.run)
+    try:
+        done = _gather_through(transport, roster, timeout_s, say)
+    finally:
+        transport.close(flush_s=1.0)
+    missing = [name for name in roster.peers if name not in done]
+    if missing:
+        say(f"not collected within {timeout_s:g} s: {', '.join(missing)}")
+    return done
+
+
+def _gather_through(transport: Any, roster: Roster, timeout_s: float, say: Say) -> dict[PeerId, dict[str, bytes]]:
+    from gossipfl.runtime.transport import Incoming
+
     for name, address in roster.peers.items():
         transport.connect(name, address)
     waiting = {name: _Gathering() for name in roster.peers}
@@ -282,9 +295,6 @@ def _gather(roster: Roster, timeout_s: float, say: Say) -> dict[PeerId, dict[str
                 say(f"{happening.sender} is collected")
             elif happening.message.total >= 0:
                 _ask(transport, happening.sender, asked)
-    transport.close(flush_s=1.0)
-    if waiting:
-        say(f"not collected within {timeout_s:g} s: {', '.join(waiting)}")
     return done
 
 

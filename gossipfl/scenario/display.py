@@ -15,6 +15,7 @@ from rich.table import Table
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.records import Event
 from gossipfl.scenario.results import Observer, RunResult
+from gossipfl.scenario.terminal import print_figures, size_text
 
 if TYPE_CHECKING:
     from gossipfl.scenario.reproduce.figures import Table as Comparison
@@ -100,16 +101,13 @@ class Display(Observer):
     def _figures(self, reported: list[Event], alive: int) -> str:
         accuracies = [event["accuracy_after"] for event in reported if event["accuracy_after"] is not None]
         shown = f"accuracy {np.mean(accuracies):.3f} (worst {min(accuracies):.3f})  " if accuracies else ""
-        return f"{shown}pulled {_size(self._bytes)}  peers alive {alive}/{self._peers}"
+        return f"{shown}pulled {size_text(self._bytes)}  peers alive {alive}/{self._peers}"
 
 
 def print_summary(console: Console, result: RunResult) -> None:
     """The summary as a table, and where the models are."""
     summary = result.summary
     accuracy, faults = summary["accuracy"], summary["faults"]
-    table = Table(title=f"{summary['scenario']}: {summary['peers']} peers, {summary['rounds']} rounds", title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
     rows = [
         ("test accuracy, mean of peers", _percent(accuracy["mean"])),
         ("  worst peer", _percent(accuracy["min"])),
@@ -118,9 +116,9 @@ def print_summary(console: Console, result: RunResult) -> None:
         ("  average model", _percent(accuracy["average_model"])),
         ("  central training", _percent(accuracy["central"])),
         ("consensus distance, first to last", _distances(summary["consensus_distance"])),
-        ("payload per peer and round", _size(summary["bytes"]["payload_per_peer_round"])),
-        ("payload, all", _size(summary["bytes"]["payload"])),
-        ("on the wire, all", _size(summary["bytes"]["wire"])),
+        ("payload per peer and round", size_text(summary["bytes"]["payload_per_peer_round"])),
+        ("payload, all", size_text(summary["bytes"]["payload"])),
+        ("on the wire, all", size_text(summary["bytes"]["wire"])),
         *_times(summary["seconds"]),
         (
             "missing, late, refused, rejected",
@@ -128,10 +126,8 @@ def print_summary(console: Console, result: RunResult) -> None:
         ),
         ("peers that did not finish", ", ".join(_dead_peers(faults)) or "none"),
     ]
-    for name, value in rows:
-        if value is not None:
-            table.add_row(name, value)
-    console.print(table)
+    title = f"{summary['scenario']}: {summary['peers']} peers, {summary['rounds']} rounds"
+    print_figures(console, title, [(name, value) for name, value in rows if value is not None])
     console.print(f"record  {result.folder}/", highlight=False, soft_wrap=True)
     if models := {path.stem for path in (result.folder / "models").glob("*.safetensors")}:
         which = "average.safetensors and one per peer" if len(models) > 1 else f"{models.pop()}.safetensors"
@@ -212,11 +208,3 @@ def _percent(value: float | None) -> str | None:
 def _distances(distances: dict[str, float | None]) -> str | None:
     first, last = distances["first"], distances["last"]
     return None if first is None or last is None else f"{first:.4g} to {last:.4g}"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.2f} GiB"

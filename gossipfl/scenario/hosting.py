@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from gossipfl.errors import ConfigError, RunError
 from gossipfl.learning.datasets import Dataset
+from gossipfl.overlay.graphs import Topology, degrees_of
 from gossipfl.randomness import generator
 from gossipfl.runtime.namespaces import check_available
 from gossipfl.runtime.shaping import Emulation
@@ -33,6 +35,13 @@ def peer_settings(scenario: Scenario) -> Event:
         "gossip": gossip | {"rounds": scenario.rounds, "seed": scenario.protocol_seed},
         "evaluate_every": scenario.evaluate_every,
     }
+
+
+def peer_job(scenario: Scenario, topology: Topology, number: int, indices: Path) -> Event:
+    """What a process is told of one peer (`runtime.job.PeerJob`), whose training samples are listed in the file `indices`."""
+    names = scenario.peer_names
+    degrees, schedule = degrees_of(topology, number, names)
+    return {"name": names[number], "indices": str(indices), "degrees": degrees, "schedule": schedule}
 
 
 def emulation(scenario: Scenario, kernel_rates: bool = False) -> Event | None:

@@ -9,31 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import tomli_w
 
-from gossipfl import errors
-from gossipfl.errors import ConfigError, GossipflError, RunError
+from gossipfl.errors import ConfigError
 from gossipfl.learning.datasets import open_dataset
 from gossipfl.overlay.churn import Change
-from gossipfl.overlay.graphs import degrees_of
 from gossipfl.overlay.links import check_links
 from gossipfl.runtime.addresses import check_loopback
+from gossipfl.runtime.events import finished_event
 from gossipfl.runtime.namespaces import Namespaces
 from gossipfl.scenario.config import Scenario, check_names
+from gossipfl.scenario.crew import Crew
 from gossipfl.scenario.hosting import (
     about_statistics,
     allow_file_descriptors,
@@ -42,6 +39,7 @@ from gossipfl.scenario.hosting import (
     emulation,
     fidelity,
     groups_of,
+    peer_job,
     peer_settings,
     serving,
     tcp_address,
@@ -52,18 +50,8 @@ from gossipfl.scenario.presence import Presence, check_churn
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, final_models, planned_event, remove_files, summarize
 from gossipfl.scenario.results import Observer, RunResult
 from gossipfl.scenario.temporary import temporary_folder
-from gossipfl.scenario.workers import Inbox, ProcessWorker, ThreadWorker, WorkerHandle, launch
+from gossipfl.scenario.workers import WorkerHandle
 
-logger = logging.getLogger(__name__)
-
-READY_S = 120.0
-SILENCE_S = 60.0
-"""A worker says every two seconds that it lives; one silent for this long, which may be busy, is taken for dead and killed."""
-STOPPED_S = 10.0
-"""The same of one that is not busy but stopped (SIGSTOP)."""
-STOP_S = 2.0
-"""What Ctrl-C leaves the workers to end in order; within 3 s everything has stopped."""
-MEMORY_SAMPLE_S = 0.5
 HEARS_S = 0.5
 """How long a command may take to be obeyed on a busy machine."""
 EXIT_INTERRUPTED = 130
@@ -77,21 +65,19 @@ class Launcher:
     observer: Observer
     began: float  # epoch seconds
     insecure: bool
-    inbox: Inbox = field(default_factory=SimpleQueue)
-    workers: list[WorkerHandle] = field(default_factory=list)
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    crew: Crew = field(init=False)
     presence: Presence = field(init=False)
     sockets: Path | None = None
     namespaces: Namespaces | None = None
-    ended: set[int] = field(default_factory=set)
     served_at: set[str] = field(default_factory=set)
     finished: dict[str, str | None] = field(default_factory=dict)
-    peak_mib: float = 0.0
-    sampled_at: float = 0.0
     startup_s: float = 0.0
     started_at: float = 0.0
     is_interrupted: bool = False
     stop_round: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.crew = Crew(self.observer.note, lambda: self.is_interrupted)
 
     def run(self, out: Path | None, force: bool, objects: dict[str, Any]) -> RunResult:
         check_names(self.scenario)
@@ -112,11 +98,11 @@ class Launcher:
             with temporary_folder() as self.sockets:
                 return self._run(folder, record, groups, in_process, objects)
         except (ConfigError, KeyboardInterrupt):
-            self._stop_workers()
+            self.crew.stop()
             folder.give_up()
             raise
         finally:
-            self._stop_workers()
+            self.crew.stop()
             folder.keep()
             if self.namespaces is not None:
                 self.namespaces.close()
@@ -129,26 +115,27 @@ class Launcher:
     ) -> RunResult:
         scenario, folder = self.scenario, record.folder
         if in_process:
-            self.workers = [ThreadWorker(groups[0], self.inbox, **objects)]
+            self.crew.host_here(groups[0], objects)
         else:  # they import torch while the data is prepared
-            self.workers += self._launch(groups, folder / "log")
+            self.crew.launch(groups, folder / "log")
         data, shards, table = deal_to_files(scenario, folder, objects["dataset"])
         if self._is_in_namespaces:
             topology = scenario.build_topology()
             neighbours = [topology.neighbours(index) for index in range(scenario.peers)]
             self.namespaces = Namespaces(scenario.peer_names, scenario.build_links(), neighbours)
         served = serving(scenario, open_dataset(data))
-        jobs = [self._job(index, worker.peers, folder, data, shards, served) for index, worker in enumerate(self.workers)]
-        for worker, job in zip(self.workers, jobs, strict=True):
+        workers = self.crew.workers
+        jobs = [self._job(index, worker.peers, folder, data, shards, served) for index, worker in enumerate(workers)]
+        for worker, job in zip(workers, jobs, strict=True):
             worker.send(job)
-        ready = self._await_ready()
+        ready = self.crew.await_ready()
         first = ready[0]
         check_memory(scenario, first["parameters"])
         place.keep()
         self.observer.data_ready(scenario, table)
         for line in about_statistics(scenario, first["has_statistics"]):
             self.observer.note(line)
-        roster = {peer: event["address"] for worker, event in zip(self.workers, ready, strict=True) for peer in worker.peers}
+        roster = {peer: event["address"] for worker, event in zip(workers, ready, strict=True) for peer in worker.peers}
         record.write("roster.toml", tomli_w.dumps(_roster(self._run_number(folder), roster)))
         engine = first["engine"]
         record.write("scenario.toml", tomli_w.dumps(scenario.resolved() | {"engine": engine}))
@@ -159,9 +146,8 @@ class Launcher:
             worker.send(command | {"elapsed_s": elapsed_s})
 
         def replace(index: int) -> WorkerHandle:
-            number, peers = len(self.processes), groups[index]
-            (worker,) = self._launch([peers], folder / "log" / f"{peers[0]}-{number}")
-            worker.send(jobs[index] | {"bind": roster[peers[0]], "late": []})
+            worker = self.crew.successor(index, folder / "log")
+            worker.send(jobs[index] | {"bind": roster[worker.peers[0]], "late": []})
             return worker
 
         churn = scenario.build_churn()
@@ -172,7 +158,7 @@ class Launcher:
             record.add(event)
             self.observer.event(event, self._num_alive())
 
-        self.presence = Presence(churn, self.workers, start, replace, planned)
+        self.presence = Presence(churn, workers, start, replace, planned)
         self.presence.begin()
         self.observer.started(folder, first["parameters"])
         self._follow(record)
@@ -183,21 +169,10 @@ class Launcher:
 
     # --- before -------------------------------------------------------------------------------------------------------
 
-    def _launch(self, groups: Sequence[list[str]], logs: Path) -> list[ProcessWorker]:
-        logs.mkdir(exist_ok=True)
-        workers, process = launch(groups, self.inbox, logs)
-        self.processes.append(process)
-        return workers
-
     def _job(self, index: int, peers: list[str], folder: Path, data: Path, shards: list[Path], served: Event | None) -> Event:
         scenario, insecure = self.scenario, self.insecure or self._is_in_namespaces  # nobody else is on the network there
-        topology, names = scenario.build_topology(), scenario.peer_names
-        jobs = []
-        for peer in peers:
-            number = names.index(peer)
-            degrees, schedule = degrees_of(topology, number, names)
-            indices = str(shards[number].resolve())
-            jobs.append({"name": peer, "indices": indices, "degrees": degrees, "schedule": schedule})
+        topology, numbers = scenario.build_topology(), map(scenario.peer_names.index, peers)
+        jobs = [peer_job(scenario, topology, number, shards[number].resolve()) for number in numbers]
         advertise = f"tcp://{scenario.transport.advertise}:0" if scenario.transport.advertise else None
         if served is not None:
             bind = device_address(scenario, index, scenario.transport.host)
@@ -235,27 +210,13 @@ class Launcher:
         text = f"{self.scenario.sha256}/{folder.resolve()}/{self.began}/{os.getpid()}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
-    def _await_ready(self) -> list[Event]:
-        """Until every worker has loaded its model and bound its port."""
-        deadline = time.monotonic() + READY_S
-        ready: dict[int, Event] = {}
-        while len(ready) < len(self.workers):
-            worker, event = self._next(deadline - time.monotonic())
-            if event["event"] == "ready":
-                ready[id(worker)] = event
-            elif self.is_interrupted:
-                raise KeyboardInterrupt
-            elif event["event"] == "timeout" and time.monotonic() >= deadline:
-                raise RunError(f"{len(self.workers) - len(ready)} processes were not ready after {READY_S:g} s; see log/")
-        return [ready[id(worker)] for worker in self.workers]
-
     # --- during -------------------------------------------------------------------------------------------------------
 
     def _follow(self, record: RunRecord) -> None:
         """Record what the workers tell, until every peer has finished or died, or the run is interrupted."""
         stop = self.scenario.stop
         while not self.is_interrupted and self._present():
-            worker, event = self._next(self.presence.next_in_s)
+            worker, event = self.crew.hear(self.presence.next_in_s)
             match event["event"]:
                 case _ if worker is None:
                     pass
@@ -276,7 +237,7 @@ class Launcher:
                 case "ended":
                     self._bury(worker, record)
             self.presence.follow(self.finished)
-            self._watch_silence()
+            self.crew.watch_silence()
             if stop.duration is not None and time.monotonic() - self.started_at > stop.duration:
                 self._stop_soon(record)
             if stop.target_accuracy is not None and event["event"] == "round" and self._has_reached(record, event["round"]):
@@ -297,23 +258,6 @@ class Launcher:
     def _num_alive(self) -> int:
         return len(self._present()) + sum(error is None for error in self.finished.values())
 
-    def _next(self, timeout_s: float) -> tuple[WorkerHandle | None, Event]:
-        """What a worker says next; `timeout` if none does in time. Raises a failed worker's error before the start."""
-        self._sample_memory()
-        try:
-            worker, event = self.inbox.get(timeout=max(0.0, min(timeout_s, 0.5)))
-        except Empty:
-            return None, {"event": "timeout"}
-        worker.heard_at = time.monotonic()
-        if event["event"] == "ended":
-            self.ended.add(id(worker))
-        if not self.started_at:
-            if event["event"] == "failed":
-                raise _error_of(event)
-            if event["event"] == "ended":
-                raise RunError("a process ended before it was ready; see log/")
-        return worker, event
-
     def _bury(self, worker: WorkerHandle, record: RunRecord) -> None:
         """A worker has ended before its peers had finished: they are dead."""
         if self.presence.was_killed(worker):
@@ -321,21 +265,9 @@ class Launcher:
         for peer in worker.peers:
             if peer not in self.finished:
                 self.finished[peer] = "its process ended"
-                time_s = round(time.monotonic() - self.started_at, 4)
-                event = {"event": "finished", "peer": peer, "round": None, "time_s": time_s, "error": "its process ended"}
+                event = finished_event(peer, None, time.monotonic() - self.started_at, self.finished[peer])
                 record.add(event)
                 self.observer.event(event, self._num_alive())
-
-    def _watch_silence(self) -> None:
-        now = time.monotonic()
-        for worker in self.workers:
-            silence_s = now - worker.heard_at
-            if id(worker) in self.ended or silence_s <= min(STOPPED_S, SILENCE_S):
-                continue
-            if silence_s > SILENCE_S or worker.is_stopped():
-                what = "stopped" if worker.is_stopped() else "silent"
-                self.observer.note(f"the process of {', '.join(worker.peers)} was {what} for {silence_s:.0f} s and is killed")
-                worker.stop(now)
 
     def _has_reached(self, record: RunRecord, round_: int) -> bool:
         """Whether the mean accuracy of all peers that are alive, after this round's merge, is on target."""
@@ -357,14 +289,8 @@ class Launcher:
             told = max((event["round"] for event in record.events if event["event"] == "round"), default=0)
             per_second = told / max(time.monotonic() - self.started_at, 0.1)
             self.stop_round = told + 2 + math.ceil(HEARS_S * per_second)
-            for worker in self.workers:
+            for worker in self.crew.workers:
                 worker.send({"do": "stop_after", "round": self.stop_round})
-
-    def _sample_memory(self) -> None:
-        now = time.monotonic()
-        if now - self.sampled_at >= MEMORY_SAMPLE_S:
-            self.sampled_at = now
-            self.peak_mib = max(self.peak_mib, sum(worker.memory_mib() for worker in self.workers))
 
     # --- after --------------------------------------------------------------------------------------------------------
 
@@ -374,11 +300,13 @@ class Launcher:
         figures = final_models(record.folder, well)
         average = central = None
         if well and not self.is_interrupted:
-            average = self._ask({"do": "evaluate", "path": str(record.folder / "models" / "average.safetensors")}, "evaluated")
+            average = self.crew.ask(
+                {"do": "evaluate", "path": str(record.folder / "models" / "average.safetensors")}, "evaluated"
+            )
             if scenario.central:
                 self.observer.note("training one model on all the data, for comparison")
                 num_rounds = max((event["round"] for event in record.events if event["event"] == "round"), default=0)
-                central = self._ask({"do": "central", "rounds": num_rounds, "peers": scenario.peers}, "central")
+                central = self.crew.ask({"do": "central", "rounds": num_rounds, "peers": scenario.peers}, "central")
         for leftover in ("first", "shards"):
             remove_files(record.folder / leftover)
         summary = summarize(
@@ -390,7 +318,7 @@ class Launcher:
             central_accuracy=central,
             startup_s=self.startup_s,
             wall_s=wall_s,
-            peak_memory_mib=self.peak_mib or None,
+            peak_memory_mib=self.crew.peak_mib or None,
             engine=ready["engine"],
             clock=scenario.resolved_clock,
             exit_code=EXIT_INTERRUPTED if self.is_interrupted else None,
@@ -398,28 +326,6 @@ class Launcher:
         summary |= fidelity(scenario, record.events, self.observer.note, kernel_rates=self._is_in_namespaces)
         record.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return RunResult(summary, record.folder)
-
-    def _ask(self, command: Event, answer: str) -> float | None:
-        """Have a worker that still lives compute an accuracy; None if none does."""
-        for worker in self.workers:
-            if id(worker) in self.ended:
-                continue
-            worker.send(command)
-            while id(worker) not in self.ended and not self.is_interrupted:
-                who, event = self._next(0.5)
-                if who is worker and event["event"] == answer:
-                    return float(event["accuracy"])
-                self._watch_silence()
-        return None
-
-    def _stop_workers(self) -> None:
-        deadline = time.monotonic() + STOP_S
-        for worker in self.workers:
-            worker.send({"do": "exit"})
-        for worker in self.workers:
-            worker.stop(deadline)
-        for process in self.processes:
-            process.wait(5.0)
 
     def _catch_signals(self) -> dict[int, Any]:
         """Ctrl-C and SIGTERM end the run in order; only the main thread may ask for them."""
@@ -438,9 +344,3 @@ class Launcher:
 
 def _roster(run_number: int, addresses: Mapping[str, str]) -> dict[str, Any]:
     return {"run": run_number, "peers": {name: {"address": address} for name, address in addresses.items()}}
-
-
-def _error_of(event: Event) -> GossipflError:
-    """The worker's error, as the class that it was there."""
-    class_ = getattr(errors, event["kind"], RunError)
-    return class_(event["message"]) if issubclass(class_, GossipflError) else RunError(event["message"])

@@ -32,7 +32,7 @@ from gossipfl.overlay.graphs import Topology
 from gossipfl.overlay.links import Links
 from gossipfl.overlay.selection import SELECTORS
 from gossipfl.randomness import generator
-from gossipfl.runtime.host import GossipSettings
+from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.hosting import peer_settings
 from gossipfl.scenario.memory import available_bytes, needed_bytes, why_too_large

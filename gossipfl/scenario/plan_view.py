@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.table import Table
 
 from gossipfl.scenario.plan import Plan, Spread
+from gossipfl.scenario.terminal import print_figures, size_text
 from gossipfl.scenario.topology_view import explain
 
 _ALONE = {
@@ -22,12 +22,7 @@ _ALONE = {
 
 def print_plan(console: Console, plan: Plan) -> None:
     """The plan as a table, and what it leaves out."""
-    table = Table(title=f"{plan.scenario}: {plan.peers:,} peers, {plan.rounds:,} rounds, {plan.protocol}", title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, value in _rows(plan):
-        table.add_row(name, value)
-    console.print(table)
+    print_figures(console, f"{plan.scenario}: {plan.peers:,} peers, {plan.rounds:,} rounds, {plan.protocol}", _rows(plan))
     console.print(explain(plan.topology), highlight=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
@@ -65,12 +60,3 @@ def _seconds_text(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds:,.0f} s" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
-
-
-def size_text(num_bytes: float) -> str:
-    """Bytes as a person reads them."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.2f} GiB"

@@ -30,7 +30,8 @@ from gossipfl.overlay.graphs import degrees_of
 from gossipfl.overlay.links import Links, check_links
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.messages import Fault, RoundReport, Traffic
-from gossipfl.runtime.host import GossipSettings, round_event
+from gossipfl.runtime.events import round_event
+from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.hosting import about_statistics, peer_settings
 from gossipfl.scenario.memory import check_memory

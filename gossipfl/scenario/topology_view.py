@@ -22,6 +22,7 @@ from gossipfl.overlay.graph_figures import GraphFigures
 from gossipfl.overlay.graph_files import Link
 from gossipfl.overlay.graphs import FullTopology, Topology
 from gossipfl.scenario.config import Scenario
+from gossipfl.scenario.terminal import print_figures
 
 if TYPE_CHECKING:
     import networkx
@@ -40,12 +41,7 @@ BAR_WIDTH = 40
 
 def print_topology(console: Console, scenario: Scenario, topology: Topology, figures: GraphFigures) -> None:
     """The figures, then the links themselves, or how many peers have how many where they are too many to be shown."""
-    table = Table(title=f"{scenario.name}: topology {_kind(scenario)}", title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, value in _rows(figures):
-        table.add_row(name, value)
-    console.print(table)
+    print_figures(console, f"{scenario.name}: topology {_kind(scenario)}", _rows(figures))
     console.print(explain(figures), highlight=False, soft_wrap=True)
     if isinstance(topology, FullTopology):
         return

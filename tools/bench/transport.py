@@ -89,10 +89,12 @@ def take_push(port: int, seconds: float, copy: bool) -> float:
 
 
 def serve_segments(connection: Any, copy: bool) -> None:
-    """A peer that has trained one version, on its reactor, as in a run."""
+    """A peer that has trained one version, on its message loop, as in a run."""
     from gossipfl.protocol.messages import Hello, Received, Start
-    from gossipfl.runtime.host import GossipSettings, build_node
-    from gossipfl.runtime.node import Reactor
+    from gossipfl.runtime.endpoint import Endpoint
+    from gossipfl.runtime.gossip_settings import GossipSettings
+    from gossipfl.runtime.message_loop import MessageLoop
+    from gossipfl.runtime.node import build_node
     from gossipfl.runtime.transport import ZmqTransport
     from gossipfl.segments.layout import Layout
 
@@ -104,12 +106,13 @@ def serve_segments(connection: Any, copy: bool) -> None:
     node.handle(Start())
     node.handle(Received("client", Hello(layout.digest, 0, False)))
     node.trained(1, vector.copy())
-    reactor = Reactor(transport)
-    reactor.add(node)
-    reactor.start()
+    endpoint = Endpoint()
+    endpoint.add(node)
+    loop = MessageLoop(transport, endpoint, "bench")
+    loop.start()
     connection.send(transport.address)
     connection.recv()
-    reactor.stop()
+    loop.stop()
 
 
 def take_segments(address: str, seconds: float, copy: bool) -> float:

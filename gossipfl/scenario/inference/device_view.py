@@ -14,7 +14,8 @@ from rich.table import Table
 
 from gossipfl.inference.planning.receipts import Answer, Receipt
 from gossipfl.runtime.edge_device import EdgeDevice
-from gossipfl.scenario.inference.display import bits_text, plain, size_text
+from gossipfl.scenario.inference.display import bits_text, plain
+from gossipfl.scenario.terminal import size_text
 
 
 class Answers:

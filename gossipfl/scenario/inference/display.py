@@ -26,6 +26,7 @@ from gossipfl.scenario.inference.calibrate import certificates_by_bits
 from gossipfl.scenario.inference.latency import LatencyRow
 from gossipfl.scenario.inference.link_error import LinkRow
 from gossipfl.scenario.inference.payload import payload, saved
+from gossipfl.scenario.terminal import size_text
 
 LINE_S = 5.0
 """Where there is no terminal, seconds between two lines of progress."""
@@ -94,13 +95,6 @@ def print_calibration(console: Console, calibration: Calibration) -> None:
             console.print(f"note: {certificate.warning}", highlight=False)
     if calibration.warning:
         console.print(f"note: {calibration.warning}", highlight=False)
-
-
-def size_text(num_bytes: float) -> str:
-    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes:.0f} B"
 
 
 def print_plan(console: Console, profile: ModelProfile, plan: Plan, rows: Sequence[CutRow], device: str) -> None:

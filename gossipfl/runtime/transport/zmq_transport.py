@@ -1,16 +1,7 @@
-"""Messages over ZeroMQ: a ROUTER that others connect to, and one DEALER for each endpoint that is asked for something.
+"""Sends and receives for the peers at one endpoint.
 
 Several peers may share an endpoint (all peers of one process do); the header says who speaks to whom. Answers return on the
 connection that asked, so they reach peers that cannot be connected to. Everything here runs on one thread, but for `wake`.
-
-ZeroMQ queues count messages, not bytes, so what is in flight is bounded here: a sender may send `FIRST_WINDOW_BYTES` of payload
-on a connection and then as much as the receiver's Credits allow. The receiver's window follows the rate of the connection (a
-quarter of a second's worth), so that small messages are not stuck behind seconds of payload.
-
-What is asked with a payload (an Activation) is bounded where it leaves: by `MAX_UNSENT_BYTES` and what the connection takes.
-
-A Credit that comes the other way says what the sender may still send, where the two might disagree: when it begins to serve on
-a connection (perhaps anew, having forgotten it), and when it has waited for long.
 
 A connection that sends something malformed is not listened to again; what it still sends is counted and dropped.
 """
@@ -20,20 +11,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import re
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import zmq
-import zmq.utils.monitor
 
-from gossipfl.errors import RemoteProtocolError, RunError
+from gossipfl.errors import RemoteProtocolError
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
     Activation,
@@ -50,96 +36,41 @@ from gossipfl.protocol.messages import (
     Refuse,
     Result,
 )
-from gossipfl.runtime.addresses import bind_failure, check_address, check_loopback, in_use, is_listened_at
+from gossipfl.runtime.addresses import check_address, check_loopback
+from gossipfl.runtime.transport.happenings import Happening, Incoming, LinkDown, LinkUp, Origin, Shared
+from gossipfl.runtime.transport.inbound import Inbound
+from gossipfl.runtime.transport.link import Link
+from gossipfl.runtime.transport.sockets import (
+    DONTWAIT,
+    POLLIN,
+    POLLOUT,
+    connecting_dealer,
+    listening_router,
+    receive_frames,
+    socket_file,
+    source_of,
+)
+from gossipfl.runtime.transport.wakeup import Wakeup
+from gossipfl.runtime.transport.window import FIRST_WINDOW_BYTES
 
 logger = logging.getLogger(__name__)
 
-FIRST_WINDOW_BYTES = 4 * wire.MAX_PAYLOAD_BYTES
-MAX_WINDOW_BYTES = 16 * wire.MAX_PAYLOAD_BYTES
-WINDOW_S = 0.25
 MAX_LINKS = 64
 """Outgoing connections kept open; beyond it the one that has been idle longest is closed."""
 IDLE_S = 5.0
 RETRY_S = 0.005
 SWEEP_S = 5.0
 """How often those who take nothing of what is queued for them are asked whether they are still there."""
-HIGH_WATER_MARK = 64
-MAX_UNSENT_BYTES = 2 * wire.MAX_TENSOR_BYTES
-"""Payload that waits for one connection to take it; what is sent beyond it is lost."""
-HANDSHAKE_S = 3.0
 MAX_REMEMBERED = 4096
 """Incoming connections whose credit, or whose ban, is remembered."""
 BATCH = 16
 """Messages taken from one socket before the others get their turn."""
 
-# Plain numbers: combining the enumeration's members takes longer than a receive.
-_POLLIN, _POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
-_DONTWAIT, _SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
 _CHUNKED = (Data, Record, Offer, Result)
 _ANSWERS = (Data, Record, Later, Refuse, Offer, Result, Failed)
 """Come in on the connection that asked, and there only."""
 _UPLOADS = (PlanRequest, Activation)
 """Ask with a payload."""
-
-Origin = bytes
-"""The connection that a message came in on; answers go back to it."""
-Shared = zmq.Frame
-"""A payload that is sent to many."""
-
-
-class Incoming(NamedTuple):
-    """A well-formed message for one of the peers here. `num_bytes` counts its header and payload frames."""
-
-    sender: PeerId
-    recipient: PeerId
-    message: Message
-    origin: Origin | None
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class LinkUp:
-    """The connection to these peers' endpoint stands."""
-
-    peers: tuple[PeerId, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LinkDown:
-    """The connection to these peers' endpoint broke, or was closed for what it sent (`reason`)."""
-
-    peers: tuple[PeerId, ...]
-    reason: str
-
-
-Happening = Incoming | LinkUp | LinkDown
-
-
-@dataclass(slots=True)
-class Link:
-    """An outgoing connection, to an endpoint where one or more peers live."""
-
-    address: str
-    socket: zmq.Socket
-    monitor: zmq.Socket
-    outbox: deque[bytes] = field(default_factory=deque)
-    uploads: deque[tuple[PeerId, int, bytes, wire.Buffer]] = field(default_factory=deque)  # behind all of the outbox
-    unsent: int = 0  # payload bytes of the uploads
-    last_used: float = 0.0
-    allowed: int = FIRST_WINDOW_BYTES  # payload bytes that may still come
-    window: int = FIRST_WINDOW_BYTES
-    uncredited: int = 0
-    credited_at: float = 0.0
-
-
-@dataclass(slots=True)
-class Inbound:
-    """An incoming connection: what is queued for it, and how many payload bytes it may still be sent."""
-
-    queue: deque[tuple[PeerId, PeerId, Chunk]] = field(default_factory=deque)
-    requests: dict[tuple[PeerId, int], int] = field(default_factory=dict)  # payload bytes still queued
-    allowed: int = FIRST_WINDOW_BYTES
-    moved_at: float = field(default_factory=time.monotonic)
 
 
 class ZmqTransport:
@@ -167,16 +98,14 @@ class ZmqTransport:
         self._banned: dict[Origin, None] = {}
         self._swept_at = time.monotonic()
         self._happened: deque[Happening] = deque()
-        self._router = self._bind(bind)
+        self._router = listening_router(self._context, bind)
+        self._socket_file = socket_file(bind)
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self.address = re.sub(r":0$", f":{urlsplit(bound).port}", advertise) if advertise else bound
-        self._wake_lock = threading.Lock()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
+        self._wakeup = Wakeup()
         self._poller = zmq.Poller()
-        self._poller.register(self._wake_read, _POLLIN)
-        self._poller.register(self._router, _POLLIN)
+        self._poller.register(self._wakeup.fileno(), POLLIN)
+        self._poller.register(self._router, POLLIN)
 
     # --- sending ------------------------------------------------------------------------------------------------------
 
@@ -201,16 +130,11 @@ class ZmqTransport:
         link.last_used = time.monotonic()
         header = wire.encode(self.run, sender, recipient, message)
         if isinstance(message, _UPLOADS):
-            if link.unsent + len(message.payload) > MAX_UNSENT_BYTES:
+            if not link.upload(recipient, message.request, header, message.payload):
                 self.dropped += 1
                 return
-            link.uploads.append((recipient, message.request, header, message.payload))
-            link.unsent += len(message.payload)
         else:
-            link.outbox.append(header)
-        while len(link.outbox) > HIGH_WATER_MARK * 4:
-            link.outbox.popleft()
-            self.dropped += 1
+            self.dropped += link.put(header)
         self._flush(link)
 
     def bytes_unsent(self, recipient: PeerId) -> int:
@@ -221,9 +145,8 @@ class ZmqTransport:
     def cancel(self, recipient: PeerId, request: int) -> None:
         """Forget what waits to be sent to this peer with the payload of this request."""
         link = self._links.get(self._routes.get(recipient, ""))
-        if link is not None and link.uploads:
-            link.uploads = deque(upload for upload in link.uploads if upload[:2] != (recipient, request))
-            link.unsent = sum(len(payload) for *_, payload in link.uploads)
+        if link is not None:
+            link.cancel(recipient, request)
 
     def queue(self, origin: Origin, sender: PeerId, recipient: PeerId, chunks: Iterable[Chunk]) -> None:
         """Queue the chunks of an answer; they go out as the connection takes them, each zero-copy."""
@@ -232,10 +155,7 @@ class ZmqTransport:
                 self._forget_idle()
             self._send_back(origin, sender, recipient, Credit(FIRST_WINDOW_BYTES))
         inbound = self._inbound.setdefault(origin, Inbound())
-        for chunk in chunks:
-            key = recipient, chunk.request
-            inbound.requests[key] = inbound.requests.get(key, 0) + len(chunk.payload)
-            inbound.queue.append((sender, recipient, chunk))
+        inbound.put(sender, recipient, chunks)
         self._pump(origin, inbound)
 
     @staticmethod
@@ -246,11 +166,7 @@ class ZmqTransport:
     def bytes_queued(self, origin: Origin, recipient: PeerId, request: int | None = None) -> int:
         """Payload bytes not yet handed over on this connection for one request, or for all of a peer's."""
         inbound = self._inbound.get(origin)
-        if inbound is None:
-            return 0
-        if request is not None:
-            return inbound.requests.get((recipient, request), 0)
-        return sum(num_bytes for (peer, _), num_bytes in inbound.requests.items() if peer == recipient)
+        return inbound.bytes_queued(recipient, request) if inbound else 0
 
     def num_queued(self, origin: Origin) -> int:
         """Requests being answered on this connection."""
@@ -269,14 +185,14 @@ class ZmqTransport:
         if limit_s is not None:
             timeout_s = limit_s if timeout_s is None else min(timeout_s, limit_s)
         ready = dict(self._poller.poll(None if timeout_s is None else max(0, round(timeout_s * 1000 + 0.499))))
-        if self._wake_read in ready:
-            self._drain_wakes()
+        if self._wakeup.fileno() in ready:
+            self._wakeup.clear()
         for link in list(self._links.values()):
-            if ready.get(link.socket, 0) & _POLLOUT:
+            if ready.get(link.socket, 0) & POLLOUT:
                 self._flush(link)
             if link.monitor in ready:
                 self._read_monitor(link)
-            if ready.get(link.socket, 0) & _POLLIN:
+            if ready.get(link.socket, 0) & POLLIN:
                 self._read_link(link)  # last: it may drop the link
         if self._router in ready:
             self._read_router()
@@ -290,94 +206,55 @@ class ZmqTransport:
 
     def wake(self) -> None:
         """Make `receive` return soon. May be called from any thread."""
-        with self._wake_lock, contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
-            if not self._router.closed:
-                os.write(self._wake_write, b"\0")
+        self._wakeup.set()
 
     def close(self, flush_s: float = 0.0) -> None:
         """Close all sockets; what is queued gets `flush_s` seconds to leave."""
         if self._router.closed:
             return
         deadline = time.monotonic() + flush_s
-        while time.monotonic() < deadline and self._is_unsent():
-            self.receive(min(0.05, flush_s))
-        for address in list(self._links):
-            self._drop_link(address, linger_s=max(0.0, flush_s))
-        with self._wake_lock:
+        try:
+            while time.monotonic() < deadline and self._is_unsent():
+                self.receive(min(0.05, flush_s))
+        finally:
+            if self._socket_file is not None:  # while it is still ours: whoever listens there next makes another
+                with contextlib.suppress(OSError):  # somebody else has removed it, or its folder
+                    self._socket_file.unlink()
+            for address in list(self._links):
+                self._drop_link(address, linger_s=max(0.0, flush_s))
             self._router.close(linger=int(flush_s * 1000))
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            self._wakeup.close()
 
     def _is_unsent(self) -> bool:
         return any(link.outbox or link.uploads for link in self._links.values()) or any(i.queue for i in self._inbound.values())
 
     # --- sockets ------------------------------------------------------------------------------------------------------
 
-    def _bind(self, address: str) -> zmq.Socket:
-        if address.startswith("ipc://") and is_listened_at(address.removeprefix("ipc://")):
-            raise RunError(in_use(address))  # ZeroMQ would take it over in silence
-        router = self._context.socket(zmq.ROUTER)
-        _set_limits(router, address)
-        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        router.setsockopt(zmq.ROUTER_HANDOVER, 0)
-        router.setsockopt(zmq.BACKLOG, 512)
-        try:
-            router.bind(address)
-        except zmq.ZMQError as error:
-            router.close(linger=0)
-            raise RunError(bind_failure(address, error)) from error
-        return router
-
     def _open(self, address: str) -> Link:
         if len(self._links) >= MAX_LINKS:
             idle = min(self._links.values(), key=lambda link: link.last_used)
             if time.monotonic() - idle.last_used > IDLE_S:
                 self._drop_link(idle.address)
-        dealer = self._context.socket(zmq.DEALER)
-        _set_limits(dealer, address)
-        dealer.setsockopt(zmq.IMMEDIATE, 1)
-        dealer.setsockopt(zmq.RECONNECT_IVL, 100)
-        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
-        events = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
-        if address.startswith("inproc:"):  # has neither handshake nor monitor events
-            events = zmq.Event.CLOSED
-        monitor = dealer.get_monitor_socket(events)
-        dealer.connect(address)
+        dealer, monitor = connecting_dealer(self._context, address)
         link = self._links[address] = Link(address, dealer, monitor)
-        self._poller.register(dealer, _POLLIN)
-        self._poller.register(monitor, _POLLIN)
+        self._poller.register(dealer, POLLIN)
+        self._poller.register(monitor, POLLIN)
         return link
 
     def _drop_link(self, address: str, linger_s: float = 0.0) -> None:
         link = self._links.pop(address)
         self._poller.unregister(link.socket)
         self._poller.unregister(link.monitor)
-        link.socket.disable_monitor()
-        link.monitor.close(linger=0)
-        link.socket.close(linger=int(linger_s * 1000))
+        link.close(linger_s)
 
     def _flush(self, link: Link) -> None:
         """Send what waits for this link; what does not go waits for the socket to become writable."""
-        send = link.socket.send
-        try:
-            while link.outbox:
-                link.socket.send_multipart((link.outbox[0], b""), _DONTWAIT)
-                link.outbox.popleft()
-            while link.uploads:
-                _, _, header, payload = link.uploads[0]
-                send(header, _DONTWAIT | _SNDMORE)
-                send(payload, _DONTWAIT, copy=False)
-                link.uploads.popleft()
-                link.unsent -= len(payload)
-        except zmq.Again:
-            self._poller.modify(link.socket, _POLLIN | _POLLOUT)
-            return
-        self._poller.modify(link.socket, _POLLIN)
+        self._poller.modify(link.socket, POLLIN if link.flush() else POLLIN | POLLOUT)
 
     def _send_back(self, origin: Origin, sender: PeerId, recipient: PeerId, message: Message) -> None:
         """Send a message without payload ahead of what is queued."""
         try:
-            self._router.send_multipart((origin, wire.encode(self.run, sender, recipient, message), b""), _DONTWAIT)
+            self._router.send_multipart((origin, wire.encode(self.run, sender, recipient, message), b""), DONTWAIT)
         except zmq.ZMQError as error:
             self._send_failed(origin, error)
             self.dropped += 1
@@ -385,24 +262,10 @@ class ZmqTransport:
     def _pump(self, origin: Origin, inbound: Inbound) -> None:
         """Hand over queued chunks while the receiver's credit lasts."""
         self._blocked.discard(origin)
-        send, requests, now = self._router.send, inbound.requests, time.monotonic()
-        while inbound.queue and inbound.allowed > 0:
-            sender, recipient, chunk = inbound.queue[0]
-            header = wire.encode(self.run, sender, recipient, chunk)
-            try:
-                send(origin, _DONTWAIT | _SNDMORE)
-                send(header, _DONTWAIT | _SNDMORE)
-                send(chunk.payload, _DONTWAIT, copy=False)
-            except zmq.ZMQError as error:
-                self._send_failed(origin, error)
-                return
-            inbound.queue.popleft()
-            key, num_bytes = (recipient, chunk.request), len(chunk.payload)
-            inbound.allowed -= num_bytes
-            left = requests.pop(key, 0) - num_bytes
-            if left > 0:
-                requests[key] = left
-            inbound.moved_at = now
+        try:
+            inbound.hand_over(self._router, origin, self.run)
+        except zmq.ZMQError as error:
+            self._send_failed(origin, error)
 
     def _send_failed(self, origin: Origin, error: zmq.ZMQError) -> None:
         if error.errno == zmq.EAGAIN:
@@ -420,7 +283,7 @@ class ZmqTransport:
         link.last_used = time.monotonic()
         for _ in range(BATCH):
             try:
-                frames = _receive(link.socket)
+                frames = receive_frames(link.socket)
             except zmq.Again:
                 break
             incoming = self._decode(frames, None)
@@ -434,7 +297,7 @@ class ZmqTransport:
                 continue
             message = incoming.message
             if isinstance(message, Credit):
-                link.allowed = min(link.allowed, message.num_bytes)
+                link.window.allowed = min(link.window.allowed, message.num_bytes)
             elif not isinstance(message, _ANSWERS) or self._routes.get(incoming.sender) != link.address:
                 self.dropped += 1
             elif isinstance(message, _CHUNKED):
@@ -443,21 +306,9 @@ class ZmqTransport:
                 self._happened.append(incoming)
 
     def _take_chunk(self, link: Link, incoming: Incoming, num_bytes: int) -> None:
-        link.allowed -= num_bytes
-        link.uncredited += num_bytes
-        if link.allowed <= link.window // 2:
-            self._credit(link, incoming.recipient, incoming.sender)
+        if link.window.take(num_bytes):
+            self._grant(link, incoming.recipient, incoming.sender, link.window.credit(time.monotonic()))
         self._happened.append(incoming)
-
-    def _credit(self, link: Link, sender: PeerId, recipient: PeerId) -> None:
-        """Allow a window more, of what the link has lately carried in `WINDOW_S`."""
-        now = time.monotonic()
-        rate = link.uncredited / max(now - link.credited_at, 1e-6)
-        link.credited_at, link.uncredited = now, 0
-        link.window = int(min(max(rate * WINDOW_S, FIRST_WINDOW_BYTES), MAX_WINDOW_BYTES))
-        credit = max(link.window - link.allowed, FIRST_WINDOW_BYTES)
-        link.allowed += credit
-        self._grant(link, sender, recipient, credit)
 
     def _grant(self, link: Link, sender: PeerId, recipient: PeerId, num_bytes: int) -> None:
         link.outbox.append(wire.encode(self.run, sender, recipient, Credit(num_bytes)))
@@ -466,8 +317,8 @@ class ZmqTransport:
     def _read_router(self) -> None:
         for _ in range(BATCH):
             try:
-                first = self._router.recv(_DONTWAIT, copy=False)
-                frames = _receive(self._router)
+                first = self._router.recv(DONTWAIT, copy=False)
+                frames = receive_frames(self._router)
             except zmq.Again:
                 return
             origin = first.bytes
@@ -476,7 +327,7 @@ class ZmqTransport:
                 continue
             incoming = self._decode(frames, origin)
             if isinstance(incoming, str):
-                logger.warning("malformed message from %s: %s; its connection is ignored", _source(first), incoming)
+                logger.warning("malformed message from %s: %s; its connection is ignored", source_of(first), incoming)
                 self._ban(origin)
                 self._inbound.pop(origin, None)
                 self._blocked.discard(origin)
@@ -492,7 +343,7 @@ class ZmqTransport:
         origin = incoming.origin
         inbound = None if origin is None else self._inbound.get(origin)
         if origin is not None and inbound is not None:
-            inbound.allowed = min(inbound.allowed + num_bytes, MAX_WINDOW_BYTES)
+            inbound.allow(num_bytes)
             self._pump(origin, inbound)
 
     def _sweep(self) -> None:
@@ -530,47 +381,9 @@ class ZmqTransport:
             del self._banned[next(iter(self._banned))]
 
     def _read_monitor(self, link: Link) -> None:
-        while link.monitor.poll(0):
-            event = zmq.utils.monitor.recv_monitor_message(link.monitor)["event"]
-            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
-                self._happened.append(LinkUp(self._peers_at(link.address)))
-            elif event == zmq.Event.DISCONNECTED:
-                link.allowed, link.window, link.uncredited = FIRST_WINDOW_BYTES, FIRST_WINDOW_BYTES, 0
-                link.uploads.clear()  # who asked hears of it
-                link.unsent = 0
-                self._happened.append(LinkDown(self._peers_at(link.address), "the connection broke"))
+        for stands in link.changes():
+            peers = self._peers_at(link.address)
+            self._happened.append(LinkUp(peers) if stands else LinkDown(peers, "the connection broke"))
 
     def _peers_at(self, address: str) -> tuple[PeerId, ...]:
         return tuple(peer for peer, at in self._routes.items() if at == address)
-
-    def _drain_wakes(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._wake_read, 4096):
-                pass
-
-
-def _set_limits(end: zmq.Socket[bytes], address: str) -> None:
-    end.setsockopt(zmq.IPV6, int(address.startswith("tcp://[")))
-    end.setsockopt(zmq.LINGER, 0)
-    end.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-    end.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-    end.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
-    end.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
-
-
-def _receive(end: zmq.Socket[bytes]) -> list[wire.Buffer]:
-    """The frames of one message; the payload is not copied. Frames beyond those that a message has are passed over."""
-    frame = end.recv(_DONTWAIT, copy=False)
-    frames: list[wire.Buffer] = [frame.buffer]
-    while frame.more:
-        frame = end.recv(copy=False)
-        if len(frames) <= 2:
-            frames.append(frame.buffer)
-    return frames
-
-
-def _source(frame: zmq.Frame) -> str:
-    try:
-        return str(frame.get("Peer-Address"))
-    except zmq.ZMQError:
-        return "an unknown address"
