@@ -7,7 +7,7 @@ ZeroMQ queues count messages, not bytes, so what is in flight is bounded here: a
 on a connection and then as much as the receiver's Credits allow. The receiver's window follows the rate of the connection (a
 quarter of a second's worth), so that small messages are not stuck behind seconds of payload.
 
-What is asked with a payload (an Activation) is bounded where it leaves: by `MAX_UNSENT_BYTES` and what the connection takes.
+What is asked with a payload (as an Activation) is bounded where it leaves: by `MAX_UNSENT_BYTES` and what the connection takes.
 
 A Credit that comes the other way says what the sender may still send, where the two might disagree: when it begins to serve on
 a connection (perhaps anew, having forgotten it), and when it has waited for long.
@@ -38,6 +38,7 @@ from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
     Activation,
     Chunk,
+    Continuation,
     Credit,
     Data,
     Failed,
@@ -78,7 +79,7 @@ _DONTWAIT, _SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
 _CHUNKED = (Data, Record, Offer, Result)
 _ANSWERS = (Data, Record, Later, Refuse, Offer, Result, Failed)
 """Come in on the connection that asked, and there only."""
-_UPLOADS = (PlanRequest, Activation)
+_UPLOADS = (PlanRequest, Activation, Continuation)
 """Ask with a payload."""
 
 Origin = bytes
@@ -188,7 +189,7 @@ class ZmqTransport:
     def send(self, sender: PeerId, recipient: PeerId, message: Message, origin: Origin | None = None) -> None:
         """Send a message, on the connection `origin` if given and then without payload. What cannot be sent is lost.
 
-        The payload of a PlanRequest or an Activation is not copied: it must stay as it is until it has left.
+        The payload of a PlanRequest, an Activation or a Continuation is not copied: it must stay as it is until it has left.
         """
         if origin is not None:
             self._send_back(origin, sender, recipient, message)

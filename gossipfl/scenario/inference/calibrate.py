@@ -48,7 +48,7 @@ def calibrate(trained: Trained, calibrator: Calibrator, progress: Progress = lam
         data=trained.data_name,
         catalogue=catalogue,
         harm={level: {cut: row.harm for cut, row in cuts.items()} for level, cuts in rows.items()},
-        certificates=tuple(calibrator.certify(plan) for plan in alone(catalogue, rows).values()),
+        certificates=tuple(filter(None, map(calibrator.certify, alone(catalogue, rows).values()))),
         warning=calibrator.warning,
         made_with={
             "version": __version__,

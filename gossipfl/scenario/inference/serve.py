@@ -37,7 +37,7 @@ def open_server(trained: Trained, bind: str, advertise: str | None, insecure: bo
     """A server of a calibrated model; certificates that it has not got yet are made when a plan asks for them."""
     calibration, calibrator = load_calibration(trained), calibrator_of(trained)
 
-    def certificate(plan: Plan) -> Certificate:
+    def certificate(plan: Plan) -> Certificate | None:
         return calibration.certificate_for(calibrator.basis(plan)) or calibrator.certify(plan)
 
     architecture = architecture_of(trained)
