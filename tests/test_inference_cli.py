@@ -96,6 +96,11 @@ def test_the_bench_tells_what_was_promised_and_what_was_kept(run):
     assert len(tables["links"]) == 2 * 3
     for row in tables["latency"]:
         assert row["predicted_up"] == row["measured_up"] and row["predicted_pull"] == row["measured_pull"]
+    assert {row["fallback"] for row in tables["fallbacks"]} == {"continued", "full"}
+    for row in tables["fallbacks"]:
+        assert row["predicted_up"] == row["measured_up"] and row["measured_s"] > 0
+        if row["is_chosen"]:
+            assert 0 <= row["risk"] <= 0.05 and 0 <= row["fallback_rate"] <= 1
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

@@ -102,31 +102,35 @@ def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
     gossipfl bench-inference runs/quickstart --json | jq '.plans[] | select(.level == 0.01)'
     """
     from gossipfl.scenario.inference.bench import DEVICES, plan_rows, threshold_rows
-    from gossipfl.scenario.inference.calibrate import calibrator_of, load_calibration
+    from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration
     from gossipfl.scenario.inference.display import (
         plain,
+        print_fallback_rows,
         print_latency_rows,
         print_link_rows,
         print_plan_rows,
         print_threshold_rows,
         progress,
     )
+    from gossipfl.scenario.inference.fallbacks import fallback_rows
     from gossipfl.scenario.inference.latency import latency_rows
     from gossipfl.scenario.inference.link_error import link_rows
     from gossipfl.scenario.inference.trained import load_trained
 
     trained = load_trained(run, model)
     calibration = load_calibration(trained)
-    calibrator, samples = calibrator_of(trained), trained.test_samples
+    calibrator, samples = calibrator_like(trained, calibration), trained.test_samples
     plans = list(plan_rows(calibrator, calibration.catalogue, calibration.harm, *samples))
     thresholds = list(threshold_rows(calibrator, calibration.catalogue, *samples))
     with progress(quiet) as told:
         latencies = latency_rows(calibrator, calibration.catalogue, DEVICES, samples[0], told=told)
+        fallbacks = fallback_rows(calibrator, calibration.catalogue, DEVICES, samples[0], told=told)
     links = link_rows(DEVICES)
     if as_json:
         values = {
             "plans": [asdict(row) | {"saved": row.saved} for row in plans],
             "thresholds": [asdict(row) for row in thresholds],
+            "fallbacks": [asdict(row) for row in fallbacks],
             "latency": [asdict(row) | {"error": row.error, "error_now": row.error_now} for row in latencies],
             "links": [asdict(row) | {"latency_error": row.latency_error, "rate_error": row.rate_error} for row in links],
         }
@@ -135,6 +139,8 @@ def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
         print_plan_rows(Console(), plans)
         print_threshold_rows(Console(), thresholds)
         print_latency_rows(Console(), latencies)
+        if fallbacks:
+            print_fallback_rows(Console(), fallbacks)
         print_link_rows(Console(), links)
         click.echo(f"{len(samples[1])} test samples, that neither training nor calibration saw")
 

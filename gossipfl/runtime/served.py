@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gossipfl.errors import CodecError, ConfigError, LayoutError
+from gossipfl.inference.planning.cascade import cheapest
 from gossipfl.inference.planning.cuts import Catalogue, choose_plan
 from gossipfl.inference.planning.margins import Certificate
 from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, to_json
@@ -127,7 +128,7 @@ class ServedVersion:
                 self.stage(plan.cut)  # now, rather than when the first activation comes
             self._offers[key] = self._certificates(plan), tuple(self._layer_offers(plan))
         certificates, layers = self._offers[key]
-        certificate = min(certificates, key=lambda one: _fallback_cost(one, plan), default=None)
+        certificate = cheapest(certificates, plan)
         plan = replace(plan, fallback="full" if certificate is None else certificate.basis.fallback)
         manifest = Manifest(self.model, self.version, self.chain.layout.digest, plan, layers)
         if self.samples is not None and plan.cut and plan.stages[0].engine != FULL_ENGINE:
@@ -176,9 +177,3 @@ class ServedVersion:
             raise ConfigError(
                 f"the certificate is of (version, cut, bits) {certified}, the plan of {planned}; certify the plan"
             )
-
-
-def _fallback_cost(certificate: Certificate, plan: Plan) -> float:
-    """Of a mean request, as its samples and the plan say."""
-    cost = plan.continued if certificate.basis.fallback == "continued" else plan.afresh
-    return certificate.fallback_rate * cost.cost if cost is not None else 0.0

@@ -234,12 +234,17 @@ class Calibrator:
     def certify(self, plan: Plan) -> Certificate | None:
         """From which margin on the plan's answers may be accepted, with its fallback. None where that is no good at any.
 
-        Where the plan could continue there are two to choose from, and each of them is tested at half of delta.
+        Where the plan could continue there are two to choose from, and each of them is tested at half of delta; unless there
+        are too few samples for that.
         """
         scores, differs = self.kept_scores(plan)
-        found, basis, tried = margins(scores, self.scale), self.basis(plan), 1 if plan.continued is None else 2
+        found, basis = margins(scores, self.scale), self.basis(plan)
+        has_choice = plan.continued is not None and len(self._kept) >= samples_needed(self.alpha, self.delta / 2)
+        tried = 2 if has_choice else 1
         if plan.fallback == "full":
             return certify(found, differs, basis, self.alpha, self.delta, tried=tried)
+        if not has_choice:
+            return None
         continued = self.kept_scores(continuation_of(plan))[1]
         return certify_continued(found, differs, continued, basis, self.alpha, self.delta, tried=tried)
 

@@ -40,7 +40,7 @@ where all continue: if more than k differ there, continuing is not certified at 
 
 Two cascades, with one fallback and with the other, are two sequences on the same samples. Each is tested at delta / 2, so that
 with probability 1 - delta both keep what they claim: the cheaper may be chosen afterwards, whatever the samples say. Whether
-there are two is decided by costs that the samples have no say in; where there is one, it is tested at delta.
+there are two is decided by costs and by n, before anything is seen of the samples; where there is one, it is tested at delta.
 """
 
 from __future__ import annotations
