@@ -357,6 +357,22 @@ def heard(attacker):
     return next(message for _, (*_, message) in iter(attacker.hear, None) if not isinstance(message, Credit))
 
 
+@pytest.mark.parametrize("scores", [np.zeros(1), np.full(6 * CLASSES, np.nan), np.zeros(7 * CLASSES)])
+def test_a_server_that_lies_when_it_continues_is_left_and_another_starts_afresh(scores, servers, devices, monkeypatch):
+    payload = scores.astype(np.float32).tobytes()
+
+    def lie(served, continuation, *_) -> list[Result]:
+        return [Result(continuation.request, served.version, 0.0, 0, len(payload), payload=payload)]
+
+    monkeypatch.setattr(inference_server, "_run_again", lie)
+    liar, honest = (servers(cut=2, activation_bits=4, certificate=also_continued(math.inf)) for _ in range(2))
+    device = devices(liar, honest)
+    answer = device.predict(X, DEADLINE_S)
+    assert answer.receipt.tiers == ("full",) * 6
+    assert_same(answer.scores, full_scores(X))
+    assert [(fault.peer, fault.kind) for fault in device.faults] == [("m@0", "rejected")]
+
+
 def test_what_is_kept_to_be_continued_is_bounded_whatever_devices_do(servers, attackers):
     from gossipfl.inference.planning.answering import ServerConfig
 

@@ -95,7 +95,7 @@ def plan_inference(run: Path, model: str, device_file: Path | None, max_accuracy
 def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
     """What plans and thresholds promise for a calibrated model of a RUN, and what they keep on test samples.
 
-    Latencies are of real sockets, with devices and links of other speeds emulated; that takes half a minute.
+    Latencies are of real sockets, with devices and links of other speeds emulated; that takes a minute.
 
     \b
     gossipfl bench-inference runs/quickstart
@@ -206,7 +206,8 @@ def device(
 ) -> None:
     """Be an edge device: get a plan from a server, pull the part of the model that it puts here, and answer inputs.
 
-    Answers of which the device is unsure are the full model's. With --json, a line for each: class, margin, and receipt.
+    Answers of which the device is unsure are the full model's, or continued, where that is cheaper and certified: the server
+    computes its part again, from more bits. With --json, a line for each answer: class, margin, and receipt.
     Should audits find that more answers differ from the full model's than was certified, it answers all from then on.
 
     \b

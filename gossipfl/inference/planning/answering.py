@@ -56,7 +56,8 @@ class Caller(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Bounds of what is under way: stages and plans that wait or run, requests of one caller, bytes of activations in all."""
+    """Bounds of what is under way: stages and plans that wait or run, requests of one caller, bytes of activations in all; and
+    of the answered activations that are remembered."""
 
     max_queued: int = 64
     max_per_caller: int = 16
