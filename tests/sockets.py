@@ -173,7 +173,7 @@ class Attacker:
 
     def say(self, sender: str, recipient: str, message: Message, *, to: bytes | None = None, run: int = RUN) -> None:
         """A well-formed message; `to` is the connection to answer on, for a ROUTER."""
-        payload = bytes(message.payload) if isinstance(message, Data | Record) else b""
+        payload = bytes(getattr(message, "payload", None) or b"")
         prefix = () if to is None else (to,)
         self.send(*prefix, wire.encode(run, sender, recipient, message), payload)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossipfl.errors import ConfigError, PlanError
-from gossipfl.inference.execution.activations import num_bytes
+from gossipfl.inference.execution.activations import encode_missing, num_bytes
 from gossipfl.inference.planning.cuts import (
     HEADER_BYTES,
     RANGE_BYTES,
@@ -18,11 +18,12 @@ from gossipfl.inference.planning.cuts import (
     check_device,
     choose_plan,
     fetch_seconds,
+    missing_bytes,
     weight_bytes,
 )
 from gossipfl.inference.planning.profile import ON_DEVICE, ON_SERVER, DeviceProfile, LayerProfile, ModelProfile, Stage
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import Activation, Data, Pull, Result
+from gossipfl.protocol.messages import Activation, Continuation, Data, Pull, Result
 from gossipfl.segments.codecs import codec
 
 quick = settings(deadline=None, max_examples=100)
@@ -221,6 +222,51 @@ def test_a_plan_says_who_runs_what_and_how_it_is_pulled():
     )
 
 
+# Cut 1 at 0.01: 10 planes of 13 bytes are missing, and a byte marks the sample; afresh 36 values go up in float32.
+def test_a_plan_says_what_falling_back_costs_and_names_the_cheaper_way():
+    device = DeviceProfile(
+        speed=0.5, uplink=50.0, downlink=46.0, latency_s=0.25, transmit_w=5.0, energy_weight=0.1, price_weight=0.01
+    )
+    overheads = Overhead(0.0, 0.0, 2.0), Overhead(0.5, 0.25, 0.125), Overhead()
+    catalogue = replace(EXAMPLE, levels={0.01: {1: ((4,), 6)}}, overheads=overheads)
+    plan, _ = choose_plan(catalogue, device, 0.01)
+    answer_s = (12 + HEADER_BYTES) / 46 + 0.5
+    afresh_s, afresh_up_s = 3.0 + 2.0 + answer_s, (144 + HEADER_BYTES) / 50
+    continued_s, continued_up_s = 1.0 + 2.25 + 0.125 + answer_s, (131 + HEADER_BYTES) / 50
+    assert (plan.fallback, plan.afresh.bytes_up, plan.continued.bytes_up) == ("continued", 144, 131)
+    assert plan.afresh.latency_s == pytest.approx(afresh_s + afresh_up_s)
+    assert plan.continued.latency_s == pytest.approx(continued_s + continued_up_s)
+    assert plan.afresh.cost == pytest.approx(plan.afresh.latency_s + 0.1 * 5 * afresh_up_s + 0.01 * 3.0)
+    energy_j = 1.0 + 5 * continued_up_s
+    assert plan.continued.cost == pytest.approx(plan.continued.latency_s + 0.1 * energy_j + 0.01 * 2.25)
+
+
+@pytest.mark.parametrize(
+    ("cut", "bits", "is_afresh"),
+    [(3, ((4, 5, 6), 0), True), (1, ((4,), 16), True), (1, ((4,), 32), True), (0, ((), 32), False)],
+)
+def test_where_nothing_is_left_to_send_a_fallback_starts_afresh(cut, bits, is_afresh):
+    plan, _ = choose_plan(replace(EXAMPLE, levels={0.01: {cut: bits}}), DeviceProfile(), 0.01)
+    assert (plan.fallback, plan.continued, plan.afresh is not None) == ("full", None, is_afresh)
+
+
+def test_where_the_values_at_the_cut_are_more_than_the_input_a_slow_link_starts_afresh():
+    plans = [
+        choose_plan(replace(EXAMPLE, levels={0.01: {2: ((4, 5), 6)}}), DeviceProfile(uplink=uplink), 0.01)[0]
+        for uplink in (1e3, 1.0)
+    ]
+    assert [plan.fallback for plan in plans] == ["continued", "full"] and plans[1].continued is None
+    inputs, _ = choose_plan(replace(EXAMPLE, levels={0.01: {0: ((), 4)}}), DeviceProfile(uplink=1.0), 0.01)
+    assert (inputs.fallback, inputs.continued.bytes_up, inputs.afresh.bytes_up) == ("continued", 12 * 5 + 1, 4 * 36)
+
+
+@pytest.mark.parametrize("bits", [2, 7, 15])
+def test_what_is_continued_is_counted_as_it_is_sent(bits):
+    for cut, shapes in ((0, [(1, 6, 6)]), (1, [(4, 5, 5)]), (2, [(2, 3, 3), (4, 5, 5)])):
+        live = [np.zeros((1, *shape), np.float32) for shape in shapes]
+        assert missing_bytes(SMALL, cut, bits) == len(encode_missing(live, bits, [0]))
+
+
 def test_a_slow_device_a_slow_link_and_a_dear_server_move_the_cut():
     middling = DeviceProfile(speed=1.0, uplink=1e3, downlink=1e3, requests=100)
     cuts = [choose_plan(EXAMPLE, replace(middling, speed=speed), 0.01)[0].cut for speed in (0.01, 100.0)]
@@ -240,6 +286,7 @@ def test_headers_are_those_of_the_messages_on_the_wire():
     ranges = tuple((100_000 + at, 100_144 + at) for at in range(20))
     for message in (
         Activation(request, 60, 3, 4, 1, 0, 9000, payload=b"x"),
+        Continuation(request, request, 1, 0, 9000, payload=b"x"),
         Result(request, 60, 0.00123, 0, 40, payload=b"x"),
         Data(request, 60, 60, 0, ranges[0], 0, 9000, 9000, b"x"),
         Pull(request, 60, 60, ranges, "planes:0-4:144", 5.0),

@@ -34,7 +34,19 @@ from sockets import (
 from virtual_host import VirtualHost
 
 from gossipfl.protocol import membership, wire
-from gossipfl.protocol.messages import Collect, Credit, Data, Hello, Later, Leave, Pull, Record, Refuse
+from gossipfl.protocol.messages import (
+    Activation,
+    Collect,
+    Continuation,
+    Credit,
+    Data,
+    Hello,
+    Later,
+    Leave,
+    Pull,
+    Record,
+    Refuse,
+)
 from gossipfl.runtime.node import MAX_SERVED
 from gossipfl.runtime.transport import LinkDown
 
@@ -413,6 +425,8 @@ def test_a_stranger_may_say_anything(waiting, attackers):
         attacker.say(sender, recipient, messages[rng.integers(len(messages))])
         if rng.integers(4) == 0:
             attacker.say(sender, recipient, Data(1, 1, 1, 1, (0, 250), 0, 1000, 1000, payload=rng.bytes(1000)))
+            attacker.say(sender, recipient, Activation(1, 1, 1, 4, 1, 0, 1000, True, payload=rng.bytes(1000)))
+            attacker.say(sender, recipient, Continuation(2, 1, 1, 0, 1000, payload=rng.bytes(1000)))
     attacker.say("the last", "p00", HELLO)
     waiting.until("p00", lambda: waiting.faults_about("the last"))
     waiting.check_running()

@@ -21,6 +21,7 @@ import gossipfl
 from gossipfl.cli import main
 from gossipfl.learning.models import build_model
 from gossipfl.scenario.inference import latency
+from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration
 from gossipfl.scenario.inference.trained import load_trained
 
 SCENARIO = {
@@ -96,6 +97,11 @@ def test_the_bench_tells_what_was_promised_and_what_was_kept(run):
     assert len(tables["links"]) == 2 * 3
     for row in tables["latency"]:
         assert row["predicted_up"] == row["measured_up"] and row["predicted_pull"] == row["measured_pull"]
+    assert {row["fallback"] for row in tables["fallbacks"]} == {"continued", "full"}
+    for row in tables["fallbacks"]:
+        assert row["predicted_up"] == row["measured_up"] and row["measured_s"] > 0
+        if row["is_chosen"]:
+            assert 0 <= row["risk"] <= 0.05 and 0 <= row["fallback_rate"] <= 1
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -109,6 +115,14 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_an_unknown_model_is_refused_with_the_known_ones(run):
     code, _, stderr = call("calibrate", run, "--model", "averge")
     assert code == 2 and "did you mean 'average'" in stderr and "p0, p1, p2" in stderr
+
+
+def test_what_a_plan_is_certified_for_is_what_the_calibration_was(run, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "copy")
+    assert call("calibrate", copied, "--alpha", "0.1", "--delta", "0.2", "--quiet")[0] == 0
+    trained = load_trained(copied)
+    calibrator = calibrator_like(trained, load_calibration(trained))
+    assert (calibrator.alpha, calibrator.delta) == (0.1, 0.2)
 
 
 def test_a_plan_needs_a_calibration(run):

@@ -21,6 +21,7 @@ from gossipfl.inference.planning.answering import (
     Discard,
     Drain,
     Finish,
+    First,
     Heard,
     Keep,
     MakePlan,
@@ -29,6 +30,7 @@ from gossipfl.inference.planning.answering import (
     Ran,
     Reply,
     Retire,
+    RunAgain,
     RunStage,
     Serve,
     ServerConfig,
@@ -59,6 +61,7 @@ from gossipfl.protocol.messages import (
     FULL_BITS,
     NEWEST,
     Activation,
+    Continuation,
     Data,
     Failed,
     Later,
@@ -101,7 +104,7 @@ def manifest(version=1, cut=3, bits=4, activation_bits=None, threshold=0.0, **ch
         activation_bits = 8 if cut < 3 else 0
     prediction = Prediction(0.01, 0.01, 0.0, 0.0, 0.0, 0.01, 10, 10, 10, 0.01)
     stages = (Stage("device", 0, cut, tuple(layer.codec for layer in layers)),)
-    plan = Plan(version, stages, cut, (bits,) * cut, activation_bits, prediction)
+    plan = Plan(version, stages, cut, (bits,) * cut, activation_bits, prediction, changes.pop("fallback", "full"))
     return Manifest("m", version, "L", plan, layers, threshold, **changes)
 
 
@@ -115,7 +118,12 @@ def digests(of: Manifest) -> frozenset[str]:
 def test_asks_and_manifests_come_back_from_json_as_they_went():
     for ask in (Ask(DeviceProfile()), Ask(DeviceProfile("d", uplink=1e6, memory_bytes=5), 0.02, 7, 60.0, (4, 6))):
         assert offers.ask_from_json(offers.to_json(ask)) == ask
-    for offer in (manifest(), manifest(2, 0), manifest(3, 2, 16, threshold=math.inf, alpha=0.02, delta=0.05, scale="logits")):
+    for offer in (
+        manifest(),
+        manifest(2, 0),
+        manifest(4, 1, fallback="continued"),
+        manifest(3, 2, 16, threshold=math.inf, alpha=0.02, delta=0.05, scale="logits"),
+    ):
         assert offers.manifest_from_json(offers.to_json(offer)) == offer
 
 
@@ -599,6 +607,133 @@ def test_a_version_that_is_asked_for_by_number_is_that_one_or_an_error():
 # --- audits -----------------------------------------------------------------------------------------------------------
 
 
+# --- continuing -------------------------------------------------------------------------------------------------------
+
+
+def continuing(version=1, **changes) -> Manifest:
+    return manifest(version, **(dict(cut=2, threshold=0.5, fallback="continued") | changes))
+
+
+def scored(machine, upload, *margins_, now=0.1) -> list:
+    return machine.handle(Received(upload.peer, Result(upload.request, upload.version, 0.1, 0, 1, payload=margins_)), now)
+
+
+def continued(machine, margins_=(0.9, 0.1, 0.2), number=1) -> tuple[Upload, Upload]:
+    """A question of which some samples are unsure: the activation, and what continues it."""
+    machine.handle(Question(number, len(margins_), 100.0), 0.0)
+    (upload,) = of(machine.handle(HeadDone(number), 0.0), Upload)
+    (again,) = of(scored(machine, upload, *margins_), Upload)
+    return upload, again
+
+
+def test_those_unsure_are_continued_by_who_has_answered():
+    machine = ready(continuing())
+    upload, again = continued(machine)
+    assert (upload.tier, upload.keep, upload.first) == ("reduced", True, None)
+    assert again == Upload(1, "s0", again.request, 1, 2, 8, "continued", (1, 2), False, upload.request)
+    actions = scored(machine, again)
+    assert actions == [Resolve(1, continuing(), (1, 2), is_continued=True), Forget("s0", again.request)]
+    assert not machine._questions and not machine._by_request
+
+
+def test_inputs_of_a_few_bits_are_continued_too():
+    machine = ready(continuing(cut=0, activation_bits=8))
+    (upload,) = machine.handle(Question(1, 1, 100.0), 0.0)
+    assert (upload.tier, upload.keep) == ("reduced", True)
+    (again,) = of(scored(machine, upload, 0.1), Upload)
+    assert (again.tier, again.cut, again.bits, again.first) == ("continued", 0, 8, upload.request)
+
+
+def test_a_late_answer_is_continued_where_it_came_from():
+    machine = ready(continuing())
+    machine.handle(Question(1, 1, 100.0), 0.0)
+    (upload,) = of(machine.handle(HeadDone(1), 0.0), Upload)
+    (other,) = of(machine.handle(Wake(), PATIENCE + 1), Upload)
+    assert (upload.peer, other.peer, other.keep) == ("s0", "s1", True)
+    (again,) = of(scored(machine, upload, 0.1, now=7.0), Upload)
+    assert (again.peer, again.first) == ("s0", upload.request)
+
+
+@pytest.mark.parametrize(
+    "trouble", ["silent", "gone", "rejected", "forgotten", "busy", "draining", "version", "input", "compute"]
+)
+def test_whatever_goes_wrong_with_continuing_the_full_model_starts_afresh(trouble):
+    machine = ready(continuing())
+    _, again = continued(machine)
+    event = {"silent": Wake(), "gone": PeerDown("s0"), "rejected": Rejected("s0", again.request, "not finite")}.get(trouble)
+    event = event or Received("s0", Failed(again.request, trouble, "no"))
+    actions = machine.handle(event, PATIENCE + 1)
+    (afresh,) = of(actions, Upload)
+    peer = "s0" if trouble == "forgotten" else "s1"
+    assert afresh == Upload(1, peer, afresh.request, 1, 0, FULL_BITS, "full", (1, 2))
+    assert Forget("s0", again.request) in actions and bool(of(actions, Report)) == (
+        trouble not in ("forgotten", "busy", "version")
+    )
+    assert scored(machine, again, now=6.5) == [], "too late"
+    assert of(scored(machine, afresh, now=7.0), Resolve) == [Resolve(1, continuing(), (1, 2))]
+    assert not machine._questions and not machine._by_request
+
+
+@pytest.mark.parametrize("policy", ["unverified", "fail"])
+def test_where_nobody_can_continue_nor_start_afresh_the_policy_decides(policy):
+    machine = ready(continuing(), servers=("s0",), on_no_server=policy)
+    continued(machine)
+    actions = machine.handle(PeerDown("s0"), 1.0)
+    if policy == "unverified":
+        assert of(actions, Resolve) == [Resolve(1, continuing(), (1, 2), False)]
+    else:
+        assert not of(actions, (Resolve, Fail))
+        assert of(machine.handle(Wake(), 100.0), Fail)[0].kind == "deadline"
+
+
+@pytest.mark.parametrize(("cut", "activation_bits"), [(3, 0), (1, 16), (1, FULL_BITS)])
+def test_an_offer_to_continue_what_is_all_there_does_not_add_up(cut, activation_bits):
+    with pytest.raises(PlanError, match=f"fallbacks that continue what went up at {activation_bits} bits"):
+        continuing(cut=cut, activation_bits=activation_bits).check(PROFILE, "L")
+    continuing(cut=1, activation_bits=15).check(PROFILE, "L")
+
+
+def audited_continuing(**config) -> Asker:
+    return ready(continuing(alpha=0.02, delta=0.05), audit_share=1.0, **config)
+
+
+def test_what_was_continued_is_audited_as_what_was_accepted_is():
+    machine = audited_continuing()
+    _, again = continued(machine)
+    assert counted(machine) == (0, 0), "nothing is known of what continues"
+    aside, resolve, *_, upload = scored(machine, again)
+    assert aside == SetAside(1, ~1, (0, 1, 2), (1, 2)) and resolve.is_continued
+    assert (upload.tier, upload.cut, upload.bits) == ("audit", 0, FULL_BITS)
+    compared(machine, upload, False, True, False)
+    assert counted(machine) == (3, 1)
+
+
+def test_what_starts_afresh_after_all_counts_as_not_differing():
+    machine = audited_continuing()
+    _, again = continued(machine)
+    (afresh,) = of(machine.handle(Received("s0", Failed(again.request, Failure.FORGOTTEN, "no")), 0.2), Upload)
+    actions = scored(machine, afresh, now=0.3)
+    assert of(actions, SetAside) == [SetAside(1, ~1, (0,))]
+    compared(machine, of(actions, Upload)[0], False, now=0.4)
+    assert counted(machine) == (3, 0)
+
+
+def test_after_an_alarm_nothing_is_continued():
+    machine = audited_continuing()
+    for number in itertools.count(1000):
+        _, again = continued(machine, (0.1,), number)
+        (upload,) = of(scored(machine, again), Upload)
+        if of(compared(machine, upload, True), Report):
+            break
+    machine.handle(Question(1, 2, 100.0), 0.0)
+    (upload,) = of(machine.handle(HeadDone(1), 0.0), Upload)
+    (afresh,) = of(scored(machine, upload, 0.9, 0.1), Upload)
+    assert (afresh.tier, afresh.first, afresh.samples) == ("full", None, None)
+
+
+# --- audits -----------------------------------------------------------------------------------------------------------
+
+
 def certified(version=1, **changes) -> Manifest:
     return manifest(version, **(dict(threshold=0.5, alpha=0.02, delta=0.05) | changes))
 
@@ -801,7 +936,7 @@ OTHER = Caller(b"2", "device", "m@0")
 
 
 def num_bytes(cut, bits, samples):
-    return 10 * samples if cut < 3 else None
+    return (2 + bits) * samples if cut < 3 else None
 
 
 def server(versions=(1,), **config) -> Answerer:
@@ -926,6 +1061,182 @@ def test_a_server_that_drains_finishes_what_it_has_taken_and_takes_nothing_more(
     assert server().handle(Drain(), 0.0) == [Finish()]
 
 
+# --- what may be continued --------------------------------------------------------------------------------------------
+
+
+def answered(machine, request=1, caller=DEVICE, samples=1, now=0.0, keep=True, **changes) -> list:
+    """An activation that has come and been computed: what is done after that."""
+    chunk = replace(activation(request, samples=samples, **changes), keep=keep)
+    assert RunStage(caller, chunk, keep) in machine.handle(Heard(caller, chunk), now)
+    return machine.handle(Ran(caller, request), now)
+
+
+def continuation(request=2, first=1, samples=1, of_samples=1, offset=0, total=None, length=None) -> Continuation:
+    total = 8 * samples + -(-of_samples // 8) if total is None else total
+    return Continuation(request, first, samples, offset, total, payload=bytes(total if length is None else length))
+
+
+def test_what_was_to_be_kept_is_continued_once():
+    machine = server()
+    assert answered(machine, samples=9) == []
+    first, last = continuation(samples=2, of_samples=9, length=10), continuation(samples=2, of_samples=9, offset=10, length=8)
+    assert machine.handle(Heard(DEVICE, first), 1.0) == [Keep(DEVICE, first)]
+    assert machine.handle(Heard(DEVICE, replace(last, offset=11)), 1.0) == []
+    kept = First(1, 1, 1, 8, 9, 90)
+    assert machine.handle(Heard(DEVICE, last), 2.0) == [Keep(DEVICE, last), RunAgain(DEVICE, last, kept)]
+    assert machine.num_running == 1 and machine.handle(Ran(DEVICE, 2), 3.0) == [] and machine.next_deadline is None
+    assert failures(machine.handle(Heard(DEVICE, continuation(3, of_samples=9)), 3.0)) == ["forgotten"]
+
+
+def test_what_was_not_to_be_kept_or_is_anothers_is_not_continued():
+    machine = server()
+    answered(machine, 1, keep=False)
+    answered(machine, 2)
+    for caller, first in ((DEVICE, 1), (OTHER, 2), (Caller(b"1", "device", "m@1"), 2), (DEVICE, 9)):
+        assert failures(machine.handle(Heard(caller, continuation(5, first)), 0.0)) == ["forgotten"]
+    assert failures(machine.handle(Heard(DEVICE, continuation(2, 2)), 0.0)) == ["forgotten"], "two of one number"
+    whole = replace(activation(3, total=18), bits=16, keep=True)
+    assert machine.handle(Heard(DEVICE, whole), 0.0) == [Keep(DEVICE, whole), RunStage(DEVICE, whole)], "nothing is missing"
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        continuation(of_samples=9, total=9),
+        continuation(of_samples=9, samples=0, total=2),
+        continuation(of_samples=9, samples=10),
+        continuation(of_samples=9, samples=2**62, total=1),
+    ],
+)
+def test_a_continuation_that_cannot_be_is_refused_and_the_right_one_may_follow(chunk):
+    machine = server()
+    answered(machine, samples=9)
+    assert failures(machine.handle(Heard(DEVICE, chunk), 0.0)) == ["input"]
+    assert not failures(machine.handle(Heard(DEVICE, continuation(of_samples=9)), 0.0))
+
+
+def test_nothing_is_remembered_for_longer_than_a_while():
+    machine = server(remember_s=30.0, upload_s=10.0)
+    answered(machine, 1, now=0.0)
+    answered(machine, 2, now=5.0)
+    assert machine.next_deadline == 30.0 and machine.handle(answering.Wake(), 30.0) == [Discard(DEVICE, 1)]
+    assert failures(machine.handle(Heard(DEVICE, continuation(3, 1)), 30.0)) == ["forgotten"]
+    machine.handle(Heard(DEVICE, continuation(3, 2, length=5)), 31.0)
+    assert machine.next_deadline == 41.0, "it lasts as long as it goes on"
+    assert machine.handle(answering.Wake(), 41.0) == [Discard(DEVICE, 3), Discard(DEVICE, 2)]
+    assert machine.next_deadline is None and not machine._remembered_bytes
+
+
+def test_what_is_remembered_is_bounded_by_caller_and_in_all_and_the_oldest_goes_first():
+    each = answering.REMEMBERING_BYTES + 10
+    machine = server(max_remembered_bytes_per_caller=2 * each, max_remembered_bytes=3 * each)
+    assert [answered(machine, request) for request in (1, 2, 3)] == [[], [], [Discard(DEVICE, 1)]]
+    assert answered(machine, 1, OTHER) == [] and answered(machine, 2, OTHER) == [Discard(DEVICE, 2)]
+    assert answered(machine, 4, samples=200) == [Discard(DEVICE, 4)], "it does not fit at all"
+    assert list(machine._remembered) == [(DEVICE, 3), (OTHER, 1), (OTHER, 2)]
+
+
+def test_a_continuation_takes_the_room_of_both():
+    machine = server(max_bytes=25)
+    answered(machine, 1)
+    machine.handle(Heard(OTHER, activation(1)), 0.0)
+    assert failures(machine.handle(Heard(DEVICE, continuation(2, 1)), 0.0)) == ["busy"], "9 and 10 beside 10"
+    machine.handle(Ran(OTHER, 1), 0.0)
+    assert not failures(machine.handle(Heard(DEVICE, continuation(2, 1)), 0.0))
+
+
+def test_a_number_that_is_used_again_does_not_mix_two_activations():
+    machine = server()
+    answered(machine, 1)
+    answered(machine, 1)
+    again = replace(activation(1), keep=True)
+    assert machine.handle(Heard(DEVICE, again), 0.0) == [Discard(DEVICE, 1), Keep(DEVICE, again), RunStage(DEVICE, again, True)]
+    machine.handle(Ran(DEVICE, 1), 0.0)
+    machine.handle(Heard(DEVICE, continuation(2, 1, length=5)), 0.0)
+    assert failures(machine.handle(Heard(DEVICE, activation(1)), 0.0)) == ["input"], "it is being continued"
+
+
+def test_a_version_that_is_not_kept_any_more_is_not_continued():
+    machine = server((1, 2), versions_kept=2)
+    answered(machine, 1, version=1)
+    answered(machine, 2, version=2)
+    late = replace(activation(3, version=1), keep=True)
+    machine.handle(Heard(DEVICE, late), 0.0)
+    assert machine.handle(Published("m", 3, num_bytes), 1.0) == [Discard(DEVICE, 1)]
+    assert machine.handle(Ran(DEVICE, 3), 1.0) == [Discard(DEVICE, 3), Retire("m", 1)]
+    assert failures(machine.handle(Heard(DEVICE, continuation(4, 3)), 1.0)) == ["forgotten"]
+    assert not failures(machine.handle(Heard(DEVICE, continuation(5, 2)), 1.0))
+
+
+def test_a_server_that_drains_continues_nothing_more_and_waits_for_nothing_that_it_remembers():
+    machine = server()
+    answered(machine, 1)
+    machine.handle(Heard(DEVICE, replace(activation(2), keep=True)), 0.0)
+    assert machine.handle(Drain(), 0.0) == []
+    assert failures(machine.handle(Heard(DEVICE, continuation(3, 1)), 0.0)) == ["draining"]
+    assert machine.handle(Ran(DEVICE, 2), 0.0) == [Discard(DEVICE, 2), Finish()]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_devices_send_what_is_kept_is_bounded_and_each_computation_finds_its_own(seed):
+    chance, now, version = random.Random(seed), 0.0, 1
+    machine = server(max_bytes=200, max_remembered_bytes=6000, max_remembered_bytes_per_caller=3000, versions_kept=2)
+    kept: dict[tuple[Caller, int], int] = {}  # as the shell has it
+    running: list[tuple[Caller, int]] = []
+    again = 0
+
+    def perform(actions) -> None:
+        nonlocal again
+        for action in actions:
+            match action:
+                case Keep(caller, chunk):
+                    kept[caller, chunk.request] = kept.get((caller, chunk.request), 0) + len(chunk.payload)
+                case Discard(caller, request):
+                    kept.pop((caller, request), None)
+                case RunStage(caller, chunk, remember):
+                    key = caller, chunk.request
+                    assert (kept[key] if remember else kept.pop(key)) == chunk.total
+                    running.append(key)
+                case RunAgain(caller, chunk, first):
+                    found = [kept.pop((caller, request)) for request in (first.request, chunk.request)]
+                    assert found == [first.num_bytes, chunk.total]
+                    running.append((caller, chunk.request))
+                    again += 1
+
+    for _ in range(2000):
+        now += chance.expovariate(1.0)
+        caller, request = chance.choice((DEVICE, OTHER)), chance.randrange(6)
+        if running and chance.random() < 0.4:
+            perform(machine.handle(Ran(*running.pop(chance.randrange(len(running)))), now))
+        elif chance.random() < 0.02:
+            version += 1
+            perform(machine.handle(Published("m", version, num_bytes), now))
+        elif chance.random() < 0.5:
+            samples = chance.choice((1, 1, 3, 9))
+            offset = chance.choice((0, 0, 5))
+            length = chance.choice((None, 5))
+            length = 10 * samples - offset if length is None else length
+            chunk = activation(request, version, samples, offset, length=length)
+            perform(machine.handle(Heard(caller, replace(chunk, keep=chance.random() < 0.8)), now))
+        else:
+            samples, of_samples = chance.choice(((1, 1), (1, 3), (3, 3), (2, 9)))
+            total = 8 * samples + -(-of_samples // 8)
+            offset, length = chance.choice(((0, total), (0, total), (0, 4), (4, total - 4)))
+            chunk = continuation(request, chance.randrange(6), samples, of_samples, offset, length=length)
+            perform(machine.handle(Heard(caller, chunk), now))
+        if machine.next_deadline is not None and machine.next_deadline <= now:
+            perform(machine.handle(answering.Wake(), now))
+        assert sum(kept.values()) <= 200 + 6000
+        assert machine._remembered_bytes.total() == sum(
+            first.num_bytes + answering.REMEMBERING_BYTES for first, _ in machine._remembered.values()
+        )
+        assert all(total <= 3000 for total in machine._remembered_bytes.values())
+    for key in running:
+        perform(machine.handle(Ran(*key), now))
+    perform(machine.handle(answering.Wake(), now + 100.0))
+    assert not kept and not machine._remembered and again > 10
+
+
 # --- both, under virtual time -----------------------------------------------------------------------------------------
 
 
@@ -957,7 +1268,7 @@ class World:
         self.loaded: set[int] = set()
         self.ends: dict[int, tuple[float, object]] = {}
         self.set_aside: set[int] = set()
-        self.num_compared = 0
+        self.num_compared = self.num_continued = 0
         self.deadlines: dict[int, float] = {}
         self.last_wakes = 0
 
@@ -1009,12 +1320,20 @@ class World:
                     self.tiers[action.peer, action.request] = action.number, action.tier
                     if action.tier == "reduced":
                         self.computed[action.number] = {}
+                    if action.first is not None:
+                        total = num_bytes(action.cut, 16, 1) - num_bytes(action.cut, action.bits, 1) + 1
+                        self.to_server(action.peer, Continuation(action.request, action.first, 1, 0, total, bytes(total)))
+                        continue
                     total = num_bytes(action.cut, action.bits, 1)
-                    message = Activation(action.request, action.version, action.cut, action.bits, 1, 0, total, bytes(total))
+                    message = Activation(
+                        action.request, action.version, action.cut, action.bits, 1, 0, total, action.keep, bytes(total)
+                    )
                     self.to_server(action.peer, message)
-                case Resolve(number, offer, unsure, is_verified):
+                case Resolve(number, offer, unsure, is_verified, _, is_continued):
                     found = self.computed.get(number, {})
-                    used = {found["full"]} if unsure and is_verified else {found["reduced"]}
+                    fallback = "continued" if is_continued else "full"
+                    used = {found[fallback]} if unsure and is_verified else {found["reduced"]}
+                    self.num_continued += is_continued
                     assert used == {offer.version}, "a mixture of versions"
                     assert number not in self.ends
                     self.ends[number] = self.now, action
@@ -1079,17 +1398,20 @@ class World:
                     for range_ in pull.ranges:
                         self.to_device(peer, data(pull, range_))
                 case RunStage(caller, chunk):
-                    self.after(0.02, lambda c=caller, a=chunk: self.ran(peer, c, a))
+                    self.after(0.02, lambda c=caller, a=chunk: self.ran(peer, c, a.request, a.version))
+                case RunAgain(caller, chunk, first):
+                    self.after(0.02, lambda c=caller, a=chunk, v=first.version: self.ran(peer, c, a.request, v))
 
     def offer(self, peer, caller, request, version) -> None:
         cut, activation_bits = [(3, 0), (2, 8), (0, 32), (0, 8)][version % 4]
-        offer = certified(version, cut=cut, activation_bits=activation_bits, threshold=0.3)
+        fallback = "continued" if activation_bits == 8 and version % 8 < 4 else "full"
+        offer = certified(version, cut=cut, activation_bits=activation_bits, threshold=0.3, fallback=fallback)
         self.to_device(peer, Offer(request, 0, 1, payload=offer))
         self.tell_server(peer, Planned(caller, request))
 
-    def ran(self, peer, caller, chunk) -> None:
-        self.to_device(peer, Result(chunk.request, chunk.version, 0.02, 0, 1, payload=(self.chance.random(),)))
-        self.tell_server(peer, Ran(caller, chunk.request))
+    def ran(self, peer, caller, request, version) -> None:
+        self.to_device(peer, Result(request, version, 0.02, 0, 1, payload=(self.chance.random(),)))
+        self.tell_server(peer, Ran(caller, request))
 
     def publish(self) -> None:
         self.newest += 1
@@ -1131,9 +1453,10 @@ def troubled_world(seed: int, loss: float, policy: str) -> World:
 @pytest.mark.parametrize("policy", ["unverified", "fail"])
 @pytest.mark.parametrize("loss", [0.0, 0.1, 0.4])
 def test_whatever_is_lost_and_whoever_dies_every_question_ends_in_time_and_with_one_version(loss, policy):
-    kinds = set()
+    kinds, num_continued = set(), 0
     for seed in range(12):
         world = troubled_world(seed, loss, policy)
+        num_continued += world.num_continued
         assert len(world.ends) == 60
         for number, (ended, how) in world.ends.items():
             assert ended <= world.deadlines[number] + 1e-9, (seed, number, how)
@@ -1141,7 +1464,7 @@ def test_whatever_is_lost_and_whoever_dies_every_question_ends_in_time_and_with_
         assert not world.device._questions and not world.device._by_request and not world.set_aside
         assert set(world.device._audits._watched) <= world.loaded
         assert world.loaded == {world.device.fetcher.active.version} and world.device.fetcher.active.version == world.newest
-    assert "ResolveTrue" in kinds
+    assert "ResolveTrue" in kinds and num_continued > 0
     assert ("ResolveFalse" in kinds) <= (policy == "unverified")
 
 
@@ -1156,7 +1479,7 @@ def test_without_trouble_every_question_is_answered():
             world.after(1.0 + k, world.publish)
         world.run(20.0)
         assert len(world.ends) == 100 and all(isinstance(how, Resolve) and how.is_verified for _, how in world.ends.values())
-        assert world.num_compared > 10
+        assert world.num_compared > 10 and world.num_continued > 5
 
 
 def test_the_same_events_give_the_same_run():

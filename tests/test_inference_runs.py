@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 import random
 import re
@@ -32,7 +33,7 @@ from gossipfl.inference.planning.offers import Ask, Piece, manifest_from_json, t
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Budget, Receipt
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import Activation, Failed, Offer, PlanRequest, Pull, Refuse, Result
+from gossipfl.protocol.messages import Activation, Continuation, Credit, Failed, Offer, PlanRequest, Pull, Refuse, Result
 from gossipfl.runtime import inference_server
 from gossipfl.runtime.content_cache import ContentCache, digest_of
 from gossipfl.runtime.edge_device import EdgeDevice
@@ -81,6 +82,17 @@ def certified(threshold: float) -> Callable:
     def certificate(plan) -> Certificate:
         basis = Basis("", plan.version, plan.cut, plan.weight_bits, plan.activation_bits, ("fp32",), "x")
         return Certificate(threshold, 0.02, 0.05, 300, 10, 2, 0.1, "disagreement", basis)
+
+    return certificate
+
+
+def also_continued(threshold: float, shares: tuple[float, float] = (0.3, 0.1)) -> Callable:
+    """With any fallback; `shares` of the samples are said to fall back to the full model, and to continuing."""
+
+    def certificate(plan) -> Certificate:
+        made = certified(threshold)(plan)
+        share = shares[plan.fallback == "continued"]
+        return replace(made, fallback_rate=share, basis=replace(made.basis, fallback=plan.fallback), tried=2)
 
     return certificate
 
@@ -261,6 +273,166 @@ def test_many_threads_ask_at_once_and_each_gets_its_own_answer(servers, devices)
         answers = list(pool.map(lambda x: device.predict(x, DEADLINE_S), inputs))
     for x, answer in zip(inputs, answers, strict=True):
         assert_same(answer.scores, reduced_scores(x))
+
+
+# --- continuing -------------------------------------------------------------------------------------------------------
+
+
+def missing_bytes(cut, bits, samples, of_samples=6) -> int:
+    shapes = live_shapes(chain().profile, cut)
+    whole, part = (len(encode_live([np.zeros((samples, *s), np.float32) for s in shapes], depth)) for depth in (16, bits))
+    return whole - part + -(-of_samples // 8)
+
+
+SLOW = DeviceProfile(uplink=1e5)
+
+
+@pytest.mark.parametrize(("cut", "activation_bits"), [(2, 4), (1, 3), (0, 4)])
+@pytest.mark.parametrize("kind", ["tcp4", "inproc"])
+def test_those_unsure_are_continued_with_what_was_missing(kind, cut, activation_bits, servers, devices):
+    plan = dict(cut=cut, activation_bits=activation_bits)
+    reduced, continued = reduced_scores(X, **plan), reduced_scores(X, cut=cut, activation_bits=16)
+    threshold = float(np.sort(margins(reduced))[3] - 1e-5)
+    server = servers(kind, certificate=also_continued(threshold), **plan)
+    device = devices(server, device_profile=DeviceProfile(uplink=1e9) if cut else SLOW)
+    receipt = (answer := device.predict(X, DEADLINE_S)).receipt
+    is_unsure = margins(reduced) < threshold
+    assert is_unsure.sum() == 3
+    assert receipt.tiers == tuple("continued" if unsure else "reduced" for unsure in is_unsure)
+    assert_same(answer.scores, np.where(is_unsure[:, None], continued, reduced))
+    up = len(encode_live([np.zeros((6, *s), np.float32) for s in live_shapes(chain().profile, cut)], activation_bits))
+    assert receipt.fallback_bytes_up == missing_bytes(cut, activation_bits, 3)
+    assert receipt.bytes_up == up + receipt.fallback_bytes_up and receipt.bytes_down == 4 * (6 + 3) * CLASSES
+    assert 0 < receipt.fallback_s < receipt.seconds["total"]
+    assert (receipt.threshold, receipt.alpha, receipt.delta) == (pytest.approx(threshold), 0.02, 0.05)
+    assert device.faults == [] and not server._kept and not server._machine._remembered
+
+
+def test_a_continuation_of_many_chunks_is_answered(servers, devices):
+    many = np.random.default_rng(1).standard_normal((3000, *SHAPE)).astype(np.float32)
+    server = servers(cut=1, activation_bits=4, certificate=also_continued(0.2))
+    answer = devices(server).predict(many, DEADLINE_S)
+    reduced, continued = (reduced_scores(many, cut=1, activation_bits=bits) for bits in (4, 16))
+    is_continued = np.array(answer.receipt.tiers) == "continued"
+    assert answer.receipt.fallback_bytes_up == missing_bytes(1, 4, is_continued.sum(), 3000) > 3 * wire.MAX_PAYLOAD_BYTES
+    np.testing.assert_array_equal(is_continued, np.array(answer.receipt.margins) < np.float32(0.2))
+    assert_same(answer.scores, np.where(is_continued[:, None], continued, reduced))
+
+
+@pytest.mark.parametrize(
+    ("plan", "certificate", "profile"),
+    [
+        (dict(cut=LAYERS), also_continued(math.inf), DeviceProfile()),
+        (dict(cut=2, activation_bits=16), also_continued(math.inf), DeviceProfile()),
+        (dict(cut=2, activation_bits=32), also_continued(math.inf), DeviceProfile()),
+        (dict(cut=1, activation_bits=4), also_continued(math.inf), SLOW),  # 256 values there, of an input of 64
+        (dict(cut=2, activation_bits=4), also_continued(math.inf, shares=(0.1, 0.9)), DeviceProfile(uplink=1e9)),
+        (dict(cut=2, activation_bits=4), certified(math.inf), DeviceProfile()),
+    ],
+    ids=["nothing at the server", "all planes there", "float32 there", "dearer", "falls back too often", "not certified"],
+)
+def test_where_continuing_is_not_cheaper_or_not_certified_the_full_model_starts_afresh(
+    plan, certificate, profile, servers, devices
+):
+    answer = devices(servers(certificate=certificate, **plan), device_profile=profile).predict(X, DEADLINE_S)
+    assert answer.receipt.tiers == ("full",) * 6 and answer.receipt.fallback_bytes_up == 4 * 6 * 64
+    assert_same(answer.scores, full_scores(X))
+
+
+def test_a_server_that_has_forgotten_says_so_and_the_full_model_starts_afresh(servers, devices):
+    from gossipfl.inference.planning.answering import ServerConfig
+
+    config = ServerConfig(max_remembered_bytes=100)
+    server = servers(cut=2, activation_bits=4, certificate=also_continued(math.inf), config=config)
+    device = devices(server)
+    receipt = (answer := device.predict(X, DEADLINE_S)).receipt
+    assert receipt.tiers == ("full",) * 6 and device.faults == []
+    assert_same(answer.scores, full_scores(X))
+    assert receipt.fallback_bytes_up == missing_bytes(2, 4, 6) + 4 * 6 * 64
+    assert not server._kept
+
+
+def heard(attacker):
+    """What the server answers, beside the credit that it grants."""
+    return next(message for _, (*_, message) in iter(attacker.hear, None) if not isinstance(message, Credit))
+
+
+@pytest.mark.parametrize("scores", [np.zeros(1), np.full(6 * CLASSES, np.nan), np.zeros(7 * CLASSES)])
+def test_a_server_that_lies_when_it_continues_is_left_and_another_starts_afresh(scores, servers, devices, monkeypatch):
+    payload = scores.astype(np.float32).tobytes()
+
+    def lie(served, continuation, *_) -> list[Result]:
+        return [Result(continuation.request, served.version, 0.0, 0, len(payload), payload=payload)]
+
+    monkeypatch.setattr(inference_server, "_run_again", lie)
+    liar, honest = (servers(cut=2, activation_bits=4, certificate=also_continued(math.inf)) for _ in range(2))
+    device = devices(liar, honest)
+    answer = device.predict(X, DEADLINE_S)
+    assert answer.receipt.tiers == ("full",) * 6
+    assert_same(answer.scores, full_scores(X))
+    assert [(fault.peer, fault.kind) for fault in device.faults] == [("m@0", "rejected")]
+
+
+def test_what_is_kept_to_be_continued_is_bounded_whatever_devices_do(servers, attackers):
+    from gossipfl.inference.planning.answering import ServerConfig
+
+    config = ServerConfig(max_remembered_bytes_per_caller=5000, max_remembered_bytes=8000)
+    server = servers(cut=0, activation_bits=4, config=config)
+    payload = encode_live((X[:1],), 4)
+    several = [attackers(server.address) for _ in range(3)]
+    for request in range(1, 51):
+        for attacker in several:
+            say(attacker, Activation(request, 1, 0, 4, 1, 0, len(payload), True, payload=payload))
+            assert isinstance(heard(attacker), Result)
+    assert 3 <= len(server._kept) == len(server._machine._remembered) <= 8000 // (1024 + len(payload))
+    say(several[0], Continuation(99, 1, 1, 0, missing_bytes(0, 4, 1, 1), payload=bytes(missing_bytes(0, 4, 1, 1))))
+    assert heard(several[0]).kind == "forgotten"
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (Continuation(2, 1, 1, 0, 98, payload=bytes(98)), "input"),
+        (Continuation(2, 1, 1, 0, 97, payload=bytes(97)), "input"),
+        (Continuation(2, 1, 2, 0, 193, payload=bytes(193)), "input"),
+        (Continuation(2, 1, 1, 0, 97, payload=b"\xc0" + bytes(96)), "input"),
+        (Continuation(2, 1, 1, 0, 97, payload=b"\x20" + bytes(96)), "input"),
+        (Continuation(2, 3, 1, 0, 97, payload=b"\x80" + bytes(96)), "forgotten"),
+        (Continuation(1, 1, 1, 0, 97, payload=b"\x80" + bytes(96)), "forgotten"),
+    ],
+)
+def test_what_continues_wrongly_is_refused_and_the_server_goes_on(message, kind, servers, attackers, devices):
+    server = servers(cut=0, activation_bits=4)
+    payload = encode_live((X[:2],), 4)
+    attacker = attackers(server.address)
+    say(attacker, Activation(1, 1, 0, 4, 2, 0, len(payload), True, payload=payload))
+    assert isinstance(heard(attacker), Result)
+    say(attacker, message)
+    answer = heard(attacker)
+    assert isinstance(answer, Failed) and answer.kind == kind, answer
+    assert_same(devices(server).predict(X, DEADLINE_S).scores, reduced_scores(X, cut=0, activation_bits=4))
+
+
+def test_what_was_continued_is_audited_and_an_alarm_ends_it(servers, devices):
+    rng = np.random.default_rng(3)
+    inputs = rng.standard_normal((2000, *SHAPE)).astype(np.float32)
+    plan = dict(cut=2, bits=2, activation_bits=4)
+    continued, full = reduced_scores(inputs, cut=2, bits=2, activation_bits=16), full_scores(inputs)
+    differs = differing(continued.argmax(1), full.argmax(1))
+    assert differs.mean() > 0.05, "continuing is not certified in earnest"
+    device = devices(servers(certificate=also_continued(math.inf), **plan), audit_share=1.0)
+    tiers = []
+    for start in range(0, 2000, 20):
+        tiers.append(set(device.predict(inputs[start : start + 20].copy(), DEADLINE_S).receipt.tiers))
+        assert wait_for(lambda: not device._machine._audits._watched[1].drawn and len(device._jobs) == 0)
+        if device.faults:
+            break
+    audit = device._machine._audits._watched[1].audit
+    assert audit.alarmed_at <= delay_bound(float(differs.mean()), 0)
+    assert audit.num_differing == differs[: audit.alarmed_at].sum()
+    assert all(found == {"continued"} for found in tiers)
+    answer = device.predict(X, DEADLINE_S)
+    assert answer.receipt.tiers == ("full",) * 6 and answer.receipt.alarm
 
 
 # --- what is pulled ---------------------------------------------------------------------------------------------------

@@ -17,10 +17,12 @@ from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.planning.cuts import Catalogue, Overhead, activation_bytes, choose_plan, fetch_seconds, weight_bytes
-from gossipfl.inference.planning.profile import DeviceProfile
+from gossipfl.inference.planning.margins import accepted, allowed_disagreements, margins
+from gossipfl.inference.planning.profile import DeviceProfile, Plan
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.stages import emulated
 from gossipfl.scenario.inference import latency, link_error
+from gossipfl.scenario.inference.fallbacks import fallback_rows
 from gossipfl.scenario.inference.latency import latency_rows, measure_overheads
 from gossipfl.scenario.inference.link_error import link_rows
 
@@ -44,6 +46,13 @@ def calibrator() -> Calibrator:
         nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 16), nn.ReLU(), nn.Linear(16, 5)
     )  # fmt: skip
     return Calibrator(Chain.of(network, SHAPE), X, (X, None), data="x", engines=["fp32"])
+
+
+@pytest.fixture(scope="module")
+def experienced(calibrator) -> Calibrator:
+    """With samples enough to certify two cascades."""
+    many = np.random.default_rng(1).standard_normal((800, *SHAPE)).astype(np.float32)
+    return Calibrator(calibrator.chain, X, (many, None), data="x", engines=["fp32"])
 
 
 @pytest.fixture
@@ -102,6 +111,50 @@ def test_a_prediction_is_the_plans_and_now_has_the_overheads_of_now(calibrator, 
 def test_a_cut_that_does_not_fit_the_device_has_no_row(calibrator, catalogue):
     small = replace(NEAR, memory_bytes=2500)  # the first layer takes 1,352 bytes, the second 10 KiB of weights
     assert [row.cut for row in latency_rows(calibrator, catalogue, (small,), X)] == [0, 1]
+
+
+def continuing(catalogue, cut, bits, activation_bits, device=NEAR) -> Plan:
+    forced = replace(catalogue, version=1, levels={0.01: {cut: ((bits,) * cut, activation_bits)}})
+    return choose_plan(forced, device, 0.01)[0]
+
+
+def test_a_fallback_is_certified_with_what_continuing_computes(experienced, catalogue):
+    slow = replace(catalogue, server_s={"fp32": (3.0, 2.0, 1.0, 0.0)})
+    plan = continuing(slow, 1, 10, 2)
+    assert plan.fallback == "continued"
+    certificate, full = experienced.certify(plan), experienced.certify(replace(plan, fallback="full"))
+    assert (certificate.tried, certificate.basis) == (2, experienced.basis(plan)) and full.basis.fallback == "full"
+    found, differs = experienced.kept_scores(plan)
+    continued = experienced.kept_scores(replace(plan, activation_bits=16))[1]
+    assert continued.any() and differs.sum() > 10 * continued.sum(), "weights of 10 bits change little"
+    accept = accepted(margins(found), certificate.threshold)
+    assert certificate.let_through == np.where(accept, differs, continued).sum() <= allowed_disagreements(400, 0.02, 0.025)
+    assert full.let_through == (accepted(margins(found), full.threshold) & differs).sum()
+    coarse = continuing(slow, 1, 2, 2)
+    assert experienced.certify(coarse) is None and experienced.certify(replace(coarse, fallback="full")).tried == 2
+
+
+def test_with_too_few_samples_for_two_cascades_all_of_delta_is_the_full_models(calibrator, catalogue):
+    few = Calibrator(calibrator.chain, X, (np.repeat(X, 4, axis=0), None), data="x", engines=["fp32"])
+    plan = continuing(catalogue, 0, 0, 12, replace(NEAR, uplink=1e3))
+    assert plan.fallback == "continued" and few.certify(plan) is None
+    certificate = few.certify(replace(plan, fallback="full"))
+    assert (certificate.n, certificate.tried, certificate.threshold) == (160, 1, 0.0)
+
+
+def test_both_ways_to_fall_back_are_measured_and_the_cheaper_certified_one_is_chosen(experienced, catalogue):
+    levels = {0.01: {0: ((), 2), 1: ((2,), 2), 2: ((6, 6), 2), 3: ((8, 8, 8), 0)}}
+    catalogue = replace(catalogue, version=1, levels=levels, server_s={"fp32": (3.0, 2.0, 1.0, 0.0)})
+    rows = fallback_rows(experienced, catalogue, (FAR,), X, total_s=0.1)
+    assert [(row.device, row.cut, row.fallback) for row in rows] == [
+        ("far", cut, way) for cut in (0, 2) for way in ("continued", "full")
+    ]
+    for row in rows:
+        assert row.predicted_up == row.measured_up
+        assert row.measured_s > 2 * FAR.latency_s + row.measured_up / FAR.uplink
+    inputs, afresh, _, _ = rows
+    assert inputs.differs == 0.0 == inputs.risk - afresh.risk and inputs.is_chosen and not afresh.is_chosen
+    assert (inputs.measured_up, afresh.measured_up) == (14 * 8 + 1, 4 * 64)
 
 
 def test_slow_links_are_asked_less_often(calibrator, catalogue, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -27,6 +28,7 @@ from gossipfl.inference.planning.margins import (
     accepted,
     allowed_disagreements,
     certify,
+    certify_continued,
     differing,
     losing,
     margins,
@@ -164,6 +166,51 @@ def test_a_certificate_counts_what_it_lets_through():
     assert accepted(values, certificate.threshold).sum() == 129
 
 
+def by_hand(num, values, differs, continued) -> float | None:
+    """Going down from infinity over every threshold that makes a difference."""
+    found = None
+    for threshold in [math.inf, *sorted({float(np.nextafter(m, np.float32(np.inf))) for m in values if m >= 0} | {0.0})[::-1]]:
+        if np.where(accepted(values, threshold), differs, continued).sum() > num:
+            return found
+        found = threshold
+    return found
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_continuing_is_certified_down_to_the_first_threshold_that_lets_too_many_through(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(150, 400))
+    values = (rng.random(n) * rng.choice([5, 50, 1000])).astype(int).astype(np.float32)  # with ties
+    values[rng.random(n) < 0.02] = math.nan
+    differs, continued = (rng.random(n) < share for share in rng.random(2) * (0.2, 0.02))
+    certificate = certify_continued(values, differs, continued, BASIS, tried=2)
+    expected = by_hand(allowed_disagreements(n, 0.02, 0.025), values, differs, continued)
+    assert (certificate is None) == (expected is None)
+    if certificate is not None:
+        accept = accepted(values, expected)
+        assert (accepted(values, certificate.threshold) == accept).all()
+        assert certificate.let_through == np.where(accept, differs, continued).sum()
+        assert certificate.fallback_rate == pytest.approx(1 - accept.mean())
+
+
+def test_continuing_that_changes_nothing_is_certified_as_the_full_model_is():
+    rng = np.random.default_rng(0)
+    values, differs, none = rng.random(1000, np.float32), rng.random(1000) < 0.1, np.zeros(1000, bool)
+    for tried in (1, 2):
+        full = certify(values, differs, BASIS, tried=tried)
+        assert certify_continued(values, differs, none, BASIS, tried=tried) == full
+    assert full.let_through == allowed_disagreements(1000, 0.02, 0.025) < allowed_disagreements(1000)
+
+
+def test_continuing_that_differs_too_often_or_is_hardly_known_is_not_certified():
+    values, differs = np.linspace(1, 0, 1000, dtype=np.float32), np.zeros(1000, bool)
+    allowed = allowed_disagreements(1000)
+    for num in (allowed, allowed + 1):
+        certificate = certify_continued(values, differs, np.arange(1000) < num, BASIS)
+        assert (certificate is None) == (num > allowed)
+    assert certify_continued(values[:148], differs[:148], differs[:148], BASIS) is None
+
+
 def test_the_mean_version_lets_more_through():
     values, differs = np.linspace(1, 0, 1000, dtype=np.float32), np.arange(1000) % 10 == 9
     assert mean_risk(values, differs, BASIS).let_through == 19
@@ -192,6 +239,9 @@ def test_a_certificate_survives_json(n):
         certificate = mean_risk(values, differs, BASIS) if delta is None else certify(values, differs, BASIS)
         assert Certificate.from_json(certificate.to_json()) == certificate
         json.loads(certificate.to_json(), parse_constant=pytest.fail)
+    if n == 400:
+        continued = certify_continued(values, differs, flags(*[0] * n), replace(BASIS, fallback="continued"), tried=2)
+        assert Certificate.from_json(continued.to_json()) == continued and not continued.holds_for(BASIS)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +259,8 @@ def test_a_certificate_survives_json(n):
         {"let_through": 101},
         {"fallback_rate": 1.5},
         {"loss": "anything"},
+        {"tried": 3},
+        {"tried": 2},
         {"basis": None},
         {"basis": {"model": "5f1c"}},
         {"more": 1},
@@ -219,6 +271,15 @@ def test_a_certificate_that_cannot_be_true_is_refused(change):
     written = json.loads(certify(values, differs, BASIS).to_json())
     with pytest.raises(ConfigError, match="no certificate"):
         Certificate.from_json(json.dumps(written | change))
+
+
+def test_a_certificate_of_continuing_with_an_infinite_threshold_needs_samples():
+    """Where all go to the full model nothing can be wrong; where all continue it can."""
+    few = json.loads(certify(f32(0.5), flags(0), BASIS).to_json())
+    assert Certificate.from_json(json.dumps(few)).threshold == math.inf
+    few["basis"]["fallback"] = "continued"
+    with pytest.raises(ConfigError, match="no certificate"):
+        Certificate.from_json(json.dumps(few))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null"])
@@ -264,6 +325,31 @@ def test_the_risk_is_above_alpha_as_rarely_as_promised(n):
     assert violations["mean_risk"] / calibrations > DELTA  # which promises its mean alone
     assert np.mean(risks) <= ALPHA + 4 * np.std(risks) / math.sqrt(calibrations)
     assert fallbacks["mean_risk"] < fallbacks["certify"] < fallbacks["max"]
+
+
+def known_risk_of_continuing(height: float, threshold: float) -> float:
+    """As above, and a sample that continues differs with probability height exp(-m / DECAY)."""
+    return known_risk(threshold) + height * DECAY * (1 - math.exp(-min(threshold, 1.0) / DECAY))
+
+
+@pytest.mark.parametrize("height", [0.02, 0.0520, 0.0535])
+def test_with_two_cascades_to_choose_from_the_risk_is_above_alpha_as_rarely_as_promised(height):
+    """The last two have risks just below and just above alpha where all continue, so that only luck certifies them."""
+    n, calibrations, violations, num_continued = 1000, 1000, 0, 0
+    rng = np.random.default_rng(n)
+    assert (known_risk_of_continuing(height, 1.0) > ALPHA) == (height == 0.0535)
+    for _ in range(calibrations):
+        values = rng.random(n, np.float32)
+        differs, continued = (rng.random(n) < high * np.exp(-values / DECAY) for high in (HEIGHT, height))
+        full = certify(values, differs, BASIS, ALPHA, DELTA, tried=2)
+        other = certify_continued(values, differs, continued, BASIS, ALPHA, DELTA, tried=2)
+        if other is None or 3 * full.fallback_rate < other.fallback_rate:  # continuing is 3 times cheaper
+            violations += known_risk(full.threshold) > ALPHA
+        else:
+            num_continued += 1
+            violations += known_risk_of_continuing(height, other.threshold) > ALPHA
+    assert violations / calibrations <= DELTA
+    assert num_continued > 0
 
 
 def test_on_held_out_digits_disagreement_is_above_alpha_as_rarely_as_promised():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from gossipfl.errors import CodecError
-from gossipfl.inference.execution.activations import EXACT_BITS, decode_live, encode_live, num_bytes
+from gossipfl.inference.execution.activations import (
+    EXACT_BITS,
+    decode_continued,
+    decode_live,
+    encode_live,
+    encode_missing,
+    num_bytes,
+)
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.sensitivity import BITS, measure, quantized
 from gossipfl.inference.execution.tables import LEVELS, harm_bound, make_tables, planned_scores
@@ -72,6 +80,57 @@ def test_what_is_not_finite_is_refused(bits):
     raw[:4] = np.float32(np.nan).tobytes()
     with pytest.raises(CodecError, match="finite"):
         decode_live(bytes(raw), SHAPES, 3, bits)
+
+
+@given(st.integers(0, 1000), st.sampled_from([2, 5, 8, 15]), st.integers(1, 11), st.data())
+def test_what_is_continued_is_what_it_would_have_been_at_all_planes(seed, bits, samples, data):
+    rows = sorted(data.draw(st.sets(st.integers(0, samples - 1), min_size=1)))
+    live = live_of(seed, samples)
+    first, missing = encode_live(live, bits), encode_missing(live, bits, rows)
+    whole, part = (num_bytes(SHAPES, len(rows), depth) for depth in (16, bits))
+    assert len(missing) == whole - part + -(-samples // 8)
+    found = decode_continued(first, missing, SHAPES, samples, bits)
+    chosen = [values[rows] for values in live]
+    expected = decode_live(encode_live(chosen, 16), SHAPES, len(rows), 16)
+    assert all(map(np.array_equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda raw: b"", "no marks"),
+        (lambda raw: b"\0" + raw[1:], "no marks"),
+        (lambda raw: bytes([raw[0] | 1]) + raw[1:], "no marks"),
+        (lambda raw: b"\xe0" + raw[1:], "bytes continue 3 of 3"),
+        (lambda raw: raw[:-1], "bytes continue 2 of 3"),
+        (lambda raw: raw + b"\0", "bytes continue 2 of 3"),
+        (lambda raw: raw[:-1] + b"\xff", "not zero"),
+    ],
+)
+def test_what_continues_nothing_is_refused(spoil, message):
+    live = live_of(0)
+    first, missing = encode_live(live, 4), encode_missing(live, 4, [0, 2])
+    with pytest.raises(CodecError, match=message):
+        decode_continued(first, spoil(missing), SHAPES, 3, 4)
+
+
+def test_five_thousand_mutated_continuations_are_continuations_or_refused():
+    chance = random.Random(0)
+    live = live_of(0)
+    first, missing = encode_live(live, 4), encode_missing(live, 4, [0, 2])
+    taken = 0
+    for _ in range(5000):
+        raw = bytearray(missing)
+        for _ in range(chance.randint(1, 3)):
+            raw[chance.randrange(len(raw))] = chance.randrange(256)
+        if chance.random() < 0.2:
+            del raw[chance.randrange(len(raw)) :]
+        try:
+            found = decode_continued(first, bytes(raw), SHAPES, 3, 4)
+        except CodecError:
+            continue
+        taken += all(np.isfinite(values).all() for values in found)
+    assert 0 < taken < 5000
 
 
 # --- a trained model --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import get_args
 
@@ -17,6 +18,7 @@ from gossipfl.protocol.messages import (
     MAX_RANGES,
     Activation,
     Collect,
+    Continuation,
     Credit,
     Data,
     Failed,
@@ -64,12 +66,13 @@ def chunks(draw) -> Data:
 
 
 @st.composite
-def parts(draw, class_, most, *fields):
-    """A chunk of a payload of at most `most` bytes."""
+def parts(draw, class_, most, *fields, last=()):
+    """A chunk of a payload of at most `most` bytes; `last` are the fields after its place in the whole."""
     payload = draw(st.binary(min_size=1, max_size=100))
     total = draw(st.integers(len(payload), most))
     offset = draw(st.integers(0, total - len(payload)))
-    return class_(draw(counts), *(draw(field) for field in fields), offset, total, payload=payload)
+    before, after = ([draw(field) for field in some] for some in (fields, last))
+    return class_(draw(counts), *before, offset, total, *after, payload=payload)
 
 
 ascii_reasons = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=MAX_REASON_BYTES)
@@ -88,7 +91,8 @@ MESSAGES = {
     Record: st.builds(Record, counts, counts, st.integers(-1, LARGEST), payload=st.binary(max_size=100)),
     PlanRequest: st.builds(PlanRequest, counts, payload=st.binary(max_size=100)),
     Offer: parts(Offer, MAX_OFFER_BYTES),
-    Activation: parts(Activation, MAX_TENSOR_BYTES, counts, counts, st.integers(1, FULL_BITS), counts),
+    Activation: parts(Activation, MAX_TENSOR_BYTES, counts, counts, st.integers(1, FULL_BITS), counts, last=(st.booleans(),)),
+    Continuation: parts(Continuation, MAX_TENSOR_BYTES, counts, counts),
     Result: parts(Result, MAX_TENSOR_BYTES, counts, seconds),
     Failed: st.builds(Failed, counts, names, ascii_reasons | other_reasons),
 }
@@ -175,12 +179,13 @@ VALID = {
     "record": [1, 0, -1],
     "plan_request": [1],
     "offer": [1, 0, 40],
-    "activation": [1, 2, 3, 8, 10, 0, 40],
+    "activation": [1, 2, 3, 8, 10, 0, 40, True],
+    "continuation": [2, 1, 10, 0, 40],
     "result": [1, 2, 0.5, 0, 40],
     "failed": [1, "busy", "64 requests wait already"],
 }
 CLASSES = {"plan_request": PlanRequest} | {class_.__name__.lower(): class_ for class_ in MESSAGES}
-WITH_PAYLOAD = ("data", "record", "plan_request", "offer", "activation", "result")
+WITH_PAYLOAD = ("data", "record", "plan_request", "offer", "activation", "continuation", "result")
 NOT_A_COUNT = [-1, LARGEST + 1, 2**64 - 1, 1.0, True, None, "1", b"1", [], [1]]
 NOT_A_TOTAL = [-2, *NOT_A_COUNT[1:]]
 NOT_A_NAME = ["", "x" * (MAX_NAME_BYTES + 1), b"x", 1, None, True, ["x"]]
@@ -202,7 +207,8 @@ NOT = {
     "record": [NOT_A_COUNT, NOT_A_COUNT, NOT_A_TOTAL],
     "plan_request": [NOT_A_COUNT],
     "offer": [NOT_A_COUNT] * 3,
-    "activation": [NOT_A_COUNT, NOT_A_COUNT, NOT_A_COUNT, NOT_BITS, NOT_A_COUNT, NOT_A_COUNT, NOT_A_COUNT],
+    "activation": [NOT_A_COUNT, NOT_A_COUNT, NOT_A_COUNT, NOT_BITS, NOT_A_COUNT, NOT_A_COUNT, NOT_A_COUNT, NOT_A_FLAG],
+    "continuation": [NOT_A_COUNT] * 5,
     "result": [NOT_A_COUNT, NOT_A_COUNT, NOT_SECONDS, NOT_A_COUNT, NOT_A_COUNT],
     "failed": [NOT_A_COUNT, NOT_A_NAME, NOT_A_REASON],
 }
@@ -215,7 +221,7 @@ def header_of(kind="leave", body=None, *, version=1, run=7, sender="a", recipien
 
 
 def payload_of(kind) -> bytes:
-    return bytes(40) if kind in ("data", "offer", "activation", "result") else b""
+    return bytes(40) if kind in ("data", "offer", "activation", "continuation", "result") else b""
 
 
 def refused(frames, message=None) -> None:
@@ -391,12 +397,14 @@ def test_data_whose_numbers_disagree_with_the_payload_or_that_brings_nothing_is_
 
 
 @pytest.mark.parametrize(
-    ("kind", "most"), [("offer", MAX_OFFER_BYTES), ("activation", MAX_TENSOR_BYTES), ("result", MAX_TENSOR_BYTES)]
+    ("kind", "most"),
+    [("offer", MAX_OFFER_BYTES), *((kind, MAX_TENSOR_BYTES) for kind in ("activation", "continuation", "result"))],
 )
 def test_a_chunk_of_more_than_its_kind_may_be_or_beyond_its_end_is_refused(kind, most):
     """Of a total that is too large, before anybody takes memory for it."""
-    fields = VALID[kind][:-2]
-    assert wire.decode([header_of(kind, [*fields, most - 40, most]), bytes(40)]).message.total == most
+    place = [field.name for field in dataclasses.fields(CLASSES[kind])].index("offset")
+    before, after = VALID[kind][:place], VALID[kind][place + 2 :]
+    assert wire.decode([header_of(kind, [*before, most - 40, most, *after]), bytes(40)]).message.total == most
     for offset, total, payload in (
         (0, most + 1, 40),
         (most - 39, most, 40),
@@ -405,7 +413,8 @@ def test_a_chunk_of_more_than_its_kind_may_be_or_beyond_its_end_is_refused(kind,
         (40, 40, 0),
         (LARGEST, 40, 1),
     ):
-        refused([header_of(kind, [*fields, offset, total]), bytes(payload)], f"{kind}: {payload} payload bytes at {offset} of")
+        body = [*before, offset, total, *after]
+        refused([header_of(kind, body), bytes(payload)], f"{kind}: {payload} payload bytes at {offset} of")
 
 
 @pytest.mark.parametrize("character", ["x", "é", "中", "😀"])

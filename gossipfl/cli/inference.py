@@ -95,38 +95,42 @@ def plan_inference(run: Path, model: str, device_file: Path | None, max_accuracy
 def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
     """What plans and thresholds promise for a calibrated model of a RUN, and what they keep on test samples.
 
-    Latencies are of real sockets, with devices and links of other speeds emulated; that takes half a minute.
+    Latencies are of real sockets, with devices and links of other speeds emulated; that takes a minute.
 
     \b
     gossipfl bench-inference runs/quickstart
     gossipfl bench-inference runs/quickstart --json | jq '.plans[] | select(.level == 0.01)'
     """
     from gossipfl.scenario.inference.bench import DEVICES, plan_rows, threshold_rows
-    from gossipfl.scenario.inference.calibrate import calibrator_of, load_calibration
+    from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration
     from gossipfl.scenario.inference.display import (
         plain,
+        print_fallback_rows,
         print_latency_rows,
         print_link_rows,
         print_plan_rows,
         print_threshold_rows,
         progress,
     )
+    from gossipfl.scenario.inference.fallbacks import fallback_rows
     from gossipfl.scenario.inference.latency import latency_rows
     from gossipfl.scenario.inference.link_error import link_rows
     from gossipfl.scenario.inference.trained import load_trained
 
     trained = load_trained(run, model)
     calibration = load_calibration(trained)
-    calibrator, samples = calibrator_of(trained), trained.test_samples
+    calibrator, samples = calibrator_like(trained, calibration), trained.test_samples
     plans = list(plan_rows(calibrator, calibration.catalogue, calibration.harm, *samples))
     thresholds = list(threshold_rows(calibrator, calibration.catalogue, *samples))
     with progress(quiet) as told:
         latencies = latency_rows(calibrator, calibration.catalogue, DEVICES, samples[0], told=told)
+        fallbacks = fallback_rows(calibrator, calibration.catalogue, DEVICES, samples[0], told=told)
     links = link_rows(DEVICES)
     if as_json:
         values = {
             "plans": [asdict(row) | {"saved": row.saved} for row in plans],
             "thresholds": [asdict(row) for row in thresholds],
+            "fallbacks": [asdict(row) for row in fallbacks],
             "latency": [asdict(row) | {"error": row.error, "error_now": row.error_now} for row in latencies],
             "links": [asdict(row) | {"latency_error": row.latency_error, "rate_error": row.rate_error} for row in links],
         }
@@ -135,6 +139,8 @@ def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
         print_plan_rows(Console(), plans)
         print_threshold_rows(Console(), thresholds)
         print_latency_rows(Console(), latencies)
+        if fallbacks:
+            print_fallback_rows(Console(), fallbacks)
         print_link_rows(Console(), links)
         click.echo(f"{len(samples[1])} test samples, that neither training nor calibration saw")
 
@@ -200,7 +206,8 @@ def device(
 ) -> None:
     """Be an edge device: get a plan from a server, pull the part of the model that it puts here, and answer inputs.
 
-    Answers of which the device is unsure are the full model's. With --json, a line for each: class, margin, and receipt.
+    Answers of which the device is unsure are the full model's, or continued, where that is cheaper and certified: the server
+    computes its part again, from more bits. With --json, a line for each answer: class, margin, and receipt.
     Should audits find that more answers differ from the full model's than was certified, it answers all from then on.
 
     \b

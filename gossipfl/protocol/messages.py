@@ -152,7 +152,8 @@ class Offer:
 class Activation:
     """One chunk of what `samples` samples have come to after `cut` layers (0: the inputs): run the rest of `version` on it.
 
-    `bits` for each value: `FULL_BITS` for float32, fewer for that many planes of it.
+    `bits` for each value: `FULL_BITS` for float32, fewer for that many planes of it. `keep`: the rest of the planes may follow
+    as a Continuation, so keep these for a while.
     """
 
     request: int
@@ -162,12 +163,29 @@ class Activation:
     samples: int
     offset: int
     total: int
+    keep: bool = False
+    payload: Any = field(default=None, compare=False, repr=False)
+
+
+@vocabulary
+class Continuation:
+    """One chunk of what an Activation that was to be kept has left out: run the rest again, now with all planes.
+
+    `first` is the Activation's request, `samples` of its samples are continued. The payload marks which (a bit for each, the
+    first in the highest bit of a byte), then has their missing planes.
+    """
+
+    request: int
+    first: int
+    samples: int
+    offset: int
+    total: int
     payload: Any = field(default=None, compare=False, repr=False)
 
 
 @vocabulary
 class Result:
-    """One chunk of the scores that an Activation came to (f32); `seconds` is what computing them took."""
+    """One chunk of the scores that an Activation or a Continuation came to (f32); `seconds` is what computing them took."""
 
     request: int
     version: int
@@ -201,6 +219,7 @@ Message = (
     | PlanRequest
     | Offer
     | Activation
+    | Continuation
     | Result
     | Failed
 )

@@ -25,6 +25,7 @@ from gossipfl.protocol.messages import (
     MAX_RANGES,
     Activation,
     Collect,
+    Continuation,
     Credit,
     Data,
     Failed,
@@ -203,11 +204,17 @@ _CHECKS: dict[type, tuple[str, tuple[Check, ...]]] = {
     Record: ("record", (_is_count, _is_count, _is_total)),
     PlanRequest: ("plan_request", (_is_count,)),
     Offer: ("offer", (_is_count, _is_count, _is_count)),
-    Activation: ("activation", (_is_count, _is_count, _is_count, _is_bits, _is_count, _is_count, _is_count)),
+    Activation: ("activation", (_is_count, _is_count, _is_count, _is_bits, _is_count, _is_count, _is_count, _is_flag)),
+    Continuation: ("continuation", (_is_count, _is_count, _is_count, _is_count, _is_count)),
     Result: ("result", (_is_count, _is_count, _is_seconds, _is_count, _is_count)),
     Failed: ("failed", (_is_count, _is_name, _is_reason)),
 }
-_MAX_TOTAL_BYTES: dict[type, int] = {Offer: MAX_OFFER_BYTES, Activation: MAX_TENSOR_BYTES, Result: MAX_TENSOR_BYTES}
+_MAX_TOTAL_BYTES: dict[type, int] = {
+    Offer: MAX_OFFER_BYTES,
+    Activation: MAX_TENSOR_BYTES,
+    Continuation: MAX_TENSOR_BYTES,
+    Result: MAX_TENSOR_BYTES,
+}
 
 
 def _names(class_: type) -> tuple[str, ...]:

@@ -91,8 +91,8 @@ def take_result(coming: Coming, result: Result, num_classes: int, version: Devic
     if coming.tier == "audit":
         assert job.reduced is not None, "it was set aside"
         found = tuple(differing(job.reduced.argmax(1), scores.argmax(1)).tolist())
-    elif coming.tier == "full":
-        job.full = scores
+    elif coming.tier != "reduced":
+        job.fallback = scores
     else:
         job.reduced, job.margins = scores, version.margins_of(scores)
         found = job.margins

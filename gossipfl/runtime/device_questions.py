@@ -18,35 +18,48 @@ class Job:
     inputs: np.ndarray
     asked_at: float
     future: Future[Answer]
+    live: tuple[np.ndarray, ...] = ()
+    """The tensors of the cut, where they may be continued."""
     payload: bytes | None = None
-    """The live tensors of the cut, encoded."""
+    """The same, encoded."""
     reduced: np.ndarray | None = None
-    full: np.ndarray | None = None
-    """Scores of the samples that fell back, f32[b, K]."""
+    fallback: np.ndarray | None = None
+    """Scores of the samples that fell back, f32[b, K]; continued or full."""
     margins: tuple[float, ...] = ()
     device_s: float = 0.0
     server_s: float = 0.0
     transfer_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    fallback_bytes_up: int = 0
+    fell_back_at: float | None = None
 
 
-def set_aside(job: Job, samples: tuple[int, ...]) -> Job:
+def set_aside(job: Job, samples: tuple[int, ...], continued: tuple[int, ...]) -> Job:
     """A job of its own of these samples, to be audited: nobody waits for it, and the caller may change the inputs."""
-    assert job.reduced is not None, "it is accepted"
     rows = list(samples)
-    return Job(job.inputs[rows], time.perf_counter(), Future(), reduced=job.reduced[rows])
+    return Job(job.inputs[rows], time.perf_counter(), Future(), reduced=_scores(job, continued)[rows])
+
+
+def _scores(job: Job, fallen_back: tuple[int, ...]) -> np.ndarray:
+    """Those of the reduced model, but for the samples that fell back."""
+    assert job.reduced is not None, "it has answered"
+    if not fallen_back:
+        return job.reduced
+    scores = job.reduced.copy()
+    scores[list(fallen_back)] = job.fallback
+    return scores
 
 
 def answer(job: Job, resolve: Resolve, engine: str | None) -> Answer:
-    """Where each of the `unsure` samples has the full model's scores, if it `is_verified`; `engine` ran the device's layers."""
-    manifest, unsure, is_verified = resolve.manifest, resolve.unsure, resolve.is_verified
-    scores = job.full if manifest.sends_everything else job.reduced
+    """Where each of the `unsure` samples has the scores of its fallback, if it `is_verified`; `engine` ran the device's
+    layers."""
+    manifest, unsure = resolve.manifest, resolve.unsure
+    scores = job.fallback if manifest.sends_everything else _scores(job, unsure if resolve.is_verified else ())
     assert scores is not None, "it is resolved"
-    if is_verified and unsure and not manifest.sends_everything:
-        scores = scores.copy()
-        scores[list(unsure)] = job.full
-    fell_back: Tier = "full" if is_verified else "unverified"
+    answered: Tier = "continued" if resolve.is_continued else "full"
+    fell_back: Tier = answered if resolve.is_verified else "unverified"
+    now = time.perf_counter()
     doubted = set(unsure)
     receipt = Receipt(
         manifest.model,
@@ -67,7 +80,9 @@ def answer(job: Job, resolve: Resolve, engine: str | None) -> Answer:
             "device": job.device_s,
             "transfer": job.transfer_s,
             "server": job.server_s,
-            "total": time.perf_counter() - job.asked_at,
+            "total": now - job.asked_at,
         },
+        fallback_bytes_up=job.fallback_bytes_up,
+        fallback_s=0.0 if job.fell_back_at is None else now - job.fell_back_at,
     )
     return Answer(scores, receipt)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from gossipfl.errors import ConfigError, GossipflError, PlanError, RunError
-from gossipfl.inference.execution.activations import encode_live
+from gossipfl.inference.execution.activations import encode_live, encode_missing
 from gossipfl.inference.planning.asking import Asker
 from gossipfl.inference.planning.audit import SHARE
 from gossipfl.inference.planning.device_words import (
@@ -55,6 +55,7 @@ from gossipfl.inference.planning.receipts import Answer, Budget, ServedModel
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
     Activation,
+    Continuation,
     Data,
     Failed,
     Message,
@@ -252,8 +253,8 @@ class EdgeDevice:
             case Resolve(number, manifest):
                 job, engine = self._jobs.pop(number), self._versions[manifest.version].engine
                 _settle(job.future.set_result, answer(job, action, engine))
-            case SetAside(number, audit, samples):
-                self._jobs[audit] = set_aside(self._jobs[number], samples)
+            case SetAside(number, audit, samples, continued):
+                self._jobs[audit] = set_aside(self._jobs[number], samples, continued)
             case Audited(audit):
                 del self._jobs[audit]
             case Fail(number, kind, reason):
@@ -286,26 +287,31 @@ class EdgeDevice:
                 self._transport.send(self._name, peer, message)
 
     def _upload(self, upload: Upload) -> None:
-        job, samples = self._jobs[upload.number], upload.samples
-        if not upload.cut:
-            inputs = job.inputs if samples is None else job.inputs[list(samples)]
+        job, request, now = self._jobs[upload.number], upload.request, time.perf_counter()
+        rows = list(range(len(job.inputs)) if upload.samples is None else upload.samples)
+        if upload.first is not None:
+            live = job.live if upload.cut else (job.inputs,)
+            payload = memoryview(encode_missing(live, upload.bits, rows))
+        elif not upload.cut:
+            inputs = job.inputs if upload.samples is None else job.inputs[rows]
             payload = memoryview(encode_live((inputs,), upload.bits))
         else:
             assert job.payload is not None, "its head has run"
             payload = memoryview(job.payload)
-        num_samples = len(job.inputs) if samples is None else len(samples)
-        coming = Coming(job, upload.tier, num_samples, time.perf_counter())
-        self._coming[upload.peer, upload.request] = coming
+        self._coming[upload.peer, request] = Coming(job, upload.tier, len(rows), time.perf_counter())
         job.bytes_up += len(payload)
+        if upload.tier in ("continued", "full") and job.reduced is not None:
+            job.fallback_bytes_up += len(payload)
+            job.fell_back_at = job.fell_back_at or now
         for offset in range(0, len(payload), wire.MAX_PAYLOAD_BYTES):
-            part = payload[offset : offset + wire.MAX_PAYLOAD_BYTES]
-            self._transport.send(
-                self._name,
-                upload.peer,
-                Activation(
-                    upload.request, upload.version, upload.cut, upload.bits, num_samples, offset, len(payload), payload=part
-                ),
-            )
+            part, place = payload[offset : offset + wire.MAX_PAYLOAD_BYTES], (offset, len(payload))
+            chunk: Activation | Continuation
+            if upload.first is not None:
+                chunk = Continuation(request, upload.first, len(rows), *place, payload=part)
+            else:
+                of = upload.version, upload.cut, upload.bits, len(rows)
+                chunk = Activation(request, *of, *place, upload.keep, payload=part)
+            self._transport.send(self._name, upload.peer, chunk)
 
     # --- what comes in ------------------------------------------------------------------------------------------------
 
@@ -357,6 +363,7 @@ class EdgeDevice:
         live, manifest = version.stage((job.inputs,)), version.manifest
         if manifest.cut < len(self._chain.profile.layers):
             job.payload = encode_live(live, manifest.plan.activation_bits)
+            job.live = live if manifest.plan.fallback == "continued" else ()
             return None
         job.reduced, job.margins = live[0], version.margins_of(live[0])
         return job.margins

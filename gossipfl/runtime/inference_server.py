@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from gossipfl.errors import CodecError, ConfigError, GossipflError, RemoteProtocolError, RunError
-from gossipfl.inference.execution.activations import decode_live, num_bytes
+from gossipfl.inference.execution.activations import decode_continued, decode_live, num_bytes
 from gossipfl.inference.planning.answering import (
     Action,
     Answerer,
@@ -32,6 +32,7 @@ from gossipfl.inference.planning.answering import (
     Drain,
     Event,
     Finish,
+    First,
     Heard,
     Keep,
     MakePlan,
@@ -40,6 +41,7 @@ from gossipfl.inference.planning.answering import (
     Ran,
     Reply,
     Retire,
+    RunAgain,
     RunStage,
     Serve,
     ServerConfig,
@@ -54,6 +56,7 @@ from gossipfl.protocol.messages import (
     Activation,
     Chunk,
     Collect,
+    Continuation,
     Data,
     Failed,
     Later,
@@ -133,8 +136,9 @@ class InferenceServer:
     ) -> None:
         """Serve `vector` (f32[P], copied) as the newest version; returns once it is. Questions under way keep theirs.
 
-        `certificate(plan)` is asked once for each plan that is offered. Devices compile their engines with `samples`
-        (f32[n, *input_shape]), if given. ConfigError for what does not fit the model or is no newer than what is served.
+        `certificate(plan)` is asked once for each plan that is offered, and each fallback that it may have. Devices compile
+        their engines with `samples` (f32[n, *input_shape]), if given. ConfigError for what does not fit the model or is no
+        newer than what is served.
         """
         self._check_running()
         if model not in self._chains:
@@ -231,7 +235,7 @@ class InferenceServer:
         match happening.message:
             case PlanRequest(request, payload):
                 self._handle(Heard(caller, PlanRequest(request, _ask(payload))))
-            case Activation() | Pull():
+            case Activation() | Continuation() | Pull():
                 self._handle(Heard(caller, happening.message))
             case Collect(request, model_list.ITEM, offset):
                 self._tell_models(caller, request, offset)
@@ -267,13 +271,15 @@ class InferenceServer:
                 self._kept.setdefault((caller, chunk.request), []).append(chunk.payload)
             case Discard(caller, request):
                 self._kept.pop((caller, request), None)
-            case RunStage(caller, activation):
-                parts = self._kept.pop((caller, activation.request))
+            case RunStage(caller, activation, remember):
+                key = caller, activation.request
+                parts = self._kept[key] if remember else self._kept.pop(key)
                 served = self._served[caller.model][activation.version]
-                if self._machine.num_running > 1:
-                    self._transport.send(caller.called, caller.name, Later(activation.request, 0), caller.origin)
-                ran = Ran(caller, activation.request)
-                self._submit(self._compute, ran, lambda: _run_stage(served, activation, parts))
+                self._run(Ran(*key), lambda: _run_stage(served, activation, parts))
+            case RunAgain(caller, continuation, first):
+                kept, missing = (self._kept.pop((caller, request)) for request in (first.request, continuation.request))
+                served = self._served[caller.model][first.version]
+                self._run(Ran(caller, continuation.request), lambda: _run_again(served, continuation, first, kept, missing))
             case MakePlan(caller, request, version, ask):
                 self._submit(self._library, Planned(caller, request), lambda: self._offer(caller, request, version, ask))
             case Serve(caller, pull) if self._num_pulls < MAX_SERVED:
@@ -285,6 +291,11 @@ class InferenceServer:
                 self._served[model].pop(version, None)
             case Finish():
                 self._finished.set()
+
+    def _run(self, ran: Ran, work: Callable[[], list[Chunk] | Failed]) -> None:
+        if self._machine.num_running > 1:
+            self._transport.send(ran.caller.called, ran.caller.name, Later(ran.request, 0), ran.caller.origin)
+        self._submit(self._compute, ran, work)
 
     def _submit(self, pool: ThreadPoolExecutor, done: Planned | Ran, work: Callable[[], list[Chunk] | Failed]) -> None:
         """Have `work` done, send what it returns, and tell the machine that it is `done`."""
@@ -356,20 +367,38 @@ def _ask(payload: wire.Buffer) -> Ask | None:
 
 def _run_stage(served: ServedVersion, activation: Activation, parts: list[Any]) -> list[Chunk] | Failed:
     """The scores, or what was wrong with what came."""
-    payload = parts[0] if len(parts) == 1 else b"".join(parts)
     shapes = live_shapes(served.chain.profile, activation.cut)
     try:
-        live = decode_live(payload, shapes, activation.samples, activation.bits)
+        live = decode_live(_joined(parts), shapes, activation.samples, activation.bits)
     except CodecError as error:
         return Failed(activation.request, Failure.INPUT, clipped(error))
-    (scores,), seconds = _timed(lambda: served.stage(activation.cut)(live))
+    return _scores(served, activation.request, activation.cut, live)
+
+
+def _run_again(
+    served: ServedVersion, continuation: Continuation, first: First, kept: list[Any], missing: list[Any]
+) -> list[Chunk] | Failed:
+    """The scores of the samples that are continued, or what was wrong with what came."""
+    shapes = live_shapes(served.chain.profile, first.cut)
+    try:
+        live = decode_continued(_joined(kept), _joined(missing), shapes, first.samples, first.bits)
+        if len(live[0]) != continuation.samples:
+            raise CodecError(f"{len(live[0])} samples are marked, not {continuation.samples}")
+    except CodecError as error:
+        return Failed(continuation.request, Failure.INPUT, clipped(error))
+    return _scores(served, continuation.request, first.cut, live)
+
+
+def _scores(served: ServedVersion, request: int, cut: int, live: tuple[np.ndarray, ...]) -> list[Chunk] | Failed:
+    (scores,), seconds = _timed(lambda: served.stage(cut)(live))
     if not all_finite(scores.reshape(-1)):
-        return Failed(activation.request, Failure.COMPUTE, "the scores are not finite")
+        return Failed(request, Failure.COMPUTE, "the scores are not finite")
     encoded = memoryview(np.ascontiguousarray(scores, np.float32).tobytes())
-    return [
-        Result(activation.request, served.version, seconds, offset, len(encoded), payload=part)
-        for offset, part in _parts(encoded)
-    ]
+    return [Result(request, served.version, seconds, offset, len(encoded), payload=part) for offset, part in _parts(encoded)]
+
+
+def _joined(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _parts(payload: memoryview, start: int = 0) -> list[tuple[int, memoryview]]:

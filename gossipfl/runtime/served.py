@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gossipfl.errors import CodecError, ConfigError, LayoutError
+from gossipfl.inference.planning.cascade import cheapest
 from gossipfl.inference.planning.cuts import Catalogue, choose_plan
 from gossipfl.inference.planning.margins import Certificate
 from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, to_json
-from gossipfl.inference.planning.profile import Plan, Range, Stage
+from gossipfl.inference.planning.profile import Fallback, Plan, Range, Stage
 from gossipfl.runtime.content_cache import digest_of
 from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage, samples_to_text
 from gossipfl.segments.codecs import all_finite, codec
@@ -23,6 +24,8 @@ SERVED_CODECS = ("float32", "float16", "planes")
 CACHE_BYTES = 64 * 1024 * 1024
 """Of encoded ranges that are no layer's, by version."""
 Certifier = Callable[[Plan], Certificate | None]
+"""Of the plan with its fallback; None where nothing is certified. With `Plan.continued` it is asked for both fallbacks."""
+FULL: Fallback = "full"
 
 
 @dataclass
@@ -41,7 +44,7 @@ class ServedVersion:
     _digests: dict[tuple[Range, str], str] = field(default_factory=dict)
     _same: dict[int, tuple[bool, ...]] = field(default_factory=dict)
     _encoded: OrderedDict[tuple[Range, str], memoryview] = field(default_factory=OrderedDict)
-    _offers: dict[tuple[tuple[Stage, ...], int], tuple[Certificate | None, tuple[LayerOffer, ...]]] = field(
+    _offers: dict[tuple[tuple[Stage, ...], int, Fallback], tuple[tuple[Certificate, ...], tuple[LayerOffer, ...]]] = field(
         default_factory=dict
     )
 
@@ -119,17 +122,18 @@ class ServedVersion:
         if held is not None and len(cached) <= len(self.chain.profile.layers):  # else the plan says what is wrong
             cached = tuple(planes if same else 0 for planes, same in zip(cached, self._unchanged(held), strict=False))
         plan, _ = choose_plan(self.catalogue, ask.device, loss, cached)
-        key = plan.stages, plan.activation_bits
+        key = plan.stages, plan.activation_bits, plan.fallback
         if key not in self._offers:
             if plan.cut < len(self.chain.profile.layers):
                 self.stage(plan.cut)  # now, rather than when the first activation comes
-            self._offers[key] = self.certificate(plan), tuple(self._layer_offers(plan))
-        certificate, layers = self._offers[key]
+            self._offers[key] = self._certificates(plan), tuple(self._layer_offers(plan))
+        certificates, layers = self._offers[key]
+        certificate = cheapest(certificates, plan)
+        plan = replace(plan, fallback="full" if certificate is None else certificate.basis.fallback)
         manifest = Manifest(self.model, self.version, self.chain.layout.digest, plan, layers)
         if self.samples is not None and plan.cut and plan.stages[0].engine != FULL_ENGINE:
             manifest = replace(manifest, samples=samples_to_text(self.samples))
         if certificate is not None:
-            self._check_certificate(certificate, plan)
             manifest = replace(manifest, threshold=certificate.threshold, scale=certificate.basis.scale)
             if certificate.loss == "disagreement":  # of a loss of accuracy no device could tell without labels
                 manifest = replace(manifest, alpha=certificate.alpha, delta=certificate.delta)
@@ -154,6 +158,16 @@ class ServedVersion:
             bias = None if layer.bias is None else self._digest(layer.bias, BIASES)
             offers.append(LayerOffer(Planes(0, bits, layer.group).name, digests, bias))
         return offers
+
+    def _certificates(self, plan: Plan) -> tuple[Certificate, ...]:
+        """With the full model to fall back on, and where that is cheaper also with continuing, if it is certified."""
+        found = []
+        for fallback in dict.fromkeys((FULL, plan.fallback)):
+            certificate = self.certificate(replace(plan, fallback=fallback))
+            if certificate is not None and certificate.basis.fallback == fallback:
+                self._check_certificate(certificate, plan)
+                found.append(certificate)
+        return tuple(found)
 
     def _check_certificate(self, certificate: Certificate, plan: Plan) -> None:
         basis = certificate.basis

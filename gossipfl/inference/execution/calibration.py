@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import Compiled, Seconds, available_engines, compile_stage, stage_seconds
 from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, measure, quantized, rounded
 from gossipfl.inference.execution.tables import Row, make_tables, planned_scores
-from gossipfl.inference.planning.cuts import EXACT_BITS, Catalogue
+from gossipfl.inference.planning.cuts import EXACT_BITS, MAX_BITS, Catalogue
 from gossipfl.inference.planning.margins import (
     ALPHA,
     DELTA,
@@ -35,6 +35,7 @@ from gossipfl.inference.planning.margins import (
     Certificate,
     Scale,
     certify,
+    certify_continued,
     differing,
     margins,
     samples_needed,
@@ -133,6 +134,11 @@ def calibrate(
     return calibrator
 
 
+def continuation_of(plan: Plan) -> Plan:
+    """What computes as the plan does where it continues: with all planes of the values at the cut."""
+    return replace(plan, activation_bits=MAX_BITS)
+
+
 class Calibrator:
     """Measures one version of a chain. Deterministic but for seconds."""
 
@@ -214,13 +220,33 @@ class Calibrator:
         """What a certificate of this plan speaks of; the engine is the device's, the rest runs in full precision."""
         engines = tuple(stage.engine for stage in plan.stages if stage.device == ON_DEVICE)
         return Basis(
-            self.digest, self.version, plan.cut, plan.weight_bits, plan.activation_bits, engines, self.data, self.scale
+            self.digest,
+            self.version,
+            plan.cut,
+            plan.weight_bits,
+            plan.activation_bits,
+            engines,
+            self.data,
+            self.scale,
+            plan.fallback,
         )
 
-    def certify(self, plan: Plan) -> Certificate:
-        """From which margin on the plan's answers may be accepted."""
+    def certify(self, plan: Plan) -> Certificate | None:
+        """From which margin on the plan's answers may be accepted, with its fallback. None where that is no good at any.
+
+        Where the plan could continue there are two to choose from, and each of them is tested at half of delta; unless there
+        are too few samples for that.
+        """
         scores, differs = self.kept_scores(plan)
-        return certify(margins(scores, self.scale), differs, self.basis(plan), self.alpha, self.delta)
+        found, basis = margins(scores, self.scale), self.basis(plan)
+        has_choice = plan.continued is not None and len(self._kept) >= samples_needed(self.alpha, self.delta / 2)
+        tried = 2 if has_choice else 1
+        if plan.fallback == "full":
+            return certify(found, differs, basis, self.alpha, self.delta, tried=tried)
+        if not has_choice:
+            return None
+        continued = self.kept_scores(continuation_of(plan))[1]
+        return certify_continued(found, differs, continued, basis, self.alpha, self.delta, tried=tried)
 
     def kept_scores(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """The plan's scores (f32[n, K]) of the samples kept for certificates, and where its class is not the full model's."""

@@ -3,17 +3,22 @@
     PlanRequest   -> MakePlan, at once or when there is a version newer than the device's; Later says that it waits
     Pull          -> Serve while the version is kept, else Refuse
     Activation    -> Keep each chunk; RunStage with the last one, else Failed: busy, draining, version, input
+    Continuation  -> the same with RunAgain, of an activation that is remembered, else Failed: forgotten
     Published     -> the versions beyond those kept are retired when nothing that runs uses them
     Drain         -> nothing more is taken; Finish when all that was taken is done
 
 Nothing is kept that was not admitted: the first chunk of an activation says how large it is and is compared with what its cut
-takes, and all that is under way or waits has a bound, for each caller and together.
+takes, and all that is under way or waits has a bound, for each caller and together. So has what is remembered of answered
+activations that may be continued; the oldest are forgotten first, and whoever comes too late starts afresh.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 from gossipfl.inference.planning.offers import Ask, Failure
@@ -21,6 +26,7 @@ from gossipfl.protocol.messages import (
     MAX_RANGES,
     NEWEST,
     Activation,
+    Continuation,
     Failed,
     Later,
     Message,
@@ -28,9 +34,12 @@ from gossipfl.protocol.messages import (
     Pull,
     Refuse,
 )
+from gossipfl.segments.planes import MAX_PLANES
 
 MAX_SAMPLES = 65_536
 """In one activation."""
+REMEMBERING_BYTES = 1024
+"""That each activation which is remembered is taken to need beside its payload."""
 
 
 class Caller(NamedTuple):
@@ -47,7 +56,8 @@ class Caller(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Bounds of what is under way: stages and plans that wait or run, requests of one caller, bytes of activations in all."""
+    """Bounds of what is under way: stages and plans that wait or run, requests of one caller, bytes of activations in all; and
+    of the answered activations that are remembered."""
 
     max_queued: int = 64
     max_per_caller: int = 16
@@ -56,6 +66,10 @@ class ServerConfig:
     versions_kept: int = 4
     upload_s: float = 10.0
     """Silence after which an activation that is not whole is dropped."""
+    remember_s: float = 30.0
+    """For so long an activation may be continued: to send the first chunk takes a slow device seconds."""
+    max_remembered_bytes: int = 64 * 1024 * 1024
+    max_remembered_bytes_per_caller: int = 16 * 1024 * 1024
 
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -107,6 +121,18 @@ class Wake:
 Event = Heard | Published | Planned | Ran | Drain | Wake
 
 
+@dataclass(frozen=True, slots=True)
+class First:
+    """An activation that may be continued, without what it holds."""
+
+    request: int
+    version: int
+    cut: int
+    bits: int
+    samples: int
+    num_bytes: int
+
+
 # --- actions ----------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +165,7 @@ class Keep:
     """Add this chunk to its activation."""
 
     caller: Caller
-    chunk: Activation
+    chunk: Activation | Continuation
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +178,26 @@ class Discard:
 
 @dataclass(frozen=True, slots=True)
 class RunStage:
-    """Run the layers after the cut on what was kept and answer with a Result, or Failed; report Ran."""
+    """Run the layers after the cut on what was kept and answer with a Result, or Failed; report Ran.
+
+    `remember`: go on keeping it, until it is discarded or run again.
+    """
 
     caller: Caller
     activation: Activation
+    remember: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunAgain:
+    """Run the layers after the cut on what was kept as the continuation of `first` and answer as with RunStage; report Ran.
+
+    Nothing more is wanted of what was kept of both.
+    """
+
+    caller: Caller
+    continuation: Continuation
+    first: First
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +213,7 @@ class Finish:
     """All that was taken is done."""
 
 
-Action = Reply | MakePlan | Serve | Keep | Discard | RunStage | Retire | Finish
+Action = Reply | MakePlan | Serve | Keep | Discard | RunStage | RunAgain | Retire | Finish
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -179,14 +221,20 @@ Action = Reply | MakePlan | Serve | Keep | Discard | RunStage | Retire | Finish
 
 @dataclass(slots=True)
 class _Upload:
-    """An activation on its way in, or in the works."""
+    """An activation on its way in, or in the works; `first`: what it continues. `remember`: it may be continued itself."""
 
     total: int
     model: str
     version: int
     deadline: float
+    first: First | None = None
+    remember: First | None = None
     num_bytes: int = 0
     is_running: bool = False
+
+    @property
+    def held_bytes(self) -> int:
+        return self.total + (self.first.num_bytes if self.first else 0)
 
 
 @dataclass(slots=True)
@@ -204,6 +252,8 @@ class Answerer:
         self.config = config or ServerConfig()
         self._models: dict[str, _Served] = {}
         self._uploads: dict[Key, _Upload] = {}
+        self._remembered: dict[Key, tuple[First, float]] = {}  # until when; the oldest first
+        self._remembered_bytes: Counter[Caller] = Counter()
         self._planning: set[Key] = set()
         self._retiring: list[tuple[str, int]] = []
         self._is_draining = False
@@ -212,6 +262,7 @@ class Answerer:
     @property
     def next_deadline(self) -> float | None:
         times = [upload.deadline for upload in self._uploads.values() if not upload.is_running]
+        times += [expires for _, expires in itertools.islice(self._remembered.values(), 1)]
         times += [expires for served in self._models.values() for _, _, expires in served.waiting.values()]
         return min(times, default=None)
 
@@ -222,8 +273,8 @@ class Answerer:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         match event:
-            case Heard(caller, Activation() as chunk):
-                return self._activation(caller, chunk, now)
+            case Heard(caller, Activation() | Continuation() as chunk):
+                return self._upload(caller, chunk, now)
             case Heard(caller, PlanRequest(request, ask)):
                 return self._plan(caller, request, ask, now)
             case Heard(caller, Pull() as pull):
@@ -232,8 +283,8 @@ class Answerer:
                 self._planning.discard((caller, request))
                 return self._finish()
             case Ran(caller, request):
-                del self._uploads[caller, request]
-                return [*self._retire(), *self._finish()]
+                first = self._uploads.pop((caller, request)).remember
+                return [*(self._remember(caller, first, now) if first else []), *self._retire(), *self._finish()]
             case Published(model, version, num_bytes):
                 return self._published(model, version, num_bytes)
             case Wake():
@@ -256,6 +307,9 @@ class Answerer:
             if not upload.is_running and upload.deadline <= now:
                 del self._uploads[key]
                 actions.append(Discard(*key))
+                actions += [Discard(key[0], upload.first.request)] if upload.first else []
+        while self._remembered and next(iter(self._remembered.values()))[1] <= now:
+            actions += self._forget(next(iter(self._remembered)))
         for served in self._models.values():
             for caller, (_, _, expires) in list(served.waiting.items()):
                 if expires <= now:
@@ -268,10 +322,12 @@ class Answerer:
         served = self._models.setdefault(model, _Served(num_bytes))
         served.num_bytes = num_bytes
         served.versions.append(version)
+        actions: list[Action] = []
         while len(served.versions) > self.config.versions_kept:
             self._retiring.append((model, served.versions.pop(0)))
+            gone = [k for k, (first, _) in self._remembered.items() if (k[0].model, first.version) == self._retiring[-1]]
+            actions += [action for key in gone for action in self._forget(key)]
         waiting, served.waiting = served.waiting, {}
-        actions: list[Action] = []
         for caller, (request, ask, _) in waiting.items():
             actions += self._make_plan(caller, request, version, ask)
         return [*actions, *self._retire()]
@@ -326,46 +382,108 @@ class Answerer:
 
     # --- activations --------------------------------------------------------------------------------------------------
 
-    def _activation(self, caller: Caller, chunk: Activation, now: float) -> list[Action]:
-        key = caller, chunk.request
+    def _upload(self, caller: Caller, chunk: Activation | Continuation, now: float) -> list[Action]:
+        key, actions = (caller, chunk.request), list[Action]()
         upload = self._uploads.get(key)
         if chunk.offset == 0 and upload is None:
-            obstacle = self._obstacle(caller, chunk)
-            if obstacle is not None:
-                return _fail(caller, chunk.request, *obstacle)
-            upload = self._uploads[key] = _Upload(chunk.total, caller.model, chunk.version, now)
+            found = self._admit(caller, chunk, now)
+            if isinstance(found, tuple):
+                return _fail(caller, chunk.request, *found)
+            actions += self._forget(key)  # what has this number is another now
+            upload = self._uploads[key] = found
         elif upload is None or upload.is_running or (chunk.offset, chunk.total) != (upload.num_bytes, upload.total):
             return []  # what is not admitted, or comes twice
         upload.num_bytes += len(chunk.payload)
         upload.deadline = now + self.config.upload_s
         if upload.num_bytes < upload.total:
-            return [Keep(caller, chunk)]
+            return [*actions, Keep(caller, chunk)]
         upload.is_running = True
-        return [Keep(caller, chunk), RunStage(caller, chunk)]
+        if isinstance(chunk, Activation):
+            return [*actions, Keep(caller, chunk), RunStage(caller, chunk, upload.remember is not None)]
+        assert upload.first is not None, "it was admitted"
+        return [*actions, Keep(caller, chunk), RunAgain(caller, chunk, upload.first)]
 
-    def _obstacle(self, caller: Caller, chunk: Activation) -> tuple[Failure, str] | None:
-        """Why this activation cannot be taken."""
+    def _admit(self, caller: Caller, chunk: Activation | Continuation, now: float) -> _Upload | tuple[Failure, str]:
+        """What begins with this chunk, or why it cannot be taken."""
+        if isinstance(chunk, Activation):
+            first = First(chunk.request, chunk.version, chunk.cut, chunk.bits, chunk.samples, chunk.total)
+            upload = _Upload(chunk.total, caller.model, chunk.version, now)
+            upload.remember = first if chunk.keep and chunk.bits < MAX_PLANES else None
+            return self._obstacle(caller, chunk, first) or upload
+        if (caller, chunk.first) not in self._remembered or chunk.first == chunk.request:
+            return Failure.FORGOTTEN, f"nothing is kept of request {chunk.first} (any more); start afresh"
+        first = self._remembered[caller, chunk.first][0]
+        obstacle = self._obstacle(caller, chunk, first)
+        if obstacle is not None:
+            return obstacle
+        self._recall((caller, chunk.first))
+        return _Upload(chunk.total, caller.model, first.version, now, first)
+
+    def _obstacle(self, caller: Caller, chunk: Activation | Continuation, of: First) -> tuple[Failure, str] | None:
+        """Why this cannot be taken: the activation `of`, or a continuation of it."""
         config, served = self.config, self._models.get(caller.model)
         if self._is_draining:
             return Failure.DRAINING, "this server is about to stop; ask another"
         if served is None:
             return Failure.MODEL, f"no model {caller.model!r} here"
-        if chunk.version not in served.versions:
-            return Failure.VERSION, f"no version {chunk.version} here; there is {', '.join(map(str, served.versions))}"
-        expected = served.num_bytes(chunk.cut, chunk.bits, chunk.samples) if 0 < chunk.samples <= MAX_SAMPLES else None
-        if expected != chunk.total:
-            what = f"{chunk.samples} samples of {chunk.bits} bits after {chunk.cut} layers"
-            return (
-                Failure.INPUT,
-                f"{chunk.total} bytes for {what}, which take {'no such cut' if expected is None else expected}",
-            )
+        if of.version not in served.versions:
+            return Failure.VERSION, f"no version {of.version} here; there is {', '.join(map(str, served.versions))}"
+        if isinstance(chunk, Activation):
+            held_bytes, most, expected = chunk.total, MAX_SAMPLES, served.num_bytes
+        else:
+            held_bytes, most, expected = chunk.total + of.num_bytes, of.samples, partial(_missing_bytes, served, of)
+        takes = expected(of.cut, of.bits, chunk.samples) if 0 < chunk.samples <= most else None
+        if takes != chunk.total:
+            what = f"{chunk.samples} samples of {of.bits} bits after {of.cut} layers"
+            return Failure.INPUT, f"{chunk.total} bytes for {what}, which take {'no such cut' if takes is None else takes}"
+        if any((caller, chunk.request) == (other, one.first.request) for (other, _), one in self._uploads.items() if one.first):
+            return Failure.INPUT, f"request {chunk.request} is being continued; number requests anew"
         if len(self._uploads) >= config.max_queued:
             return Failure.BUSY, f"{len(self._uploads)} requests are here already; ask again, or another server"
         if sum(caller == other for other, _ in self._uploads) >= config.max_per_caller:
             return Failure.BUSY, f"{config.max_per_caller} requests of yours are here already; ask again"
-        if sum(upload.total for upload in self._uploads.values()) + chunk.total > config.max_bytes:
+        if sum(upload.held_bytes for upload in self._uploads.values()) + held_bytes > config.max_bytes:
             return Failure.BUSY, f"{chunk.total} bytes more than there is room for now; ask again"
         return None
+
+    # --- what may be continued ----------------------------------------------------------------------------------------
+
+    def _remember(self, caller: Caller, first: First, now: float) -> list[Action]:
+        """For a while, in the place of what is older, where there is no room for both."""
+        config, size, actions = self.config, _size(first), list[Action]()
+        most = min(config.max_remembered_bytes, config.max_remembered_bytes_per_caller)
+        if size > most or self._is_draining or first.version not in self._models[caller.model].versions:
+            return [Discard(caller, first.request)]
+        while self._remembered_bytes[caller] + size > config.max_remembered_bytes_per_caller:
+            actions += self._forget(next(key for key in self._remembered if key[0] == caller))
+        while self._remembered_bytes.total() + size > config.max_remembered_bytes:
+            actions += self._forget(next(iter(self._remembered)))
+        self._remembered[caller, first.request] = first, now + config.remember_s
+        self._remembered_bytes[caller] += size
+        return actions
+
+    def _recall(self, key: Key) -> First | None:
+        """What was remembered, and no longer is."""
+        found = self._remembered.pop(key, None)
+        if found is None:
+            return None
+        self._remembered_bytes[key[0]] -= _size(found[0])
+        if not self._remembered_bytes[key[0]]:
+            del self._remembered_bytes[key[0]]
+        return found[0]
+
+    def _forget(self, key: Key) -> list[Action]:
+        return [] if self._recall(key) is None else [Discard(*key)]
+
+
+def _missing_bytes(served: _Served, of: First, cut: int, bits: int, samples: int) -> int | None:
+    """What a continuation takes: the planes that are missing, and the marks of the samples."""
+    whole, part = served.num_bytes(cut, MAX_PLANES, samples), served.num_bytes(cut, bits, samples)
+    return None if whole is None or part is None else whole - part + -(-of.samples // 8)
+
+
+def _size(first: First) -> int:
+    return first.num_bytes + REMEMBERING_BYTES
 
 
 def _fail(caller: Caller, request: int, kind: Failure, reason: str) -> list[Action]:

@@ -3,17 +3,19 @@
     WAITING   no version is ready: one is                    -> as below
     HEAD      the device's layers run: they have             -> ASKED where there are more layers, else RESOLVED or ASKED
     ASKED     a server runs the rest: its scores are here    -> RESOLVED where the margins are large enough, else ASKED
-    ASKED     ... or the full model on those unsure          -> RESOLVED
+    ASKED     ... or once more, continued, on those unsure   -> RESOLVED, or ASKED afresh if that server cannot
+    ASKED     ... or the full model, afresh, on those        -> RESOLVED
     FREE      no server can be asked now: one can            -> ASKED
 
 A question is answered by one version from beginning to end. New ones go to the newest that is ready; an old one is unloaded
-when its last question is answered. A reduced answer is accepted from the threshold's margin on; the other samples go to the
-full model. Whoever is silent, refuses, fails or goes away is left alone for a while and the next server is asked, until the
-question's deadline. Where no server is left, what the reduced model said is the answer, marked unverified, if `on_no_server`
-says so.
+when its last question is answered. A reduced answer is accepted from the threshold's margin on. The other samples fall back as
+the plan says: to the full model, or to continuing, where the server that has answered is sent what its values at the cut lack.
+Whatever goes wrong with that, they start afresh with the full model, at any server. Whoever is silent, refuses, fails or goes
+away is left alone for a while and the next server is asked, until the question's deadline. Where no server is left, what the
+reduced model said is the answer, marked unverified, if `on_no_server` says so.
 
-Of what was accepted, samples that were drawn to be audited are asked for once more, as a question of their own that nobody
-waits for. Once an audit has raised its alarm nothing more is accepted of that version.
+Of what the full model has not answered, samples that were drawn to be audited are asked for once more, as a question of their
+own that nobody waits for. Once an audit has raised its alarm nothing more is accepted of that version, or continued.
 """
 
 from __future__ import annotations
@@ -262,28 +264,45 @@ class Asker:
             return self._give_up(asked, Failure.COMPUTE, error, now)
         return self._decide(asked, margins, now) if margins is not None else self._ask(asked, now)
 
-    def _decide(self, asked: _Asked, margins: tuple[float, ...], now: float) -> list[Action]:
-        """The reduced scores are there: whose margin is large enough is answered, the others go to the full model."""
+    def _decide(
+        self, asked: _Asked, margins: tuple[float, ...], now: float, kept: tuple[PeerId, int] | None = None
+    ) -> list[Action]:
+        """The reduced scores are there: whose margin is large enough is answered, the others fall back.
+
+        `kept`: who has computed them, and the request, if that was to be kept.
+        """
         assert asked.manifest is not None
-        version, threshold = asked.manifest.version, asked.manifest.threshold
-        if self._audits.is_alarmed(version):
-            asked.unsure = tuple(range(len(margins)))
-        else:
-            asked.unsure = tuple(index for index, margin in enumerate(margins) if not margin >= threshold)
-        fell_back = dict.fromkeys(set(asked.audited).intersection(asked.unsure), False)
-        actions: list[Action] = [*self._audits.known(version, asked.question.number, fell_back)]
+        is_alarmed, threshold = self._audits.is_alarmed(asked.manifest.version), asked.manifest.threshold
+        asked.unsure = tuple(index for index, margin in enumerate(margins) if is_alarmed or not margin >= threshold)
         if not asked.unsure:
-            return [*actions, *self._resolve(asked, now)]
-        actions += self._drop_requests(asked)
-        asked.tier, asked.failed = "full", set()
-        return [*actions, *self._ask(asked, now)]
+            return self._resolve(asked, now)
+        actions = self._drop_requests(asked)
+        asked.failed = set()
+        if kept is not None and not is_alarmed:
+            return [*actions, self._continue(asked, *kept, now)]
+        return [*actions, *self._start_afresh(asked), *self._ask(asked, now)]
+
+    def _continue(self, asked: _Asked, peer: PeerId, first: int, now: float) -> Action:
+        """Send who has answered the activation of request `first` what that lacked of the samples unsure."""
+        assert asked.manifest is not None
+        asked.tier = "continued"
+        return self._send(asked, peer, asked.manifest.cut, asked.manifest.plan.activation_bits, now, first=first)
+
+    def _start_afresh(self, asked: _Asked) -> list[Action]:
+        """The samples unsure are left to the full model. Those of them that are audited are known not to differ."""
+        assert asked.manifest is not None
+        asked.tier = "full"
+        fell_back = dict.fromkeys(set(asked.audited).intersection(asked.unsure), False)
+        return [*self._drop_requests(asked), *self._audits.known(asked.manifest.version, asked.question.number, fell_back)]
 
     def _resolve(self, asked: _Asked, now: float, is_verified: bool = True) -> list[Action]:
         manifest, number = asked.manifest, asked.question.number
         assert manifest is not None
         del self._questions[number]
-        resolve = Resolve(number, manifest, asked.unsure, is_verified, self._audits.is_alarmed(manifest.version))
-        accepted = tuple(sorted(set(asked.audited).difference(asked.unsure)))
+        is_continued = is_verified and asked.tier == "continued"
+        is_alarmed = self._audits.is_alarmed(manifest.version)
+        resolve = Resolve(number, manifest, asked.unsure, is_verified, is_alarmed, is_continued)
+        accepted = tuple(sorted(set(asked.audited).difference(() if is_continued else asked.unsure)))
         num_audits = sum(other.audit_of is not None for other in self._questions.values())
         if not accepted or num_audits >= MAX_AUDITS or resolve.alarm:
             # the answer first: what it is made of may go with the version
@@ -291,7 +310,8 @@ class Asker:
         question = Question(~number, len(accepted), now + AUDIT_S, manifest.version)
         audit = _Asked(question, manifest=manifest, tier="audit", audited=accepted, audit_of=number)
         self._questions[~number] = audit
-        return [SetAside(number, ~number, accepted), resolve, *self._drop_requests(asked), *self._ask(audit, now)]
+        aside = SetAside(number, ~number, accepted, asked.unsure if is_continued else ())
+        return [aside, resolve, *self._drop_requests(asked), *self._ask(audit, now)]
 
     def _end_audit(self, audit: _Asked, differs: Sequence[bool] = ()) -> list[Action]:
         """`differs` of each sample; nothing where no server has said."""
@@ -304,7 +324,7 @@ class Asker:
 
     def _has_spoken(self, asked: _Asked) -> bool:
         """Whether there is an answer of the reduced model and it will do where there is no other."""
-        is_reduced = asked.tier == "full" and asked.manifest is not None and not asked.manifest.sends_everything
+        is_reduced = asked.tier in ("continued", "full") and asked.manifest is not None and not asked.manifest.sends_everything
         return is_reduced and self.config.on_no_server == "unverified"
 
     def _give_up(self, asked: _Asked, kind: str, reason: str, now: float) -> list[Action]:
@@ -319,6 +339,8 @@ class Asker:
         """Send a server what this tier needs, or wait until one can be asked."""
         manifest = asked.manifest
         assert manifest is not None
+        if asked.tier == "continued":
+            return [*self._start_afresh(asked), *self._ask(asked, now)]
         if asked.lacking and self._holders.are_all(asked.lacking):
             return self._restart(asked, now)
         if self._has_spoken(asked) and self._holders.are_hopeless(asked.failed | asked.lacking):
@@ -327,14 +349,20 @@ class Asker:
         if peer is None:
             asked.phase, asked.peer = Phase.FREE, None
             return []
-        request = next(self._numbers)
+        is_full = asked.tier != "reduced"
+        cut, bits = (0, FULL_BITS) if is_full else (manifest.cut, manifest.plan.activation_bits)
+        return [self._send(asked, peer, cut, bits, now)]
+
+    def _send(self, asked: _Asked, peer: PeerId, cut: int, bits: int, now: float, first: int | None = None) -> Upload:
+        question, manifest, request = asked.question, asked.manifest, next(self._numbers)
+        assert manifest is not None
         asked.phase, asked.peer, asked.requests[request] = Phase.ASKED, peer, peer
         asked.silent_at = now + self._patience_s(asked, now)
         self._by_request[request] = asked
-        is_full = asked.tier != "reduced"
-        cut, bits = (0, FULL_BITS) if is_full else (manifest.cut, manifest.plan.activation_bits)
-        samples = asked.unsure if asked.tier == "full" and len(asked.unsure) < asked.question.samples else None
-        return [Upload(asked.question.number, peer, request, manifest.version, cut, bits, asked.tier, samples)]
+        fell_back = asked.tier in ("continued", "full")
+        samples = asked.unsure if fell_back and len(asked.unsure) < question.samples else None
+        keep = asked.tier == "reduced" and manifest.plan.fallback == "continued"
+        return Upload(question.number, peer, request, manifest.version, cut, bits, asked.tier, samples, keep, first)
 
     def _ask_another(self, asked: _Asked, failure: str, now: float) -> list[Action]:
         """What has been asked so far is given up, but its answer is still welcome."""
@@ -353,7 +381,7 @@ class Asker:
     def _failed(self, asked: _Asked, peer: PeerId, kind: str, reason: str, now: float) -> list[Action]:
         failure = f"{peer}: {reason}"
         match kind:
-            case Failure.INPUT:
+            case Failure.INPUT if asked.tier != "continued":
                 return self._give_up(asked, kind, reason, now)
             case Failure.BUSY if asked.audit_of is not None:
                 return self._end_audit(asked)
@@ -363,6 +391,9 @@ class Asker:
                 return self._ask(asked, now)
             case Failure.VERSION:
                 asked.lacking.add(peer)
+                asked.last_failure = failure
+                return self._ask(asked, now)
+            case Failure.FORGOTTEN if asked.tier == "continued":
                 asked.last_failure = failure
                 return self._ask(asked, now)
         return [self._holders.blame(peer, kind, reason, now), *self._ask_another(asked, failure, now)]
@@ -383,9 +414,10 @@ class Asker:
         match asked.tier:
             case "audit":
                 return self._end_audit(asked, result.payload)
-            case "full":
+            case "continued" | "full":
                 return self._resolve(asked, now)
-        return self._decide(asked, result.payload, now)
+        is_kept = asked.manifest.plan.fallback == "continued"
+        return self._decide(asked, result.payload, now, (peer, result.request) if is_kept else None)
 
     def _drop_requests(self, asked: _Asked) -> list[Action]:
         actions: list[Action] = [Forget(peer, request) for request, peer in asked.requests.items()]

@@ -10,11 +10,12 @@ The three `relative_energy_...` are assumptions about hardware that is not here;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gossipfl.errors import ConfigError
-from gossipfl.inference.planning.profile import ModelProfile
+from gossipfl.inference.planning.margins import Certificate
+from gossipfl.inference.planning.profile import ModelProfile, Plan
 
 FULL_STREAM_BITS = 12
 FULL_BITS = 16
@@ -44,6 +45,16 @@ def relative_energy_of_integers(weight_bits: float, activation_bits: float, full
 def relative_energy_of_mantissas(bits: int, full_bits: int = FULL_MANTISSA_BITS) -> float:
     """The multiplier of significands alone, quadratic in their width of 1 + `bits`; exponents and additions are left out."""
     return ((1 + bits) / (1 + full_bits)) ** 2
+
+
+def cheapest(certificates: Iterable[Certificate], plan: Plan) -> Certificate | None:
+    """Of certificates of the plan with one fallback and the other, that whose fallbacks cost a mean request the least."""
+
+    def cost(certificate: Certificate) -> float:
+        each = plan.continued if certificate.basis.fallback == "continued" else plan.afresh
+        return 0.0 if each is None else certificate.fallback_rate * each.cost
+
+    return min(certificates, key=cost, default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,10 @@ computing are those of real engines, timed when the model was calibrated: fewer 
 Weights are not sent for each request but fetched once for all that the device expects, less the planes that it holds already.
 Messages take the link's latency and have headers, a request takes more than its layers and bytes, and the part on the device
 must fit its memory.
+
+A plan also says what it costs to fall back: afresh, with the input as it is and all layers, or by continuing, with the planes
+that the values at the cut lack and the layers after it. It names the cheaper one; whether answers that continue are certified
+is not known here (`margins`).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, is_dataclass
+from dataclasses import asdict, astuple, dataclass, is_dataclass, replace
 from types import UnionType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -29,6 +33,7 @@ from gossipfl.inference.planning.profile import (
     ON_DEVICE,
     ON_SERVER,
     DeviceProfile,
+    FallbackCost,
     LayerProfile,
     ModelProfile,
     Plan,
@@ -150,7 +155,7 @@ def choose_plan(
             f"memory_bytes = {device.memory_bytes:,} of device {device.name!r} is too little for every cut; "
             f"the smallest, after {cut} of {num_layers} layers, takes {memory:,}"
         )
-    return _plan(catalogue, rows[min(costs, key=costs.__getitem__)]), rows
+    return _plan(catalogue, device, rows[min(costs, key=costs.__getitem__)]), rows
 
 
 def check_device(device: DeviceProfile) -> None:
@@ -217,6 +222,11 @@ def activation_bytes(profile: ModelProfile, cut: int, bits: int) -> int:
     return sum(4 * size if bits == EXACT_BITS else 8 + bits * -(-size // 8) for size in sizes)
 
 
+def missing_bytes(profile: ModelProfile, cut: int, bits: int) -> int:
+    """Bytes that go up to continue a sample of which `bits` planes are there: the others, and its mark."""
+    return activation_bytes(profile, cut, MAX_BITS) - activation_bytes(profile, cut, bits) + 1
+
+
 def resident_bytes(profile: ModelProfile, cut: int, engine: str) -> int:
     """Memory of the first `cut` layers: weights as `engine` holds them, biases, and twice the largest live set in float32."""
     layers = profile.layers[:cut]
@@ -259,8 +269,7 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, ca
     fetch_s = fetch_seconds(catalogue, device, weights, cached) / device.requests
     uplink_s = answer_s = 0.0
     if cut < len(profile.layers):
-        uplink_s = (up + HEADER_BYTES * -(-up // MAX_PAYLOAD_BYTES)) / device.uplink
-        answer_s = (4 * profile.num_classes + HEADER_BYTES) / device.downlink + 2 * device.latency_s
+        uplink_s, answer_s = _exchange_seconds(profile, device, up)
     transfer_s = fetch_s + uplink_s + answer_s
     latency_s = device_s + transfer_s + server_s + overhead.rest_s
     energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
@@ -270,13 +279,32 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, ca
     return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle)
 
 
+def _exchange_seconds(profile: ModelProfile, device: DeviceProfile, up: int) -> tuple[float, float]:
+    """Of sending a server `up` bytes of a sample, and of having its scores back."""
+    uplink_s = (up + HEADER_BYTES * -(-up // MAX_PAYLOAD_BYTES)) / device.uplink
+    return uplink_s, (4 * profile.num_classes + HEADER_BYTES) / device.downlink + 2 * device.latency_s
+
+
+def _fallback_cost(catalogue: Catalogue, device: DeviceProfile, cut: int, up: int) -> FallbackCost:
+    """Of sending `up` bytes more for the layers after the cut."""
+    overhead = catalogue.overhead(cut)
+    device_s = overhead.device_s / device.speed
+    server_s = min(_times(catalogue.server_s, cut).values()) + overhead.server_s
+    uplink_s, answer_s = _exchange_seconds(catalogue.profile, device, up)
+    latency_s = device_s + uplink_s + server_s + answer_s + overhead.rest_s
+    energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
+    cost = device.time_weight * latency_s + device.energy_weight * energy_j + device.price_weight * server_s
+    return FallbackCost(latency_s, cost, up)
+
+
 def _times(times: Mapping[str, Sequence[float | None]], cut: int) -> dict[str, float]:
     """Seconds of the engines that run it."""
     return {engine: value for engine, seconds in times.items() if (value := seconds[cut]) is not None}
 
 
-def _plan(catalogue: Catalogue, row: CutRow) -> Plan:
-    layers, cut = catalogue.profile.layers, row.cut
+def _plan(catalogue: Catalogue, device: DeviceProfile, row: CutRow) -> Plan:
+    profile, cut, bits = catalogue.profile, row.cut, row.activation_bits
+    layers = profile.layers
     codecs = tuple(f"planes:0-{bits}:{layer.group}" for bits, layer in zip(row.weight_bits, layers, strict=False))
     stages = []
     if cut:
@@ -284,7 +312,15 @@ def _plan(catalogue: Catalogue, row: CutRow) -> Plan:
     if cut < len(layers):
         stages.append(Stage(ON_SERVER, cut, len(layers), ("float32",) * (len(layers) - cut), row.server_engine))
     assert row.prediction is not None, "a row that was chosen"
-    return Plan(catalogue.version, tuple(stages), cut, row.weight_bits, row.activation_bits, row.prediction)
+    plan = Plan(catalogue.version, tuple(stages), cut, row.weight_bits, bits, row.prediction)
+    if bits == EXACT_BITS and not cut:
+        return plan
+    afresh = _fallback_cost(catalogue, device, 0, activation_bytes(profile, 0, EXACT_BITS))
+    if 0 < bits < MAX_BITS:
+        continued = _fallback_cost(catalogue, device, cut, missing_bytes(profile, cut, bits))
+        if continued.cost < afresh.cost:
+            return replace(plan, fallback="continued", afresh=afresh, continued=continued)
+    return replace(plan, afresh=afresh)
 
 
 # --- checks and JSON --------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from typing import Literal
 from gossipfl.inference.planning.offers import Manifest
 from gossipfl.protocol.messages import Message, PeerDown, PeerId, PeerUp, Received, Rejected, Start, Wake
 
-Tier = Literal["reduced", "full", "audit"]
-"""audit: the full model on samples that the reduced one has answered, to compare the two."""
+Tier = Literal["reduced", "continued", "full", "audit"]
+"""continued: the layers after the cut once more, with all planes of its values, on samples that the reduced model is unsure of;
+audit: the full model on samples that the reduced one has answered, to compare the two."""
 
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -104,7 +105,11 @@ class RunHead:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Send these samples of a question (None: all) as they are after `cut` layers, in chunks of an Activation."""
+    """Send these samples of a question (None: all) as they are after `cut` layers, in chunks of an Activation.
+
+    `keep`: they may be continued. With `first`, the request of one that was kept, only the planes go up that it lacks, in
+    chunks of a Continuation.
+    """
 
     number: int
     peer: PeerId
@@ -114,11 +119,13 @@ class Upload:
     bits: int
     tier: Tier
     samples: tuple[int, ...] | None
+    keep: bool = False
+    first: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Resolve:
-    """The question is answered: the `unsure` samples by the full model, the others by the reduced one.
+    """The question is answered: the `unsure` samples by the full model, or continued, the others by the reduced one.
 
     Where it is not verified, the unsure ones, too, are answered by the reduced model, for want of a server. `alarm`: an audit
     has found that the version's certificate does not hold.
@@ -129,15 +136,20 @@ class Resolve:
     unsure: tuple[int, ...] = ()
     is_verified: bool = True
     alarm: bool = False
+    is_continued: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """Before the question is resolved: copy these samples, with their reduced scores, to be uploaded as question `audit`."""
+    """Before the question is resolved: copy these samples, with their scores, to be uploaded as question `audit`.
+
+    `continued`: which samples of the question were; the others of `samples` have reduced scores.
+    """
 
     number: int
     audit: int
     samples: tuple[int, ...]
+    continued: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ of accuracy is lost.
     m, differs = margins(reduced), differing(reduced.argmax(1), full.argmax(1))
     certificate = certify(m, differs, basis)               # P( R(threshold) > 2 % ) <= 5 %
     answer_from_reduced = accepted(margins(scores), certificate.threshold)
+    certificate = certify_continued(m, differs, continued_differs, basis, tried=2)      # or None
 
 All rules but the paper's fit let k of the n calibration samples that differ through, and put T just above the next margin:
 
@@ -24,6 +25,22 @@ there is above alpha only if k_S <= k for some S with R(S) > alpha that is fixed
 them from below): of probability delta at most. It is Wilks' one-sided tolerance limit. Conformal risk control (Angelopoulos,
 Bates, Fisch, Lei and Schuster, arXiv 2208.02814): a new sample is as likely as any of the n to be among the k + 1 that differ
 with the largest margins.
+
+Where the fallback is not the full model but one that continues (`profile.Fallback`), what falls back can be wrong as well:
+
+    L_T(x) = 1{margin(x) >= T and reduced(x) != full(x)} + 1{margin(x) < T and continued(x) != full(x)}
+
+R is still the share of all requests that are answered otherwise than by the full model, but neither it nor k_T falls with T.
+Learn then Test holds all the same, with the same sequence: all T from infinity down, until p first exceeds delta, which ends
+above the first margin at which k_T > k. Let T* be the supremum of all T with R(T) > alpha. There are t_1 <= t_2 <= ... with
+R(t_j) > alpha that reach T* or tend to it; they hang on the distribution alone. To end at a threshold with R > alpha the
+sequence has to pass all t_j from some j on, and P( k_(t_j) <= k for all j >= i ) <= delta for each i, as it is for each t_j
+alone; the union over i is one of events that grow with i, so of probability delta at most, too. It starts at T = infinity,
+where all continue: if more than k differ there, continuing is not certified at all, with any threshold.
+
+Two cascades, with one fallback and with the other, are two sequences on the same samples. Each is tested at delta / 2, so that
+with probability 1 - delta both keep what they claim: the cheaper may be chosen afterwards, whatever the samples say. Whether
+there are two is decided by costs and by n, before anything is seen of the samples; where there is one, it is tested at delta.
 """
 
 from __future__ import annotations
@@ -38,6 +55,7 @@ import numpy as np
 from scipy.special import bdtr  # the binomial distribution function; scipy.stats takes a second to import
 
 from gossipfl.errors import ConfigError
+from gossipfl.inference.planning.profile import Fallback
 from gossipfl.registry import Registry
 
 Scale = Literal["softmax", "logits"]
@@ -153,6 +171,7 @@ class Basis:
     data: str
     """Name or digest of the calibration samples."""
     scale: Scale = "softmax"
+    fallback: Fallback = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +189,13 @@ class Certificate:
     disagreements: int
     """Calibration samples that differ at all."""
     let_through: int
-    """Those of them that are accepted at the threshold."""
+    """Those that are answered otherwise than by the full model at the threshold; also by continuing."""
     fallback_rate: float
-    """Share of the calibration samples that fall back to the full model."""
+    """Share of the calibration samples that fall back."""
     loss: Loss
     basis: Basis
+    tried: int = 1
+    """Of so many certificates on the same samples one was chosen: each is tested at delta / tried."""
 
     def holds_for(self, basis: Basis) -> bool:
         return not self.changed(basis)
@@ -186,7 +207,7 @@ class Certificate:
     @property
     def warning(self) -> str | None:
         """What to do where the certificate lets nothing through for want of samples."""
-        needed = samples_needed(self.alpha, self.delta)
+        needed = samples_needed(self.alpha, _shared(self.delta, self.tried))
         if self.n >= needed:
             return None
         return (
@@ -223,6 +244,7 @@ def certify(
     alpha: float = ALPHA,
     delta: float = DELTA,
     loss: Loss = "disagreement",
+    tried: int = 1,
 ) -> Certificate:
     """Learn then Test: the smallest threshold of which P( R(T) > alpha ) <= delta can be said.
 
@@ -230,31 +252,83 @@ def certify(
     with loss "accuracy". The samples must not have been used to train or to choose the reduced model. With fewer than
     `samples_needed` the threshold is infinite and the certificate has a `warning`.
     """
-    return _certificate(allowed_disagreements(len(margins), alpha, delta), margins, differs, basis, alpha, delta, loss)
+    num = allowed_disagreements(len(margins), alpha, _shared(delta, tried))
+    threshold = threshold_letting_through(num, margins, differs)
+    return _certificate(threshold, margins, differs, None, basis, alpha, delta, loss, tried)
+
+
+def certify_continued(
+    margins: np.ndarray,
+    differs: np.ndarray,
+    continued: np.ndarray,
+    basis: Basis,
+    alpha: float = ALPHA,
+    delta: float = DELTA,
+    loss: Loss = "disagreement",
+    tried: int = 1,
+) -> Certificate | None:
+    """As `certify`, of a cascade that falls back to continuing; `continued` bool[n]: where that differs from the full model.
+
+    None where it differs too often, or there are too few samples to say how often.
+    """
+    num = allowed_disagreements(len(margins), alpha, _shared(delta, tried))
+    threshold = _threshold_passing(num, margins, differs, continued)
+    if threshold is None:
+        return None
+    return _certificate(threshold, margins, differs, continued, basis, alpha, delta, loss, tried)
+
+
+def _threshold_passing(num: int, margins: np.ndarray, differs: np.ndarray, continued: np.ndarray) -> float | None:
+    """The least threshold from which on upwards at most `num` are answered otherwise; None where even infinity has more."""
+    _changing(margins, differs), _changing(margins, continued)
+    count = int(np.count_nonzero(continued))
+    if count > num:
+        return None
+    usable = np.flatnonzero(~np.isnan(margins))
+    order = usable[np.argsort(-margins[usable].astype(np.float32), kind="stable")]
+    values = margins[order].astype(np.float32)
+    last_of_equals = np.append(values[1:] != values[:-1], True) if len(values) else np.zeros(0, bool)
+    counts = count + np.cumsum(differs[order].astype(int) - continued[order].astype(int))
+    failing = np.flatnonzero(last_of_equals & (counts > num))
+    return _just_above(values[failing[0]]) if failing.size else 0.0
+
+
+def _shared(delta: float | None, tried: int) -> float | None:
+    return None if delta is None else delta / tried
 
 
 def mean_risk(
     margins: np.ndarray, differs: np.ndarray, basis: Basis, alpha: float = ALPHA, loss: Loss = "disagreement"
 ) -> Certificate:
     """Conformal risk control: E R(T) <= alpha over calibrations; a single one may well lie above. Falls back less."""
-    return _certificate(allowed_disagreements(len(margins), alpha, None), margins, differs, basis, alpha, None, loss)
+    threshold = threshold_letting_through(allowed_disagreements(len(margins), alpha, None), margins, differs)
+    return _certificate(threshold, margins, differs, None, basis, alpha, None, loss, 1)
 
 
 def _certificate(
-    num: int, margins: np.ndarray, differs: np.ndarray, basis: Basis, alpha: float, delta: float | None, loss: Loss
+    threshold: float,
+    margins: np.ndarray,
+    differs: np.ndarray,
+    continued: np.ndarray | None,
+    basis: Basis,
+    alpha: float,
+    delta: float | None,
+    loss: Loss,
+    tried: int,
 ) -> Certificate:
-    threshold = threshold_letting_through(num, margins, differs)
     accept = accepted(margins, threshold)
+    otherwise = accept & differs if continued is None else np.where(accept, differs, continued)
     return Certificate(
         threshold=threshold,
         alpha=alpha,
         delta=delta,
         n=len(margins),
         disagreements=int(np.count_nonzero(differs)),
-        let_through=int(np.count_nonzero(accept & differs)),
+        let_through=int(np.count_nonzero(otherwise)),
         fallback_rate=1.0 - float(accept.mean()) if len(margins) else 1.0,
         loss=loss,
         basis=basis,
+        tried=tried,
     )
 
 
@@ -298,18 +372,23 @@ def _problems(certificate: Certificate) -> list[str]:
         found.append(f"threshold = {certificate.threshold!r} is no margin")
     texts = (basis.model, basis.data, *basis.engines)
     found += [f"{value!r} is no name" for value in texts if not isinstance(value, str)]
-    for value, known in ((certificate.loss, get_args(Loss)), (basis.scale, get_args(Scale))):
+    choices = (certificate.loss, get_args(Loss)), (basis.scale, get_args(Scale)), (basis.fallback, get_args(Fallback))
+    for value, known in choices:
         if value not in known:
             found.append(f"{value!r} is none of {', '.join(known)}")
-    if not found and not certificate.let_through <= certificate.disagreements <= certificate.n:
+    if type(certificate.tried) is not int or not 1 <= certificate.tried <= 2:
+        found.append(f"tried = {certificate.tried!r} is neither 1 nor 2")
+    most = certificate.n if basis.fallback == "continued" else certificate.disagreements
+    if not found and not (certificate.let_through <= most and certificate.disagreements <= certificate.n):
         found.append(f"{certificate.let_through} of {certificate.disagreements} of {certificate.n} samples let through")
     return found or _wrong_claims(certificate)
 
 
 def _wrong_claims(certificate: Certificate) -> list[str]:
     """A certificate that claims more than its own counts show."""
-    allowed = allowed_disagreements(certificate.n, certificate.alpha, certificate.delta)
-    if certificate.let_through <= max(allowed, 0) and (allowed >= 0 or certificate.threshold == math.inf):
+    allowed = allowed_disagreements(certificate.n, certificate.alpha, _shared(certificate.delta, certificate.tried))
+    is_safe = certificate.threshold == math.inf and certificate.basis.fallback == "full"
+    if certificate.let_through <= max(allowed, 0) and (allowed >= 0 or is_safe):
         return []
     return [f"{certificate.let_through} of {certificate.n} samples let through do not show a risk of {certificate.alpha:g}"]
 

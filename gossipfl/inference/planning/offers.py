@@ -37,6 +37,8 @@ class Failure(StrEnum):
     """Not held here (any more)."""
     PLAN = "plan"
     """No plan keeps within what is allowed."""
+    FORGOTTEN = "forgotten"
+    """What was to be continued is not kept (any more)."""
     OFFER = "offer"
     """What was offered, or pulled of it, is not what it should be."""
     INPUT = "input"
@@ -73,8 +75,9 @@ class LayerOffer:
 class Manifest:
     """A version of a model and how a device is to run it.
 
-    An answer of the reduced model is accepted from margin `threshold` on (0: always), on `scale`; with probability 1 - `delta`
-    at most `alpha` of all requests are then answered otherwise than by the full model (None: nobody has measured it).
+    An answer of the reduced model is accepted from margin `threshold` on (0: always), on `scale`, others fall back as the plan
+    says; with probability 1 - `delta` at most `alpha` of all requests are then answered otherwise than by the full model (None:
+    nobody has measured it).
     `samples` are inputs that the plan's engine is compiled with, where it needs any: activations at cut 0 in SAMPLE_BITS bits,
     in base64. Compiled with the same ones, it computes what was certified.
     """
@@ -113,6 +116,8 @@ class Manifest:
         is_cut = self.cut < num_layers
         if plan.activation_bits not in ({FULL_BITS, *range(1, MAX_PLANES + 1)} if is_cut else {0}):
             _refuse(f"activation_bits = {plan.activation_bits} for a cut after {self.cut} of {num_layers} layers")
+        if plan.fallback == "continued" and not 0 < plan.activation_bits < MAX_PLANES:
+            _refuse(f"fallbacks that continue what went up at {plan.activation_bits} bits")
         if not self.threshold >= 0 or self.scale not in ("softmax", "logits"):
             _refuse(f"threshold = {self.threshold} on scale {self.scale!r}")
         for name, value in (("alpha", self.alpha), ("delta", self.delta)):

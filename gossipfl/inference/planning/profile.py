@@ -15,6 +15,9 @@ Range = tuple[int, int]
 """Half-open range `(start, stop)` of the served vector."""
 Shape = tuple[int, ...]
 """Of one sample, without the batch."""
+Fallback = Literal["full", "continued"]
+"""What answers where the reduced model is unsure: the full model, afresh from the input; or the layers after the cut once more,
+from the values at the cut with all planes (the layers before it stay quantized)."""
 ON_DEVICE, ON_SERVER = "device", "server"
 
 
@@ -113,6 +116,15 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class FallbackCost:
+    """What a sample that falls back is predicted to cost beside what it has cost already."""
+
+    latency_s: float
+    cost: float
+    bytes_up: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Stages in the order of the layers (QPART: two, or one where all is at one place), and how the cut goes up."""
 
@@ -124,3 +136,8 @@ class Plan:
     activation_bits: int
     """Of the cut's values; 0 where nothing is cut."""
     prediction: Prediction
+    fallback: Fallback = "full"
+    afresh: FallbackCost | None = None
+    """None where there is nothing to fall back from."""
+    continued: FallbackCost | None = None
+    """None where there is nothing left to send, or starting afresh is as cheap: then nobody continues."""

@@ -9,8 +9,9 @@ import numpy as np
 
 from gossipfl.inference.planning.profile import Shape
 
-Tier = Literal["reduced", "full", "unverified"]
-"""reduced: the quantized model, sure enough; full: the full model; unverified: the quantized one, for want of the full one."""
+Tier = Literal["reduced", "continued", "full", "unverified"]
+"""reduced: the quantized model, sure enough; continued: where it is not, its layers after the cut once more, from all planes of
+the values there; full: the full model; unverified: the quantized one, for want of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class Receipt:
     engines: tuple[str, ...] = ()
     bytes_up: int = 0
     bytes_down: int = 0
+    fallback_bytes_up: int = 0
+    """Of `bytes_up` those of the samples that fell back, in all attempts."""
+    fallback_s: float = 0.0
+    """From the first of them to the answer."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By part of the work: device, transfer, server, total."""
 

@@ -12,7 +12,7 @@ from gossipfl.inference.planning.receipts import Receipt, Tier
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 MARGINS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0, 2.0, 5.0, 10.0)
 """Of probabilities up to 1, of logits beyond."""
-WORST_FIRST: tuple[Tier, ...] = ("unverified", "full", "reduced")
+WORST_FIRST: tuple[Tier, ...] = ("unverified", "full", "continued", "reduced")
 
 
 class Metrics:
@@ -33,7 +33,7 @@ class Metrics:
         )
         self._fallback = Counter(
             "gossipfl_fallback_total",
-            "Samples that the reduced model was not sure of and the full one answered.",
+            "Samples that the reduced model was not sure of and that were continued, or answered by the full one.",
             of_model,
             registry=self.registry,
         )
@@ -66,7 +66,7 @@ class Metrics:
         tier = next((tier for tier in WORST_FIRST if tier in receipt.tiers), "")
         self._requests.labels(*of_model, tier, "200").inc()
         self._seconds.labels(*of_model, tier).observe(seconds)
-        fallen_back = receipt.tiers.count("full") if receipt.threshold is not None else 0
+        fallen_back = sum(receipt.tiers.count(tier) for tier in ("continued", "full")) if receipt.threshold is not None else 0
         self._fallback.labels(*of_model).inc(fallen_back)
         margin = self._margin.labels(*of_model)
         for value in receipt.margins:

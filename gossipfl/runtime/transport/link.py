@@ -1,6 +1,6 @@
 """An outgoing connection, to an endpoint where one or more peers live: a DEALER, and what waits for it.
 
-What is asked with a payload (an Activation) is bounded where it leaves: by `MAX_UNSENT_BYTES` and what the connection takes.
+What is asked with a payload (as an Activation) is bounded where it leaves: by `MAX_UNSENT_BYTES` and what the connection takes.
 """
 
 from __future__ import annotations

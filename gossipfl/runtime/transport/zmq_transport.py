@@ -24,6 +24,7 @@ from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
     Activation,
     Chunk,
+    Continuation,
     Credit,
     Data,
     Failed,
@@ -69,7 +70,7 @@ BATCH = 16
 _CHUNKED = (Data, Record, Offer, Result)
 _ANSWERS = (Data, Record, Later, Refuse, Offer, Result, Failed)
 """Come in on the connection that asked, and there only."""
-_UPLOADS = (PlanRequest, Activation)
+_UPLOADS = (PlanRequest, Activation, Continuation)
 """Ask with a payload."""
 
 
@@ -117,7 +118,7 @@ class ZmqTransport:
     def send(self, sender: PeerId, recipient: PeerId, message: Message, origin: Origin | None = None) -> None:
         """Send a message, on the connection `origin` if given and then without payload. What cannot be sent is lost.
 
-        The payload of a PlanRequest or an Activation is not copied: it must stay as it is until it has left.
+        The payload of a PlanRequest, an Activation or a Continuation is not copied: it must stay as it is until it has left.
         """
         if origin is not None:
             self._send_back(origin, sender, recipient, message)

@@ -144,7 +144,9 @@ def thresholds(calibrator: Calibrator, plan: Plan) -> dict[str, float]:
     scores, differs = calibrator.kept_scores(plan)
     found = margins(scores, calibrator.scale)
     rules = {name: THRESHOLDS.get(name)(found, differs, calibrator.scale) for name in THRESHOLDS}
-    return rules | {"certified": calibrator.certify(plan).threshold}
+    certificate = calibrator.certify(plan)
+    assert certificate is not None, "it falls back to the full model"
+    return rules | {"certified": certificate.threshold}
 
 
 def seconds(catalogue: Catalogue, plan: Plan) -> tuple[float, float]:

@@ -38,6 +38,13 @@ def calibrator_of(trained: Trained, alpha: float = ALPHA, delta: float = DELTA) 
     )
 
 
+def calibrator_like(trained: Trained, calibration: Calibration) -> Calibrator:
+    """That certifies at the levels of the calibration."""
+    for certificate in calibration.certificates[:1]:
+        return calibrator_of(trained, certificate.alpha, certificate.delta or DELTA)
+    return calibrator_of(trained)
+
+
 def calibrate(trained: Trained, calibrator: Calibrator, progress: Progress = lambda what, share: None) -> Calibration:
     """The calibration of a run's model, written beside it; with certificates of the plans that leave nothing to a server."""
     catalogue, rows = calibrator.catalogue(progress)
@@ -48,7 +55,7 @@ def calibrate(trained: Trained, calibrator: Calibrator, progress: Progress = lam
         data=trained.data_name,
         catalogue=catalogue,
         harm={level: {cut: row.harm for cut, row in cuts.items()} for level, cuts in rows.items()},
-        certificates=tuple(calibrator.certify(plan) for plan in alone(catalogue, rows).values()),
+        certificates=tuple(filter(None, map(calibrator.certify, alone(catalogue, rows).values()))),
         warning=calibrator.warning,
         made_with={
             "version": __version__,

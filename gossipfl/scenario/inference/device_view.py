@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import get_args
 
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gossipfl.inference.planning.receipts import Answer, Receipt
+from gossipfl.inference.planning.receipts import Answer, Receipt, Tier
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.scenario.inference.display import bits_text, plain
 from gossipfl.scenario.terminal import size_text
@@ -52,9 +54,8 @@ class Answers:
                 size_text(statistics.fmean(getattr(receipt, name) for receipt in self._receipts))
                 for name in ("bytes_up", "bytes_down")
             ),
-            "answered here / full model / unverified": " / ".join(
-                f"{tiers[tier] / count:.1%}" for tier in ("reduced", "full", "unverified")
-            ),
+            "reduced / continued / full / unverified": " / ".join(f"{tiers[tier] / count:.1%}" for tier in get_args(Tier)),
+            "of those that fell back": _fallbacks(self._receipts),
             "accepted from margin": "-" if last.threshold is None else f"{last.threshold:.3f}",
             "guarantee": _guarantee(last),
             "latency, median / slowest": f"{1000 * statistics.median(self._seconds):.2f} / {1000 * max(self._seconds):.1f} ms",
@@ -68,6 +69,15 @@ class Answers:
         for fault in device.faults:
             is_drift = fault.kind == "drift"
             console.print(f"alarm: {fault.detail}" if is_drift else f"survived: {fault}", highlight=False)
+
+
+def _fallbacks(receipts: Sequence[Receipt]) -> str:
+    """Each, beside what it had taken already."""
+    fallen_back = [receipt for receipt in receipts if receipt.fallback_bytes_up]
+    if not fallen_back:
+        return "-"
+    up = statistics.fmean(receipt.fallback_bytes_up for receipt in fallen_back)
+    return f"{size_text(up)} up, {1000 * statistics.median(receipt.fallback_s for receipt in fallen_back):.2f} ms"
 
 
 def _guarantee(receipt: Receipt) -> str:

@@ -23,6 +23,7 @@ from gossipfl.inference.planning.cuts import CutRow
 from gossipfl.inference.planning.profile import ModelProfile, Plan
 from gossipfl.scenario.inference.bench import PlanRow, ThresholdRow
 from gossipfl.scenario.inference.calibrate import certificates_by_bits
+from gossipfl.scenario.inference.fallbacks import FallbackRow
 from gossipfl.scenario.inference.latency import LatencyRow
 from gossipfl.scenario.inference.link_error import LinkRow
 from gossipfl.scenario.inference.payload import payload, saved
@@ -125,6 +126,10 @@ def print_plan(console: Console, profile: ModelProfile, plan: Plan, rows: Sequen
         if row.obstacle and row.prediction:
             console.print(f"not after {_place(profile, row.cut)}: {row.obstacle}", highlight=False)
     console.print(f"chosen  cut after {_place(profile, plan.cut)}, cost {plan.prediction.cost:.3g}", highlight=False)
+    if plan.afresh is not None:
+        ways = {"starts afresh": plan.afresh} | ({"continues": plan.continued} if plan.continued else {})
+        texts = [f"{way}: {size_text(cost.bytes_up)} up, {1000 * cost.latency_s:.2f} ms" for way, cost in ways.items()]
+        console.print(f"a fallback that {' | that '.join(texts)}", highlight=False)
 
 
 def _place(profile: ModelProfile, cut: int) -> str:
@@ -180,6 +185,27 @@ def print_threshold_rows(console: Console, rows: Sequence[ThresholdRow]) -> None
             f"{row.time_saved:.0%}",
         )
     console.print(table)
+
+
+def print_fallback_rows(console: Console, rows: Sequence[FallbackRow]) -> None:
+    """What a server would offer is in bold."""
+    title = "fallbacks that continue or start afresh: predicted | measured, and on test samples"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("device, cut", "way", "bytes up", "ms", "falls back", "differs", "of all"):
+        table.add_column(column, justify="left" if column in ("device, cut", "way") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{row.device} {row.cut}/{row.num_layers}",
+            "continue" if row.fallback == "continued" else "afresh",
+            _both(row.predicted_up, row.measured_up),
+            f"{_ms(row.predicted_s)} | {_ms(row.measured_s)}",
+            "-" if row.fallback_rate is None else f"{row.fallback_rate:.1%}",
+            "-" if row.risk is None else f"{row.risk:.2%}",
+            f"{row.differs:.2%}",
+            style="bold" if row.is_chosen else None,
+        )
+    console.print(table)
+    console.print("-: not certified; differs: of all answers; of all: if every sample fell back", highlight=False)
 
 
 def print_latency_rows(console: Console, rows: Sequence[LatencyRow]) -> None:

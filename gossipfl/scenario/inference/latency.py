@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +22,7 @@ from gossipfl.inference.planning.receipts import Receipt
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.link_relay import LinkRelay
+from gossipfl.runtime.served import Certifier
 
 LEVEL = 0.01
 """The loss that plans are made for, or the least that there is."""
@@ -69,7 +70,7 @@ class LatencyRow:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
+class Opened:
     """A device that has answered once, and what it has to do: the only cut of `forced`."""
 
     device: DeviceProfile
@@ -119,23 +120,18 @@ def latency_rows(
     told: Progress = lambda what, share: None,
 ) -> list[LatencyRow]:
     """For each device the plan that it gets, the middle cut and all on the server, where these can be; by turns."""
-    level = LEVEL if min(catalogue.levels) <= LEVEL else min(catalogue.levels)
     with ExitStack() as stack:
         unlinked = _open_unlinked(stack, calibrator, catalogue, inputs, relayed=True)
-        opened: list[_Opened] = []
+        opened: list[Opened] = []
         chosen: list[bool] = []
         servers: dict[int, InferenceServer] = {}
         for device in devices:
-            plan, rows = choose_plan(catalogue, device, level)
-            able = {row.cut: (row.weight_bits, row.activation_bits) for row in rows if row.obstacle is None}
-            between = [cut for cut in able if 0 < cut < len(catalogue.profile.layers)]
-            for cut in dict.fromkeys((plan.cut, *between[len(between) // 2 :][:1], *([0] if 0 in able else []))):
-                forced = _only(catalogue, cut, able[cut])
+            for forced, is_chosen in worth_measuring(catalogue, device):
+                cut = cut_of(forced)
                 if cut not in servers:
-                    servers[cut] = _serve(stack, calibrator, forced)
-                address = _relay(stack, servers[cut].address, device)
-                opened.append(_open(stack, calibrator, forced, device, address, inputs))
-                chosen.append(cut == plan.cut)
+                    servers[cut] = serve(stack, calibrator, forced)
+                opened.append(open_linked(stack, calibrator, forced, device, servers[cut], inputs))
+                chosen.append(is_chosen)
         predicted_s = sum(one.predicted_s(catalogue.overheads) for one in opened)
         turns = int(min(max(total_s / predicted_s, LEAST_TURNS), MOST_TURNS))
         for turn in range(turns):
@@ -146,25 +142,39 @@ def latency_rows(
         return [_row(one, is_chosen, now) for one, is_chosen in zip(opened, chosen, strict=True)]
 
 
+def worth_measuring(catalogue: Catalogue, device: DeviceProfile) -> Iterator[tuple[Catalogue, bool]]:
+    """Catalogues of one cut only: the device's own (True), then the middle one and all on the server, where these can be."""
+    plan, rows = choose_plan(catalogue, device, LEVEL if min(catalogue.levels) <= LEVEL else min(catalogue.levels))
+    able = {row.cut: (row.weight_bits, row.activation_bits) for row in rows if row.obstacle is None}
+    between = [cut for cut in able if 0 < cut < len(catalogue.profile.layers)]
+    for cut in dict.fromkeys((plan.cut, *between[len(between) // 2 :][:1], *([0] if 0 in able else []))):
+        yield _only(catalogue, cut, able[cut]), cut == plan.cut
+
+
 def _open_unlinked(
     stack: ExitStack, calibrator: Calibrator, catalogue: Catalogue, inputs: np.ndarray, relayed: bool
-) -> list[_Opened]:
+) -> list[Opened]:
     """For each of `Catalogue.overheads` a device as fast as the server; `relayed` through a link without limits."""
     fp32 = {"fp32": catalogue.device_s["fp32"]}  # there is nothing that it cannot run
     bare, last = replace(catalogue, device_s=fp32, overheads=(Overhead(),) * 3), len(catalogue.profile.layers)
     device, opened = DeviceProfile(memory_bytes=2**40), []
     for cut in (0, last // 2, last):
         forced = _only(bare, cut, ((8,) * cut, 8 if cut < last else 0))
-        address = _serve(stack, calibrator, forced).address
+        address = serve(stack, calibrator, forced).address
         if relayed:
             address = _relay(stack, address, device)
         opened.append(_open(stack, calibrator, forced, device, address, inputs))
     return opened
 
 
-def _overheads(unlinked: Sequence[_Opened]) -> Overheads:
+def _overheads(unlinked: Sequence[Opened]) -> Overheads:
     server_alone, both, device_alone = (one.overhead for one in unlinked)
     return server_alone, both, device_alone
+
+
+def cut_of(forced: Catalogue) -> int:
+    (cuts,) = forced.levels.values()
+    return next(iter(cuts))
 
 
 def _only(catalogue: Catalogue, cut: int, bits: Bits) -> Catalogue:
@@ -172,10 +182,24 @@ def _only(catalogue: Catalogue, cut: int, bits: Bits) -> Catalogue:
     return replace(catalogue, levels={LEVEL: {cut: bits}})
 
 
-def _serve(stack: ExitStack, calibrator: Calibrator, forced: Catalogue) -> InferenceServer:
+def serve(
+    stack: ExitStack, calibrator: Calibrator, forced: Catalogue, certificate: Certifier = lambda plan: None
+) -> InferenceServer:
     server = stack.enter_context(InferenceServer({MODEL: calibrator.chain}))
-    server.publish(MODEL, forced.version, calibrator.vector, forced)
+    server.publish(MODEL, forced.version, calibrator.vector, forced, certificate)
     return server
+
+
+def open_linked(
+    stack: ExitStack,
+    calibrator: Calibrator,
+    forced: Catalogue,
+    device: DeviceProfile,
+    server: InferenceServer,
+    inputs: np.ndarray,
+) -> Opened:
+    """The device, behind its link."""
+    return _open(stack, calibrator, forced, device, _relay(stack, server.address, device), inputs)
 
 
 def _relay(stack: ExitStack, address: str, device: DeviceProfile) -> str:
@@ -186,7 +210,7 @@ def _relay(stack: ExitStack, address: str, device: DeviceProfile) -> str:
 
 def _open(
     stack: ExitStack, calibrator: Calibrator, forced: Catalogue, device: DeviceProfile, address: str, inputs: np.ndarray
-) -> _Opened:
+) -> Opened:
     plan, _ = choose_plan(forced, device, LEVEL)
     edge = EdgeDevice(
         [address],
@@ -196,14 +220,15 @@ def _open(
         model=MODEL,
         samples=calibrator.samples,
         patience_s=PATIENCE_S,
+        audit_share=0.0,
         emulated_speed=min(device.speed, 1.0),
     )
     stack.callback(edge.close)
     edge.predict(inputs[:1], PATIENCE_S)
-    return _Opened(device, forced, plan, edge)
+    return Opened(device, forced, plan, edge)
 
 
-def _row(one: _Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
+def _row(one: Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
     plan = one.plan
     return LatencyRow(
         one.device.name,

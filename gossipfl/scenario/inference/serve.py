@@ -26,7 +26,7 @@ from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import INFERENCE_RUN, InferenceServer
 from gossipfl.runtime.model_list import Architecture, ask_models
 from gossipfl.scenario.config import Scenario
-from gossipfl.scenario.inference.calibrate import calibrator_of, load_calibration
+from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration
 from gossipfl.scenario.inference.trained import Trained
 from gossipfl.scenario.preparation import prepare
 
@@ -35,9 +35,10 @@ Say = Callable[[str], None]
 
 def open_server(trained: Trained, bind: str, advertise: str | None, insecure: bool) -> InferenceServer:
     """A server of a calibrated model; certificates that it has not got yet are made when a plan asks for them."""
-    calibration, calibrator = load_calibration(trained), calibrator_of(trained)
+    calibration = load_calibration(trained)
+    calibrator = calibrator_like(trained, calibration)
 
-    def certificate(plan: Plan) -> Certificate:
+    def certificate(plan: Plan) -> Certificate | None:
         return calibration.certificate_for(calibrator.basis(plan)) or calibrator.certify(plan)
 
     architecture = architecture_of(trained)
