@@ -572,6 +572,21 @@ def test_a_plan_that_cannot_be_is_an_error_that_names_the_nearest(servers, devic
     assert devices(server).predict(X, DEADLINE_S).receipt.version == 1
 
 
+def test_a_device_that_asks_before_the_first_version_gets_it_as_soon_as_there_is_one(servers, devices):
+    early, other = servers(version=0), servers(version=0)
+    with pytest.raises(ConfigError, match="no model 'n' here; there is m"):
+        devices(early, model="n").predict(X, DEADLINE_S)
+    for addresses in ((early,), (other, early)):
+        device = devices(*addresses)
+        names = " and ".join(f"m@{k} {'has' if len(addresses) == 1 else ''}".strip() for k in range(len(addresses)))
+        with pytest.raises(RunError, match=rf"waited 0\.5\S* s for a first version: {names}.* none ready yet.*allow more time"):
+            device.predict(X, 0.5)
+        assert device.faults == []
+    waiting = device.submit(X, DEADLINE_S)
+    early.publish("m", 1, vector_of(1), catalogue(1, LAYERS))
+    assert_same(waiting.result(DEADLINE_S).scores, reduced_scores(X, cut=LAYERS))
+
+
 def test_a_device_with_another_model_is_told_so(servers):
     other = Chain.of(nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)), SHAPE)
     with (
