@@ -129,6 +129,23 @@ def test_what_is_no_ask_and_no_manifest_is_refused(garbage):
             read(garbage)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (b'"speed":1.0', b'"speed":' + b"1" * 400, "no ask: ask.device.speed = 1111.* is not a number of at most 63 bits"),
+        (b'"speed":1.0', b'"speed":1e999', "no ask: 1e999 is no number"),
+        (b'"held":0', b'"held":9223372036854775808', "no ask: ask.held = 9223372036854775808 is not a whole number of at most"),
+        (b'"cached":[]', b'"cached":[4,4.5]', r"no ask: ask.cached\[1\] = 4.5 is not a whole number"),
+        (b'"held":0', b'"hold":0', "no ask: ask = .* is not a table of device, max_accuracy_loss, held"),
+    ],
+)
+def test_an_ask_that_cannot_be_is_refused_by_the_name_of_what_is_wrong(old, new, says):
+    valid = offers.to_json(Ask(DeviceProfile()))
+    assert valid.count(old) == 1
+    with pytest.raises(RemoteProtocolError, match=says):
+        offers.ask_from_json(valid.replace(old, new))
+
+
 def test_twenty_thousand_mutated_manifests_are_manifests_or_refused():
     chance = random.Random(0)
     valid = [offers.to_json(offer) for offer in (manifest(), manifest(2, 1, 6, alpha=0.1))]

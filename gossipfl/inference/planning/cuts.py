@@ -15,16 +15,15 @@ must fit its memory.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, is_dataclass
-from types import UnionType
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
 
 import numpy as np
 
 from gossipfl.errors import ConfigError, PlanError
+from gossipfl.inference.planning.json_values import read
 from gossipfl.inference.planning.profile import (
     ON_DEVICE,
     ON_SERVER,
@@ -112,7 +111,11 @@ class Catalogue:
     @staticmethod
     def from_json(value: object) -> Catalogue:
         """What `to_json` gave, also after a round through JSON. PlanError, naming the key, for anything else."""
-        return cast(Catalogue, _read(Catalogue, value, "catalogue"))
+        try:
+            found: Catalogue = read(Catalogue, value, "catalogue")
+        except ValueError as error:
+            raise PlanError(f"{error}; calibrate again") from error
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +290,7 @@ def _plan(catalogue: Catalogue, row: CutRow) -> Plan:
     return Plan(catalogue.version, tuple(stages), cut, row.weight_bits, row.activation_bits, row.prediction)
 
 
-# --- checks and JSON --------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _require(is_right: object, key: str, value: object, expected: str) -> None:
@@ -328,37 +331,3 @@ def _check_times(times: Mapping[str, Sequence[float | None]], key: str, num_laye
 
 def _check_shape(shape: tuple[int, ...], key: str) -> None:
     _require(all(size >= 1 for size in shape), key, shape, "a shape of sizes of at least 1")
-
-
-def _read(kind: Any, value: Any, key: str) -> Any:
-    """`value`, of JSON, as a `kind`: a dataclass, a mapping, a tuple, a choice, None or a number or text."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is UnionType:
-        return None if value is None else _read(arguments[0], value, key)
-    if origin is Literal:
-        _require(value in arguments, key, value, f"one of {', '.join(arguments)}")
-        return value
-    if origin is tuple:
-        is_open = arguments[-1] is Ellipsis
-        is_list = isinstance(value, list | tuple) and (is_open or len(value) == len(arguments))
-        _require(is_list, key, value, "a list" if is_open else f"a list of {len(arguments)}")
-        kinds = itertools.repeat(arguments[0]) if is_open else arguments
-        return tuple(_read(one, item, f"{key}[{index}]") for index, (item, one) in enumerate(zip(value, kinds, strict=False)))
-    if origin is Mapping:
-        _require(isinstance(value, dict), key, value, "a table")
-        return {_name(arguments[0], name, f"{key}.{name}"): _read(arguments[1], value[name], f"{key}.{name}") for name in value}
-    if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        _require(isinstance(value, dict) and value.keys() == hints.keys(), key, value, f"a table of {', '.join(hints)}")
-        return cast(Any, kind)(**{name: _read(hint, value[name], f"{key}.{name}") for name, hint in hints.items()})
-    is_number = kind is float and type(value) is int
-    _require(is_number or type(value) is kind, key, value, {int: "a whole number", float: "a number", str: "text"}[kind])
-    return kind(value)
-
-
-def _name(kind: Any, text: Any, key: str) -> Any:
-    """A key of a table, which JSON knows only as text."""
-    try:
-        return kind(text)
-    except ValueError:
-        _require(False, key, text, f"named by {'a whole number' if kind is int else 'a number'}")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
-from functools import cache
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
-from gossipfl.errors import ConfigError, PlanError, RemoteProtocolError
+from gossipfl.errors import PlanError, RemoteProtocolError
+from gossipfl.inference.planning.json_values import read
 from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile, Plan, Range
 from gossipfl.protocol.messages import FULL_BITS
 from gossipfl.segments.planes import MAX_PLANES, Planes
@@ -209,38 +208,16 @@ def _plain(value: Any) -> Any:
 
 
 def _from_json(class_: type[T], payload: bytes | memoryview) -> T:
+    name = class_.__name__.lower()
     try:
-        value: T = _read(class_, json.loads(bytes(payload)), class_.__name__.lower())
-    except (ValueError, RecursionError, ConfigError) as error:  # also bytes that are no UTF-8
-        raise RemoteProtocolError(f"no {class_.__name__.lower()}: {str(error)[:160]}") from error
+        value: T = read(class_, json.loads(bytes(payload), parse_float=_finite, parse_constant=_finite), name)
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8
+        raise RemoteProtocolError(f"no {name}: {str(error)[:160]}") from error
     return value
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind`: a dataclass, a number, a text, a tuple of one kind, or one of these or None; else ValueError."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return None if value is None else _read(next(one for one in arguments if one is not type(None)), value, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-    elif origin is tuple:
-        if isinstance(value, list):
-            return tuple(_read(arguments[0], item, where) for item in value)
-    elif is_dataclass(kind):
-        hints = _hints(kind)  # type: ignore[arg-type]
-        if isinstance(value, dict) and value.keys() == hints.keys():
-            return kind(**{name: _read(hint, value[name], name) for name, hint in hints.items()})  # type: ignore[operator]
-    elif kind is float:
-        if value is None:
-            return math.inf
-        if type(value) in (int, float) and math.isfinite(value):
-            return float(value)
-    elif type(value) is kind:
-        return value
-    raise ValueError(f"{where} = {str(value)[:60]} is no {getattr(kind, '__name__', kind)}")
-
-
-@cache
-def _hints(kind: type) -> Mapping[str, Any]:
-    return get_type_hints(kind)
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return value
