@@ -6,12 +6,14 @@ on its own, so an answer does not depend on what else is in its batch.
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from gossipfl.errors import CodecError
+from gossipfl.inference.planning.offers import SAMPLE_BITS
 from gossipfl.segments.codecs import all_finite, codec
 
 EXACT_BITS = 32
@@ -63,6 +65,24 @@ def decode_live(
             raise CodecError("the activations are not finite")
         live.append(values.reshape(num_samples, *shape))
     return tuple(live)
+
+
+def samples_to_text(samples: np.ndarray) -> str:
+    """Calibration inputs (f32[n, *input_shape]) as an offer carries them."""
+    return base64.b64encode(encode_live((samples,), SAMPLE_BITS)).decode()
+
+
+def samples_from_text(text: str, input_shape: tuple[int, ...]) -> np.ndarray | None:
+    """None where there are none; CodecError for what `samples_to_text` cannot have written."""
+    if not text:
+        return None
+    try:
+        payload = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise CodecError(f"the calibration samples of the offer are no base64: {error}") from error
+    # each takes a centre, a scale and a byte for each value; where planes do not end with a byte, 7 more for all
+    count = len(payload) // (8 + math.prod(input_shape))
+    return decode_live(payload, (input_shape,), count, SAMPLE_BITS)[0]
 
 
 def _name(bits: int, group: int) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from gossipfl.errors import ConfigError
+from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import Compiled, Seconds, available_engines, compile_stage, stage_seconds
 from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, measure, quantized, rounded
@@ -207,7 +208,8 @@ class Calibrator:
             {engine: tuple(time if math.isfinite(time) else None for time in times[side]) for engine, times in seconds.items()}
             for side in (0, 1)
         )
-        self._measured = Catalogue(self.chain.profile, self.version, levels, device_s, server_s)
+        sample_bytes = len(samples_to_text(self.samples))
+        self._measured = Catalogue(self.chain.profile, self.version, levels, device_s, server_s, sample_bytes=sample_bytes)
         return self._measured, rows
 
     def basis(self, plan: Plan) -> Basis:

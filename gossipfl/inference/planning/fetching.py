@@ -20,7 +20,7 @@ from typing import Literal
 from gossipfl.inference.planning.audit import SHARE
 from gossipfl.inference.planning.device_words import Action, Forget, Load, LookUp, Send, Unload
 from gossipfl.inference.planning.holders import FIRST_BACKOFF_S, MAX_BACKOFF_S, Holders
-from gossipfl.inference.planning.offers import Ask, Failure, Manifest, missing
+from gossipfl.inference.planning.offers import Ask, Failure, Manifest, missing, samples_digest
 from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile
 from gossipfl.protocol.messages import MAX_RANGES, Data, Failed, Later, Message, Offer, PeerId, PlanRequest, Pull, Refuse
 from gossipfl.protocol.transfers import Transfer
@@ -42,6 +42,8 @@ class DeviceConfig:
     patience_s: float = 5.0
     wait_s: float = 60.0
     audit_share: float = SHARE
+    samples: str = ""
+    """As a manifest holds them, where it holds none."""
 
 
 @dataclass(slots=True)
@@ -78,6 +80,7 @@ class Fetcher:
         self._candidate: _Candidate | None = None
         self._next: tuple[Manifest, PeerId] | None = None  # offered while another was loading
         self._spoilt: set[PeerId] = set()  # their offers have come to nothing since the last one that was loaded
+        self._samples = config.samples
         self._unready: set[PeerId] = set()  # they have no version yet
         self._plan: _PlanAsked | None = None
         self._plan_due: float | None = None  # when the answer is overdue, or a plan is asked for again
@@ -195,7 +198,7 @@ class Fetcher:
             self._plan_due = self._holders.next_free()
             return []
         config, held = self._config, self._newest
-        ask = Ask(config.device, config.max_accuracy_loss, wait_s=config.wait_s)
+        ask = Ask(config.device, config.max_accuracy_loss, wait_s=config.wait_s, samples=samples_digest(self._samples))
         if held is not None:
             ask = replace(ask, held=held.version, cached=held.plan.weight_bits)
         request = next(self._numbers)
@@ -242,6 +245,8 @@ class Fetcher:
         self._holders.praise(peer)
         self._plan, self._plan_due, self.error = None, None, None
         self._unready.clear()
+        self._samples = manifest.samples or self._samples
+        manifest = replace(manifest, samples=self._samples)
         newest = self._newest.version if self._newest else 0
         if manifest.version <= newest:  # it lags behind, or has not waited
             self._plan_due = now + FIRST_BACKOFF_S

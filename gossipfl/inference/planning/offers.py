@@ -6,6 +6,7 @@ is no such object is a RemoteProtocolError, an offer that does not add up for th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Collection, Iterator
@@ -49,7 +50,7 @@ class Ask:
     """A plan for this device, please, within this loss of accuracy (None: the server's choice).
 
     It has version `held` already (0: none), and of it `cached` planes of each of the first layers: the answer may wait until
-    there is a newer one, for at most `wait_s`.
+    there is a newer one, for at most `wait_s`. `samples` is the digest of those it has to compile engines with.
     """
 
     device: DeviceProfile
@@ -57,6 +58,7 @@ class Ask:
     held: int = 0
     wait_s: float = 0.0
     cached: tuple[int, ...] = ()
+    samples: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,8 @@ class Manifest:
 
     An answer of the reduced model is accepted from margin `threshold` on (0: always), on `scale`; with probability 1 - `delta`
     at most `alpha` of all requests are then answered otherwise than by the full model (None: nobody has measured it).
-    `samples` are inputs that the plan's engine is compiled with, where it needs any: activations at cut 0 in SAMPLE_BITS bits,
-    in base64. Compiled with the same ones, it computes what was certified.
+    `samples` are inputs that the plan's engine is compiled with, where it needs any and the device has others than these:
+    activations at cut 0 in SAMPLE_BITS bits, in base64. Compiled with the same ones, it computes what was certified.
     """
 
     model: str
@@ -126,6 +128,11 @@ class Manifest:
 
 def _refuse(what: str, remedy: str = "update the server") -> None:
     raise PlanError(f"the offer does not add up: {what}; {remedy}")
+
+
+def samples_digest(samples: str) -> str:
+    """Of a manifest's samples; empty where there are none."""
+    return hashlib.blake2b(samples.encode(), digest_size=16).hexdigest() if samples else ""
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------

@@ -53,10 +53,11 @@ class LatencyRow:
     predicted_up: int
     measured_up: int
     predicted_pull: int
+    """With the samples that come with the offer, if the engine is compiled with any."""
     measured_pull: int
     predicted_pull_s: float
     measured_pull_s: float
-    """Without the offer before and the compiling after."""
+    """Without the offer before, samples and all, and the compiling after."""
 
     @property
     def error(self) -> float:
@@ -86,7 +87,7 @@ class _Opened:
     def predicted_s(self, overheads: Overheads) -> float:
         """Of a request with the weights there."""
         catalogue = replace(self.forced, overheads=overheads)
-        plan, _ = choose_plan(catalogue, self.device, min(catalogue.levels), cached=self.plan.weight_bits)
+        plan, _ = choose_plan(catalogue, self.device, min(catalogue.levels), cached=self.plan.weight_bits, has_samples=True)
         return plan.prediction.latency_s
 
     @property
@@ -174,7 +175,7 @@ def _only(catalogue: Catalogue, cut: int, bits: Bits) -> Catalogue:
 
 def _serve(stack: ExitStack, calibrator: Calibrator, forced: Catalogue) -> InferenceServer:
     server = stack.enter_context(InferenceServer({MODEL: calibrator.chain}))
-    server.publish(MODEL, forced.version, calibrator.vector, forced)
+    server.publish(MODEL, forced.version, calibrator.vector, forced, samples=calibrator.samples)
     return server
 
 
@@ -194,7 +195,6 @@ def _open(
         device,
         LEVEL,
         model=MODEL,
-        samples=calibrator.samples,
         patience_s=PATIENCE_S,
         emulated_speed=min(device.speed, 1.0),
     )
@@ -217,7 +217,7 @@ def _row(one: _Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
         statistics.median(receipt.seconds["total"] for receipt in one.receipts),
         plan.prediction.activation_bytes,
         one.receipts[0].bytes_up,
-        plan.prediction.weight_bytes,
+        plan.prediction.weight_bytes + plan.prediction.sample_bytes,
         one.edge.bytes_pulled,
         fetch_seconds(one.forced, one.device, plan.weight_bits),
         one.edge.seconds_pulled,
