@@ -55,6 +55,7 @@ NUM_SAMPLES = 16
 """Inputs that engines are compiled with, here and on the device, so that both compute the same."""
 PARTS = (0.1, 0.8)
 """Of all work, done after the noise and after the tables."""
+EngineSeconds = dict[str, tuple[float | None, ...]]
 Progress = Callable[[str, float], None]
 
 
@@ -134,6 +135,15 @@ def calibrate(
     return calibrator
 
 
+def by_side(seconds: Seconds) -> tuple[EngineSeconds, EngineSeconds]:
+    """Those of the device and of the server as a catalogue has them: None where an engine cannot be used."""
+    device_s, server_s = (
+        {engine: tuple(time if math.isfinite(time) else None for time in times[side]) for engine, times in seconds.items()}
+        for side in (0, 1)
+    )
+    return device_s, server_s
+
+
 class Calibrator:
     """Measures one version of a chain. Deterministic but for seconds."""
 
@@ -204,10 +214,7 @@ class Calibrator:
         levels = {
             level: {cut: (row.weight_bits, row.activation_bits) for cut, row in cuts.items()} for level, cuts in rows.items()
         }
-        device_s, server_s = (
-            {engine: tuple(time if math.isfinite(time) else None for time in times[side]) for engine, times in seconds.items()}
-            for side in (0, 1)
-        )
+        device_s, server_s = by_side(seconds)
         sample_bytes = len(samples_to_text(self.samples))
         self._measured = Catalogue(self.chain.profile, self.version, levels, device_s, server_s, sample_bytes=sample_bytes)
         return self._measured, rows
