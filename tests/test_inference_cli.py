@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 import gossipfl
 from gossipfl.cli import main
+from gossipfl.inference.execution import engines
 from gossipfl.learning.models import build_model
 from gossipfl.scenario.inference import latency
 from gossipfl.scenario.inference.calibrate import calibrator_of, load_calibration, served_here, timed_here
@@ -47,6 +48,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "MOST_TURNS", 1)
         patch.setattr(latency, "PAUSE_S", 0.0)
+        patch.setattr(engines, "REST_S", 0.0)
         yield
 
 

@@ -119,6 +119,7 @@ def test_a_prediction_is_the_plans_and_now_has_the_overheads_of_now(calibrator, 
         assert measured > 0  # threads and messages take some time
         assert row.error == row.predicted_s / row.measured_s - 1
         assert row.error_now == row.predicted_now_s / row.measured_s - 1
+        assert row.measured_s <= row.median_s
 
 
 def test_a_cut_that_does_not_fit_the_device_has_no_row(calibrator, catalogue):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gossipfl.inference.execution.calibration import Calibrator, Progress
+from gossipfl.inference.execution.engines import undisturbed
 from gossipfl.inference.planning.cuts import Bits, Catalogue, Overhead, choose_plan, fetch_seconds
 from gossipfl.inference.planning.profile import ON_DEVICE, DeviceProfile, Plan
 from gossipfl.inference.planning.receipts import Receipt
@@ -25,9 +26,9 @@ from gossipfl.runtime.link_relay import LinkRelay
 
 LEVEL = 0.01
 """The loss that plans are made for, or the least that there is."""
-TOTAL_S = 8.0
+TOTAL_S = 12.0
 """What all requests together may take, as predicted."""
-LEAST_TURNS, MOST_TURNS = 3, 15
+LEAST_TURNS, MOST_TURNS = 3, 25
 PAUSE_S = 0.05
 """Rest before each request: who is asked once in a while begins cold, which takes up to three times as long."""
 PATIENCE_S = 60.0
@@ -37,7 +38,7 @@ Overheads = tuple[Overhead, Overhead, Overhead]
 
 @dataclass(frozen=True, slots=True)
 class LatencyRow:
-    """One plan of one device: a request with the weights there, the median of `turns`, and the pull of the weights."""
+    """One plan of one device: requests with the weights there, `turns` of them, and the pull of the weights."""
 
     device: str
     cut: int
@@ -50,6 +51,8 @@ class LatencyRow:
     predicted_now_s: float
     """With the overheads of this machine as it was meanwhile (the relay's among them), not those of the calibration."""
     measured_s: float
+    """Of a request that other work on the machine does not disturb."""
+    median_s: float
     predicted_up: int
     measured_up: int
     predicted_pull: int
@@ -95,9 +98,9 @@ class _Opened:
         """What was measured, less what is known of the layers; of a device without a link."""
         known, seconds = self.plan.prediction, [receipt.seconds for receipt in self.receipts]
         return Overhead(
-            max(0.0, statistics.median(one["device"] for one in seconds) - known.device_s),
-            max(0.0, statistics.median(one["server"] for one in seconds) - known.server_s),
-            max(0.0, statistics.median(one["total"] - one["device"] - one["server"] for one in seconds)),
+            max(0.0, undisturbed(one["device"] for one in seconds) - known.device_s),
+            max(0.0, undisturbed(one["server"] for one in seconds) - known.server_s),
+            max(0.0, undisturbed(one["total"] - one["device"] - one["server"] for one in seconds)),
         )
 
 
@@ -106,8 +109,7 @@ def measure_overheads(calibrator: Calibrator, catalogue: Catalogue, inputs: np.n
     with ExitStack() as stack:
         unlinked = _open_unlinked(stack, calibrator, catalogue, inputs, relayed=False)
         for turn in range(MOST_TURNS):
-            for one in unlinked:
-                one.ask(inputs, turn)
+            _ask_all(unlinked, inputs, turn)
         return _overheads(unlinked)
 
 
@@ -141,10 +143,15 @@ def latency_rows(
         turns = int(min(max(total_s / predicted_s, LEAST_TURNS), MOST_TURNS))
         for turn in range(turns):
             told("requests over emulated links", turn / turns)
-            for one in (*unlinked, *opened):
-                one.ask(inputs, turn)
+            _ask_all([*unlinked, *opened], inputs, turn)
         now = _overheads(unlinked)
         return [_row(one, is_chosen, now) for one, is_chosen in zip(opened, chosen, strict=True)]
+
+
+def _ask_all(devices: Sequence[_Opened], inputs: np.ndarray, turn: int) -> None:
+    """In an order of its own for each turn: how cold a request begins hangs on what came before it."""
+    for index in np.random.default_rng(turn).permutation(len(devices)):
+        devices[index].ask(inputs, turn)
 
 
 def _open_unlinked(
@@ -214,6 +221,7 @@ def _row(one: _Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
         len(one.receipts),
         one.predicted_s(one.forced.overheads),
         one.predicted_s(now),
+        undisturbed(receipt.seconds["total"] for receipt in one.receipts),
         statistics.median(receipt.seconds["total"] for receipt in one.receipts),
         plan.prediction.activation_bytes,
         one.receipts[0].bytes_up,
