@@ -794,6 +794,7 @@ LIES = {
     "garbage": offering(b"garbage"),
     "another model": offering(to_json(replace(manifest_from_json(honest_offer()), model="n"))),
     "another version": offering(to_json(replace(manifest_from_json(honest_offer()), version=9))),
+    "a number of 400 digits": offering(honest_offer().replace(b'"accuracy_loss":0.01', b'"accuracy_loss":' + b"1" * 400)),
     "garbled samples": offering(to_json(replace(manifest_from_json(honest_offer()), samples="AAAA"))),
     "no frames": lambda envelope: [(b"\xc1", b"")],
     "too large": lambda envelope: says(envelope, Offer(1, 0, 2**40, payload=b"x")),
@@ -855,6 +856,7 @@ def say(attacker, message, model="m", payload=None) -> None:
     ("message", "kind"),
     [
         (PlanRequest(1, payload=b"{"), "input"),
+        (PlanRequest(1, payload=to_json(Ask(DeviceProfile())).replace(b'"speed":1.0', b'"speed":' + b"1" * 400)), "input"),
         (PlanRequest(1, payload=to_json(Ask(DeviceProfile(speed=-1.0)))), "plan"),
         (PlanRequest(1, payload=to_json(Ask(DeviceProfile(), -5.0))), "plan"),
         (PlanRequest(1, payload=to_json(Ask(DeviceProfile(), held=1, cached=(6, 99)))), "plan"),
