@@ -84,7 +84,10 @@ def catalogues(draw):
             values[none] = 0.0
         times[side] = {engine: tuple(values) for engine, values in seconds.items()}
     overheads = tuple(Overhead(*rng.random(3).tolist()) for _ in range(3))
-    return Catalogue(ModelProfile(tuple(layers), (1, 5, 7), 10), 3, levels, **times, overheads=overheads)
+    sample_bytes = int(rng.integers(0, 2000))
+    return Catalogue(
+        ModelProfile(tuple(layers), (1, 5, 7), 10), 3, levels, **times, overheads=overheads, sample_bytes=sample_bytes
+    )
 
 
 devices = st.builds(
@@ -142,6 +145,8 @@ def cost_by_hand(catalogue, device, level, cut, cached):
         if pulled:
             fetch_s = asked / device.uplink + 2 * device.latency_s + down / device.downlink + catalogue.overheads[0].rest_s
             total_s += fetch_s / device.requests
+        if cut and engine != "fp32":
+            total_s += catalogue.sample_bytes / device.downlink / device.requests
         energy = device.compute_w * device_s + device.transmit_w * uplink_s
         costs.append(device.time_weight * total_s + device.energy_weight * energy + device.price_weight * server_s)
     return min(costs, default=None)
@@ -321,6 +326,22 @@ def test_the_requests_that_are_expected_share_the_download_of_the_weights():
     assert shared.weight_bytes == once.weight_bytes
 
 
+# 1.5 s on the device are saved by an engine whose samples take 5 s to come: worth it for four requests, and not for three.
+def test_the_samples_that_an_engine_is_compiled_with_are_part_of_what_comes_down():
+    catalogue = replace(EXAMPLE, device_s={"fp32": (0.0, 1.0, 2.0, 5.0), "int8": (0.0, 1.0, 2.0, 3.5)}, sample_bytes=500)
+    device = DeviceProfile(downlink=100.0, price_weight=9.0)
+    for requests, engine, sample_bytes in ((3, "fp32", 0), (4, "int8", 500)):
+        plan, rows = choose_plan(catalogue, replace(device, requests=requests), 0.01)
+        assert (plan.cut, plan.stages[0].engine, plan.prediction.sample_bytes) == (3, engine, sample_bytes)
+        assert rows[0].prediction.sample_bytes == 0, "nothing is compiled"
+    plan, _ = choose_plan(catalogue, device, 0.01, has_samples=True)
+    assert (plan.stages[0].engine, plan.prediction.sample_bytes) == ("int8", 0)
+    fetch_s = fetch_seconds(catalogue, device, (5, 6, 7))
+    assert plan.prediction.transfer_s == pytest.approx(fetch_s)
+    plan, _ = choose_plan(catalogue, replace(device, requests=4), 0.01)
+    assert plan.prediction.transfer_s == pytest.approx((fetch_s + 5.0) / 4)
+
+
 def test_the_largest_level_that_is_allowed_is_used():
     device = DeviceProfile(price_weight=100.0)
     plans = [choose_plan(EXAMPLE, device, loss)[0] for loss in (0.01, 0.049, 0.05, 1.0)]
@@ -446,6 +467,7 @@ LAYER = ("profile", "layers", 1)
         (("server_s", "fp32", 3), 0.1, r"catalogue.server_s.fp32\[3\] = 0.1 is not 0, with nothing to compute"),
         (("overheads",), [], r"catalogue.overheads = \[\] is not a list of 3"),
         (("overheads", 1, "rest_s"), -1.0, r"catalogue.overheads\[1\] = \(0.0, 0.0, -1.0\) is not seconds of at least 0"),
+        (("sample_bytes",), -1, "catalogue.sample_bytes = -1 is not a number of at least 0"),
         (("server_s", "fp32", 1), None, "catalogue.server_s = {} is not a table with an engine that runs cut 1"),
     ],
 )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from safetensors.numpy import load_file
 
 import gossipfl
 from gossipfl.cli import main
+from gossipfl.inference.execution import engines
 from gossipfl.learning.models import build_model
 from gossipfl.scenario.inference import latency
-from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration
+from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration, served_here, timed_here
 from gossipfl.scenario.inference.trained import load_trained
 
 SCENARIO = {
@@ -46,6 +48,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "MOST_TURNS", 1)
         patch.setattr(latency, "PAUSE_S", 0.0)
+        patch.setattr(engines, "REST_S", 0.0)
         yield
 
 
@@ -61,7 +64,7 @@ def run(tmp_path_factory):
 
 def test_a_calibration_is_stored_beside_the_model_and_says_what_it_was_made_with(run):
     stored = json.loads((run / "models" / "average.calibration.json").read_text())
-    assert stored["model"] == "average" and stored["made_with"].keys() == {"version", "machine", "torch", "seed"}
+    assert stored["model"] == "average" and stored["made_with"].keys() == {"version", "machine", "kernels", "seed"}
     assert stored["catalogue"]["version"] == 6
     assert {certificate["n"] for certificate in stored["certificates"]} == {360}
 
@@ -165,6 +168,38 @@ def test_a_calibration_that_was_damaged_is_refused(run, tmp_path, spoil):
     assert code == 2 and "calibrate" in stderr and "Traceback" not in stderr
 
 
+def of_another_machine(run, folder):
+    """The run as if calibrated where all takes a second, and there is an engine more."""
+    shutil.copytree(run, folder)
+    file = folder / "models" / "average.calibration.json"
+    stored = json.loads(file.read_text())
+    catalogue, last = stored["catalogue"], len(stored["catalogue"]["profile"]["layers"])
+    stored["made_with"]["kernels"] = "a Cray-1"
+    catalogue["device_s"] = {"fp32": [0, *[1] * last], "int8": [0, *[1] * last], "vector": [0, *[0.5] * last]}
+    catalogue["server_s"] = {"fp32": [*[1] * last, 0]}
+    catalogue["overheads"] = [{"device_s": 3, "server_s": 3, "rest_s": 3}] * 3
+    file.write_text(json.dumps(stored))
+    return load_trained(folder)
+
+
+def test_seconds_of_another_machine_are_measured_again_where_the_model_is_served(run, tmp_path):
+    trained, lines = of_another_machine(run, tmp_path / "copy"), []
+    calibration = load_calibration(trained)
+    calibrator = calibrator_like(trained, calibration)
+    here = timed_here(calibration, calibrator, lines.append)
+    (line,) = lines
+    assert line.startswith("the engines were timed on a Cray-1; timing them again on ") and torch.__version__ in line
+    assert here.device_s.keys() == {"fp32", "int8"}, "those that are here"
+    assert all(0 < seconds < 1 for times in here.device_s.values() for seconds in times[1:])
+    served = served_here(calibration.catalogue, here)
+    assert served.server_s["fp32"] == here.server_s["fp32"] and served.overheads[0].rest_s == here.overheads[0].rest_s < 3
+    assert served.device_s == {engine: calibration.catalogue.device_s[engine] for engine in ("fp32", "int8")}
+    assert served.overheads[2].device_s == 3, "of a device of that machine's speed"
+    broken = served_here(calibration.catalogue, replace(here, device_s=here.device_s | {"int8": (0.0, None, None)}))
+    assert broken.device_s["int8"] == (0.0, None, None), "an engine that computes something else here is not certified here"
+    assert timed_here(load_calibration(load_trained(run)), calibrator, lines.append) and len(lines) == 1
+
+
 def test_a_certificate_that_cannot_be_given_says_how_many_samples_it_takes(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -222,7 +257,8 @@ def serving(folder, *words):
 
 @pytest.mark.processes
 def test_a_device_that_knows_nothing_but_an_address_answers_and_the_server_ends_in_order(run, tmp_path):
-    with serving(run) as (process, (address,)):
+    of_another_machine(run, tmp_path / "copy")
+    with serving(tmp_path / "copy") as (process, (address,)):
         words = ["--server", address, "--max-accuracy-loss", "0.05", "--samples", "20", "--cache", tmp_path / "cache"]
         code, stdout, stderr = call("device", *words, "--config", run / "scenario.toml", "--json")
         assert code == 0, stderr

@@ -137,6 +137,23 @@ def test_what_is_no_ask_and_no_manifest_is_refused(garbage):
             read(garbage)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (b'"speed":1.0', b'"speed":' + b"1" * 400, "no ask: ask.device.speed = 1111.* is not a number of at most 63 bits"),
+        (b'"speed":1.0', b'"speed":1e999', "no ask: 1e999 is no number"),
+        (b'"held":0', b'"held":9223372036854775808', "no ask: ask.held = 9223372036854775808 is not a whole number of at most"),
+        (b'"cached":[]', b'"cached":[4,4.5]', r"no ask: ask.cached\[1\] = 4.5 is not a whole number"),
+        (b'"held":0', b'"hold":0', "no ask: ask = .* is not a table of device, max_accuracy_loss, held"),
+    ],
+)
+def test_an_ask_that_cannot_be_is_refused_by_the_name_of_what_is_wrong(old, new, says):
+    valid = offers.to_json(Ask(DeviceProfile()))
+    assert valid.count(old) == 1
+    with pytest.raises(RemoteProtocolError, match=says):
+        offers.ask_from_json(valid.replace(old, new))
+
+
 def test_twenty_thousand_mutated_manifests_are_manifests_or_refused():
     chance = random.Random(0)
     valid = [offers.to_json(offer) for offer in (manifest(), manifest(2, 1, 6, alpha=0.1))]
@@ -269,7 +286,7 @@ def data(pull, range_=None, offset=0, num_bytes=None, total=100):
 def test_a_plan_is_asked_for_and_again_for_what_comes_after_it():
     machine = asker()
     ((peer, request),) = sent(machine.handle(Start(), 0.0), PlanRequest)
-    assert peer == "s0" and request.payload == Ask(DeviceProfile(), None, 0, 0.0)
+    assert peer == "s0" and request.payload == Ask(DeviceProfile(), None, 0, WAIT), "there may be none yet"
     actions = offered(machine, manifest())
     assert actions[0] == LookUp(manifest())
     ((peer, request),) = sent(actions, PlanRequest)
@@ -413,6 +430,61 @@ def test_questions_hear_why_there_is_no_plan(kind):
     assert of(actions, Fail) == [Fail(1, kind, "not within 0.001; the nearest is 0.01")]
     assert of(machine.handle(Question(2, 1, 100.0), 1.5), Fail), "also those who come later"
     assert sent(machine.handle(Wake(), machine.next_deadline), PlanRequest), "it may have become possible"
+
+
+def later(machine, peer, now):
+    return machine.handle(Received(peer, Later(machine.fetcher._plan.request, 0)), now)
+
+
+def test_where_there_is_no_version_yet_the_question_waits_for_it():
+    machine = asker(servers=("s0",))
+    machine.handle(Start(), 0.0)
+    assert machine.handle(Question(1, 1, 100.0), 1.0) == machine.handle(Question(2, 1, 30.0), 1.0) == []
+    assert later(machine, "s0", 1.0) == []
+    assert machine.next_deadline == 30.0
+    (failure,) = of(machine.handle(Wake(), 30.0), Fail)
+    assert (failure.number, failure.kind) == (2, "deadline")
+    assert failure.reason == (
+        "no answer in time; waited 29 s for a first version: s0 has none ready yet, while it is trained or calibrated; "
+        "allow more time"
+    )
+    assert machine.next_deadline == 1.0 + WAIT + PATIENCE
+    actions = machine.handle(Wake(), 66.0)
+    assert of(actions, Forget) and not of(actions, Report) and sent(actions, PlanRequest), "it is asked again, and not blamed"
+    later(machine, "s0", 66.0)
+    offered(machine, manifest(), 70.0)
+    machine.handle(Found(1, frozenset()), 70.0)
+    machine.handle(Question(3, 1, 71.0), 70.0)
+    (failure,) = of(machine.handle(Wake(), 71.0), Fail)
+    assert failure.reason == "no answer in time; waited 1 s for a first version: version 1 is not pulled yet; allow more time"
+
+
+def test_a_server_that_has_a_version_is_found_while_others_prepare_their_first():
+    machine = asker(servers=("s0", "s1", "s2"))
+    machine.handle(Start(), 0.0)
+    asked = [sent(later(machine, peer, 0.0), PlanRequest) for peer in ("s0", "s1")]
+    assert [peer for ((peer, _),) in asked] == ["s1", "s2"]
+    assert later(machine, "s2", 0.0) == [], "the last one says when it has one"
+    assert machine.next_deadline == PATIENCE, "but another may have one sooner"
+    asked = [sent(machine.handle(Wake(), PATIENCE), PlanRequest), sent(later(machine, "s0", 5.0), PlanRequest)]
+    assert [peer for ((peer, _),) in asked] == ["s0", "s1"]
+    ((_, request),) = sent(offered(machine, manifest(), 5.0, "s1"), PlanRequest)
+    assert (request.payload.held, request.payload.wait_s) == (1, WAIT)
+
+
+def test_one_server_that_prepares_its_first_version_is_reason_enough_to_wait():
+    machine = asker()
+    machine.handle(Start(), 0.0)
+    machine.handle(Question(1, 1, 100.0), 0.0)
+    plan = machine.fetcher._plan
+    actions = machine.handle(Received("s0", Failed(plan.request, Failure.MODEL, "no model 'm' here; there is n")), 0.0)
+    assert [peer for peer, _ in sent(actions, PlanRequest)] == ["s1"] and not of(actions, Fail)
+    assert later(machine, "s1", 0.1) == []
+    actions = machine.handle(PeerDown("s1"), 1.0)
+    assert [peer for peer, _ in sent(actions, PlanRequest)] == ["s0"] and not of(actions, Fail)
+    plan = machine.fetcher._plan
+    actions = machine.handle(Received("s0", Failed(plan.request, Failure.MODEL, "no model 'm' here; there is n")), 1.0)
+    assert of(actions, Fail) == [Fail(1, Failure.MODEL, "no model 'm' here; there is n")], "nobody is left"
 
 
 def test_a_question_waits_for_the_first_version_and_no_longer_than_its_deadline():
@@ -971,6 +1043,24 @@ def test_a_plan_is_made_at_once_or_when_there_is_something_newer():
     assert failures(machine.handle(Heard(stranger, PlanRequest(5, payload=ask)), 0.0)) == ["model"]
 
 
+def test_who_asks_before_there_is_a_version_may_wait_for_it():
+    machine = Answerer(models=("m", "n"))
+    ask = Ask(DeviceProfile(), wait_s=60.0)
+    assert machine.handle(Heard(DEVICE, PlanRequest(1, payload=ask)), 0.0) == [Reply(DEVICE, Later(1, 0))]
+    assert failures(machine.handle(Heard(OTHER, PlanRequest(2, payload=replace(ask, wait_s=0.0))), 0.0)) == ["version"]
+    assert failures(machine.handle(Heard(DEVICE, activation()), 0.0)) == ["version"]
+    assert machine.handle(Heard(DEVICE, Pull(1, 1, 1, ((0, 4),), "float32", 5.0)), 0.0) == [Reply(DEVICE, Refuse(1, 0, 0))]
+    stranger = Caller(b"1", "device", "unheard of")
+    (reply,) = machine.handle(Heard(stranger, PlanRequest(5, payload=ask)), 0.0)
+    assert (reply.message.kind, reply.message.reason) == ("model", "no model 'unheard of' here; there is m, n")
+    assert machine.handle(Published("n", 1, num_bytes), 1.0) == []
+    assert machine.handle(Published("m", 4, num_bytes), 1.0) == [MakePlan(DEVICE, 1, 4, ask)]
+    waiting = Answerer(models=("m",))
+    waiting.handle(Heard(DEVICE, PlanRequest(1, payload=ask)), 0.0)
+    assert waiting.next_deadline == 60.0
+    assert failures(waiting.handle(Drain(), 0.0)) == ["draining"]
+
+
 def test_pulls_of_versions_that_are_kept_are_served():
     machine = server((3, 4))
     pull = Pull(1, 3, 3, ((0, 4),), "float32", 5.0)
@@ -1260,7 +1350,7 @@ class World:
             itertools.count(1),
             np.random.default_rng(seed),
         )
-        self.servers = {peer: Answerer(ServerConfig(versions_kept=2, max_queued=4)) for peer in self.peers}
+        self.servers = {peer: Answerer(ServerConfig(versions_kept=2, max_queued=4), ["m"]) for peer in self.peers}
         self.lives = dict.fromkeys(self.peers, True)
         self.newest = 0
         self.computed: dict[int, dict[str, tuple[int, int]]] = {}  # question -> tier -> version
@@ -1427,7 +1517,7 @@ class World:
     def revive(self, peer) -> None:
         if not self.lives[peer]:
             self.lives[peer] = True
-            self.servers[peer] = Answerer(ServerConfig(versions_kept=2, max_queued=4))
+            self.servers[peer] = Answerer(ServerConfig(versions_kept=2, max_queued=4), ["m"])
             if self.newest:
                 self.tell_server(peer, Published("m", self.newest, num_bytes))
             self.after(0.01, lambda: self.tell_device(PeerUp(peer)))
@@ -1480,6 +1570,19 @@ def test_without_trouble_every_question_is_answered():
         world.run(20.0)
         assert len(world.ends) == 100 and all(isinstance(how, Resolve) and how.is_verified for _, how in world.ends.values())
         assert world.num_compared > 10 and world.num_continued > 5
+
+
+def test_questions_that_come_before_the_first_version_are_answered_soon_after_it():
+    """With 14 messages of at most 20 ms, and what takes 10 to 50 ms at both ends."""
+    for seed in range(6):
+        world = World(seed, 1 + seed % 3, 0.0, "fail")
+        world.tell_device(Start())
+        for number in range(3):
+            world.after(number * 5.0, lambda n=number, w=world: w.ask(n, 60.0))
+        world.after(20.0, world.publish)
+        world.run(100.0)
+        assert all(isinstance(how, Resolve) and 20.0 < ended < 20.5 for ended, how in world.ends.values())
+        assert len(world.ends) == 3
 
 
 def test_the_same_events_give_the_same_run():

@@ -25,7 +25,7 @@ from test_audit import delay_bound
 from torch import nn
 
 from gossipfl.errors import ConfigError, PlanError, RunError
-from gossipfl.inference.execution.activations import decode_live, encode_live
+from gossipfl.inference.execution.activations import decode_live, encode_live, samples_to_text
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.planning.cuts import Catalogue
 from gossipfl.inference.planning.margins import Basis, Certificate, accepted, certify, differing, margins
@@ -224,20 +224,42 @@ def test_a_certificate_is_passed_on_only_with_the_engine_that_it_speaks_of(serve
     """Engines other than fp32 take samples to be compiled; a device that has none runs fp32 instead."""
     server = servers(version=0)
     plan = catalogue(cut=LAYERS)
-    plan = replace(plan, device_s={"fp32": plan.device_s["fp32"], "bf16": [s / 2 for s in plan.device_s["fp32"]]})
-    server.publish("m", 1, vector_of(1), plan, certified(0.0))
+    server.publish("m", 1, vector_of(1), with_engine("bf16", plan), certified(0.0))
     without, with_samples = devices(server), devices(server, samples=X)
     for device, engine, alpha in ((without, "fp32", None), (with_samples, "bf16", 0.02)):
         receipt = device.predict(X, DEADLINE_S).receipt
         assert (receipt.engines, receipt.alpha) == ((engine,), alpha)
 
 
+def with_engine(engine: str, plan: Catalogue) -> Catalogue:
+    return replace(plan, device_s={"fp32": plan.device_s["fp32"], engine: [s / 2 for s in plan.device_s["fp32"]]})
+
+
+def test_samples_come_with_an_offer_unless_the_device_has_them(servers, devices):
+    server = servers(version=0)
+    server.publish("m", 1, vector_of(1), with_engine("bf16", catalogue(1, LAYERS)), certified(0.0), samples=X)
+    without, with_these, with_others = devices(server), devices(server, samples=X), devices(server, samples=X[:2])
+    plain = devices(servers(cut=LAYERS))
+    everything = [device.predict(X, DEADLINE_S) and device.bytes_pulled for device in (plain, without, with_these, with_others)]
+    text = len(samples_to_text(X))
+    assert [pulled - everything[0] for pulled in everything] == [0, text, 0, text]
+    layer = chain().profile.layers[1]
+    vector = vector_of(1)
+    vector[slice(*layer.bias)] += 1.0
+    server.publish("m", 2, vector, with_engine("bf16", catalogue(2, LAYERS)), certified(0.0), samples=X)
+    for device, before in zip((without, with_these, with_others), everything[1:], strict=True):
+        assert wait_for(lambda device=device: device.models()[0].version == 2)
+        receipt = device.predict(X, DEADLINE_S).receipt
+        assert (receipt.version, receipt.engines, receipt.alpha) == (2, ("bf16",), 0.02)
+        assert device.bytes_pulled - before == 4 * layer.channels, "a bias, and no samples"
+        assert device._versions[2].manifest.plan.prediction.sample_bytes == 0
+
+
 def test_where_the_planned_engine_does_not_work_fp32_runs_without_a_guarantee(servers, devices):
     """It is not installed on the device, or computes something else there."""
     server = servers(version=0)
     plan = catalogue(cut=LAYERS)
-    plan = replace(plan, device_s={"fp32": plan.device_s["fp32"], "elsewhere": [s / 2 for s in plan.device_s["fp32"]]})
-    server.publish("m", 1, vector_of(1), plan, certified(0.0), samples=X)
+    server.publish("m", 1, vector_of(1), with_engine("elsewhere", plan), certified(0.0), samples=X)
     receipt = devices(server).predict(X, DEADLINE_S).receipt
     assert (receipt.engines, receipt.alpha, receipt.tiers) == (("fp32",), None, ("reduced",) * 6)
 
@@ -744,6 +766,21 @@ def test_a_plan_that_cannot_be_is_an_error_that_names_the_nearest(servers, devic
     assert devices(server).predict(X, DEADLINE_S).receipt.version == 1
 
 
+def test_a_device_that_asks_before_the_first_version_gets_it_as_soon_as_there_is_one(servers, devices):
+    early, other = servers(version=0), servers(version=0)
+    with pytest.raises(ConfigError, match="no model 'n' here; there is m"):
+        devices(early, model="n").predict(X, DEADLINE_S)
+    for addresses in ((early,), (other, early)):
+        device = devices(*addresses)
+        names = " and ".join(f"m@{k} {'has' if len(addresses) == 1 else ''}".strip() for k in range(len(addresses)))
+        with pytest.raises(RunError, match=rf"waited 0\.\d+ s for a first version: {names}.* none ready yet.*allow more time"):
+            device.predict(X, 0.5)
+        assert device.faults == []
+    waiting = device.submit(X, DEADLINE_S)
+    early.publish("m", 1, vector_of(1), catalogue(1, LAYERS))
+    assert_same(waiting.result(DEADLINE_S).scores, reduced_scores(X, cut=LAYERS))
+
+
 def test_a_device_with_another_model_is_told_so(servers):
     other = Chain.of(nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)), SHAPE)
     with (
@@ -929,6 +966,8 @@ LIES = {
     "garbage": offering(b"garbage"),
     "another model": offering(to_json(replace(manifest_from_json(honest_offer()), model="n"))),
     "another version": offering(to_json(replace(manifest_from_json(honest_offer()), version=9))),
+    "a number of 400 digits": offering(honest_offer().replace(b'"accuracy_loss":0.01', b'"accuracy_loss":' + b"1" * 400)),
+    "garbled samples": offering(to_json(replace(manifest_from_json(honest_offer()), samples="AAAA"))),
     "no frames": lambda envelope: [(b"\xc1", b"")],
     "too large": lambda envelope: says(envelope, Offer(1, 0, 2**40, payload=b"x")),
     "half": lambda envelope: says(envelope, Offer(envelope.message.request, 5, 10, payload=b"x")),
@@ -989,6 +1028,7 @@ def say(attacker, message, model="m", payload=None) -> None:
     ("message", "kind"),
     [
         (PlanRequest(1, payload=b"{"), "input"),
+        (PlanRequest(1, payload=to_json(Ask(DeviceProfile())).replace(b'"speed":1.0', b'"speed":' + b"1" * 400)), "input"),
         (PlanRequest(1, payload=to_json(Ask(DeviceProfile(speed=-1.0)))), "plan"),
         (PlanRequest(1, payload=to_json(Ask(DeviceProfile(), -5.0))), "plan"),
         (PlanRequest(1, payload=to_json(Ask(DeviceProfile(), held=1, cached=(6, 99)))), "plan"),

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gossipfl.errors import ConfigError
+from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.planning.cuts import Catalogue, Overhead, activation_bytes, choose_plan, fetch_seconds, weight_bytes
@@ -89,6 +90,27 @@ def test_the_bytes_that_move_are_those_that_were_predicted(calibrator, catalogue
         assert row.predicted_pull_s == fetch_seconds(catalogue, NEAR, (4, 5)[: row.cut])
 
 
+def test_a_convolutional_plan_with_an_int8_engine_moves_the_bytes_that_were_predicted_samples_and_all():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(8 * 7 * 7, 10),
+    )  # fmt: skip
+    x = np.random.default_rng(0).standard_normal((40, 3, 16, 16)).astype(np.float32)
+    calibrator = Calibrator(Chain.of(network, (3, 16, 16)), x, (x, None), data="x", engines=["fp32", "int8"])
+    levels = {0.01: {cut: ((4, 5, 6)[:cut], 6 if cut < LAYERS else 0) for cut in range(LAYERS + 1)}}
+    times = {"fp32": (0.0, 2.0, 3.0, 4.0), "int8": (0.0, 1e-3, 2e-3, 3e-3)}
+    sample_bytes = len(samples_to_text(calibrator.samples))
+    assert sample_bytes == 4 * -(-16 * (8 + 3 * 16 * 16) // 3)
+    catalogue = Catalogue(calibrator.chain.profile, 7, levels, times, {"fp32": (5.0, 4.0, 3.0, 0.0)}, sample_bytes=sample_bytes)
+    rows = latency_rows(calibrator, catalogue, (NEAR,), x)
+    assert [(row.cut, row.engine) for row in rows] == [(3, "int8"), (2, "int8"), (0, "-")]
+    for row in rows:
+        expected = weight_bytes(catalogue.profile, (4, 5, 6)[: row.cut]) + (sample_bytes if row.cut else 0)
+        assert row.predicted_pull == row.measured_pull == expected
+        assert row.predicted_up == row.measured_up
+
+
 def test_nothing_takes_less_than_the_link_alone(calibrator, catalogue):
     for row in latency_rows(calibrator, catalogue, (FAR,), X):
         link_s = 2 * FAR.latency_s
@@ -106,6 +128,7 @@ def test_a_prediction_is_the_plans_and_now_has_the_overheads_of_now(calibrator, 
         assert measured > 0  # threads and messages take some time
         assert row.error == row.predicted_s / row.measured_s - 1
         assert row.error_now == row.predicted_now_s / row.measured_s - 1
+        assert row.measured_s <= row.median_s
 
 
 def test_a_cut_that_does_not_fit_the_device_has_no_row(calibrator, catalogue):

@@ -20,6 +20,8 @@ from gossipfl.inference.execution.activations import (
     encode_live,
     encode_missing,
     num_bytes,
+    samples_from_text,
+    samples_to_text,
 )
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.sensitivity import BITS, measure, quantized
@@ -53,6 +55,19 @@ def test_each_value_comes_back_within_half_a_level_of_its_samples_range(seed, bi
 @pytest.mark.parametrize("bits", [2, 7, 16, EXACT_BITS])
 def test_the_bytes_of_a_cut_are_known_beforehand(bits):
     assert len(encode_live(live_of(0), bits)) == num_bytes(SHAPES, 3, bits)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16, 64])
+@pytest.mark.parametrize("shape", [(1,), (3, 3), (2, 5, 7), (1, 8, 8)])
+def test_samples_come_back_from_an_offer_as_many_as_they_were(shape, count):
+    samples = np.random.default_rng(count).standard_normal((count, *shape)).astype(np.float32)
+    found = samples_from_text(samples_to_text(samples), shape)
+    assert found is not None and found.shape == samples.shape
+    np.testing.assert_allclose(found, samples, atol=float(np.ptp(samples)) / 255)
+    assert samples_from_text("", shape) is None
+    for garbage in ("?", "AAAA", samples_to_text(samples)[:-4]):
+        with pytest.raises(CodecError):
+            samples_from_text(garbage, shape)
 
 
 def test_32_bits_are_the_values_themselves():

@@ -102,7 +102,7 @@ def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
     gossipfl bench-inference runs/quickstart --json | jq '.plans[] | select(.level == 0.01)'
     """
     from gossipfl.scenario.inference.bench import DEVICES, plan_rows, threshold_rows
-    from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration
+    from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration, timed_here
     from gossipfl.scenario.inference.display import (
         plain,
         print_fallback_rows,
@@ -120,11 +120,12 @@ def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
     trained = load_trained(run, model)
     calibration = load_calibration(trained)
     calibrator, samples = calibrator_like(trained, calibration), trained.test_samples
-    plans = list(plan_rows(calibrator, calibration.catalogue, calibration.harm, *samples))
-    thresholds = list(threshold_rows(calibrator, calibration.catalogue, *samples))
+    catalogue = timed_here(calibration, calibrator, lambda text: click.echo(text, err=True))
+    plans = list(plan_rows(calibrator, catalogue, calibration.harm, *samples))
+    thresholds = list(threshold_rows(calibrator, catalogue, *samples))
     with progress(quiet) as told:
-        latencies = latency_rows(calibrator, calibration.catalogue, DEVICES, samples[0], told=told)
-        fallbacks = fallback_rows(calibrator, calibration.catalogue, DEVICES, samples[0], told=told)
+        latencies = latency_rows(calibrator, catalogue, DEVICES, samples[0], told=told)
+        fallbacks = fallback_rows(calibrator, catalogue, DEVICES, samples[0], told=told)
     links = link_rows(DEVICES)
     if as_json:
         values = {

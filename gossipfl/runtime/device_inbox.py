@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gossipfl.errors import PlanError, RemoteProtocolError
+from gossipfl.inference.execution.activations import samples_from_text
 from gossipfl.inference.planning.device_words import Tier
 from gossipfl.inference.planning.margins import differing
 from gossipfl.inference.planning.offers import manifest_from_json, split
@@ -47,6 +48,7 @@ def take_offer(coming: Coming, offer: Offer, model: str, chain: ModelChain) -> O
     if manifest.model != model:
         raise PlanError(f"the offer is of model {manifest.model!r}, not of {model!r}")
     manifest.check(chain.profile, chain.layout.digest)
+    samples_from_text(manifest.samples, chain.profile.input_shape)
     return Offer(offer.request, offer.offset, offer.total, manifest)
 
 

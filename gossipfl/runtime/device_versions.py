@@ -7,11 +7,12 @@ import logging
 import numpy as np
 
 from gossipfl.errors import ConfigError, RemoteProtocolError, RunError
+from gossipfl.inference.execution.activations import samples_from_text
 from gossipfl.inference.planning.margins import margins
 from gossipfl.inference.planning.offers import Manifest, Piece, pieces
 from gossipfl.inference.planning.profile import Range
 from gossipfl.runtime.content_cache import ContentCache, digest_of
-from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage, samples_from_text
+from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
 from gossipfl.segments.codecs import all_finite
 from gossipfl.segments.planes import PlaneSet
 
@@ -19,13 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class DeviceVersion:
-    """`samples`: as `EdgeDevice` has them."""
-
-    def __init__(self, manifest: Manifest, chain: ModelChain, samples: np.ndarray | None) -> None:
+    def __init__(self, manifest: Manifest, chain: ModelChain) -> None:
         self.manifest = manifest
         self.stage: RunnableStage | None = None
         """Of the layers before the cut, once loaded; None also where there are none."""
-        self._chain, self._samples = chain, samples
+        self._chain = chain
         self._expected = {(piece.range, piece.codec): piece.digest for piece in pieces(manifest, chain.profile)}
         self._contents: dict[str, bytes] = {}
 
@@ -67,8 +66,7 @@ class DeviceVersion:
             if not all_finite(vector):
                 raise RunError("it holds NaN or infinite weights")
             engine = manifest.plan.stages[0].engine
-            offered = samples_from_text(manifest.samples, profile.input_shape)
-            samples = self._samples if offered is None else offered
+            samples = samples_from_text(manifest.samples, profile.input_shape)
             try:
                 self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, engine, samples)
             except (ConfigError, RunError) as error:  # not installed here, or it computes something else on this machine

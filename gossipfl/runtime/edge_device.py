@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from gossipfl.errors import ConfigError, GossipflError, PlanError, RunError
-from gossipfl.inference.execution.activations import encode_live, encode_missing
+from gossipfl.inference.execution.activations import encode_live, encode_missing, samples_to_text
+from gossipfl.inference.execution.engines import MAX_SAMPLES
 from gossipfl.inference.planning.asking import Asker
 from gossipfl.inference.planning.audit import SHARE
 from gossipfl.inference.planning.device_words import (
@@ -124,14 +125,14 @@ class EdgeDevice:
             raise ConfigError(f"emulated_speed = {emulated_speed}; waiting only makes slower, give a number above 0, 1 at most")
         if not 0 <= audit_share <= 1:
             raise ConfigError(f"audit_share = {audit_share}; give the share of answers to audit, 0 to 1")
-        self._chain, self._model, self._samples = chain, model, samples
+        self._chain, self._model = chain, model
         self._emulated_speed = emulated_speed
         self._cache = ContentCache(cache, cache_bytes)
         self._name = f"device-{secrets.token_hex(8)}"
         peers = [f"{model}@{index}" for index in range(len(servers))]
-        config = DeviceConfig(
-            device_profile or DeviceProfile(), max_accuracy_loss, on_no_server, patience_s, wait_s, audit_share
-        )
+        own = "" if samples is None else samples_to_text(check_inputs(samples[:MAX_SAMPLES], chain.profile.input_shape))
+        profile = device_profile or DeviceProfile()
+        config = DeviceConfig(profile, max_accuracy_loss, on_no_server, patience_s, wait_s, audit_share, own)
         self._machine = Asker(config, peers, chain.profile)
         self._transport = ZmqTransport(f"inproc://{uuid.uuid4().hex}", run=INFERENCE_RUN)
         try:
@@ -152,7 +153,7 @@ class EdgeDevice:
         self.faults: list[Report] = []
         """The last things that went wrong with servers and were survived."""
         self.bytes_pulled = 0
-        """Payload of the pieces that have been pulled."""
+        """Payload of the pieces that have been pulled, and samples to compile engines with."""
         self.seconds_pulled = 0.0
         """From the last Pull to the last of what it asked for."""
         self._loop.start()
@@ -263,7 +264,7 @@ class EdgeDevice:
                 self._coming.pop((peer, request), None)
                 self._transport.cancel(peer, request)
             case LookUp(manifest):
-                self._versions[manifest.version] = DeviceVersion(manifest, self._chain, self._samples)
+                self._versions[manifest.version] = DeviceVersion(manifest, self._chain)
                 self._loader.submit(self._look_up, self._versions[manifest.version])
             case Load(manifest):
                 self._loader.submit(self._load, self._versions[manifest.version])
@@ -326,6 +327,7 @@ class EdgeDevice:
             match message:
                 case Offer():
                     heard = take_offer(coming, message, self._model, self._chain)
+                    self.bytes_pulled += len(heard.payload.samples) if heard is not None else 0
                 case Data():
                     heard = take_data(coming, message, self._versions.get(coming.version), self._cache)
                     self.bytes_pulled += message.num_bytes if heard is not None else 0

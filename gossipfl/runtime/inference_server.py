@@ -103,7 +103,7 @@ class InferenceServer:
                 raise ConfigError(f"model {name!r}: name it with 1 to {wire.MAX_NAME_BYTES - 8} bytes and without '@'")
         self._chains = dict(models)
         self._architectures = {architecture.name: architecture for architecture in architectures}
-        self._machine = Answerer(config)
+        self._machine = Answerer(config, models)
         self._max_queued = self._machine.config.max_queued
         self._transport = ZmqTransport(bind, run=INFERENCE_RUN, advertise=advertise, insecure=insecure)
         self._loop = MessageLoop(self._transport, self, "gossipfl-inference-server")

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gossipfl.errors import CodecError, ConfigError, LayoutError
+from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.planning.cascade import cheapest
 from gossipfl.inference.planning.cuts import Catalogue, choose_plan
 from gossipfl.inference.planning.margins import Certificate
-from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, to_json
+from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, samples_digest, to_json
 from gossipfl.inference.planning.profile import Fallback, Plan, Range, Stage
 from gossipfl.runtime.content_cache import digest_of
-from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage, samples_to_text
+from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
 from gossipfl.segments.codecs import all_finite, codec
 from gossipfl.segments.planes import MAX_PLANES, Planes, PlaneSet
 
@@ -60,6 +61,9 @@ class ServedVersion:
             raise ConfigError(f"the catalogue is of {what}, not of version {self.version} of {self.model!r}; calibrate that")
         if FULL_ENGINE in self.catalogue.server_s:  # the server runs the full model, and nothing faster in its place
             self.catalogue = replace(self.catalogue, server_s={FULL_ENGINE: self.catalogue.server_s[FULL_ENGINE]})
+        self._samples_text = "" if self.samples is None else samples_to_text(self.samples)
+        self._samples_digest = samples_digest(self._samples_text)
+        self.catalogue = replace(self.catalogue, sample_bytes=len(self._samples_text))
         self.vector = self.vector.copy()
         self.vector.flags.writeable = False
         self._layers = {layer.weight: layer.group for layer in profile.layers}
@@ -121,7 +125,8 @@ class ServedVersion:
         cached = ask.cached if held is not None else ()
         if held is not None and len(cached) <= len(self.chain.profile.layers):  # else the plan says what is wrong
             cached = tuple(planes if same else 0 for planes, same in zip(cached, self._unchanged(held), strict=False))
-        plan, _ = choose_plan(self.catalogue, ask.device, loss, cached)
+        has_samples = ask.samples == self._samples_digest
+        plan, _ = choose_plan(self.catalogue, ask.device, loss, cached, has_samples)
         key = plan.stages, plan.activation_bits, plan.fallback
         if key not in self._offers:
             if plan.cut < len(self.chain.profile.layers):
@@ -131,8 +136,8 @@ class ServedVersion:
         certificate = cheapest(certificates, plan)
         plan = replace(plan, fallback="full" if certificate is None else certificate.basis.fallback)
         manifest = Manifest(self.model, self.version, self.chain.layout.digest, plan, layers)
-        if self.samples is not None and plan.cut and plan.stages[0].engine != FULL_ENGINE:
-            manifest = replace(manifest, samples=samples_to_text(self.samples))
+        if plan.cut and plan.stages[0].engine != FULL_ENGINE and not has_samples:
+            manifest = replace(manifest, samples=self._samples_text)
         if certificate is not None:
             manifest = replace(manifest, threshold=certificate.threshold, scale=certificate.basis.scale)
             if certificate.loss == "disagreement":  # of a loss of accuracy no device could tell without labels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +11,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from gossipfl.errors import CodecError, ConfigError
-from gossipfl.inference.execution.activations import decode_live, encode_live, num_bytes
+from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.engines import Compiled, compile_stage
-from gossipfl.inference.planning.offers import SAMPLE_BITS
 from gossipfl.inference.planning.profile import ModelProfile, Shape
 from gossipfl.protocol.wire import MAX_REASON_BYTES, MAX_TENSOR_BYTES
 from gossipfl.segments.codecs import all_finite
@@ -25,6 +22,8 @@ T = TypeVar("T")
 Arrays = Sequence[np.ndarray]
 FULL_ENGINE = "fp32"
 """Of the full model, which the others are measured by."""
+AWAKE_S = 3e-4
+"""At the end of an emulated wait: what sleeps is woken 0.1 ms late."""
 _COMPILING = threading.Lock()
 """Compiling changes what warnings do for the whole process, and one at a time is timed more fairly."""
 
@@ -74,8 +73,10 @@ def emulated(work: Callable[[], T], speed: float) -> T:
     began, worked = time.perf_counter(), time.thread_time()
     result = work()
     if speed < 1:
-        worked = time.thread_time() - worked
-        time.sleep(max(0.0, worked / speed - (time.perf_counter() - began)))
+        ends = began + (time.thread_time() - worked) / speed
+        time.sleep(max(0.0, ends - time.perf_counter() - AWAKE_S))
+        while time.perf_counter() < ends:
+            pass
     return result
 
 
@@ -87,23 +88,6 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 def live_shapes(profile: ModelProfile, cut: int) -> tuple[Shape, ...]:
     """Of the tensors that go over the cut, per sample."""
     return profile.layers[cut - 1].live if cut else (profile.input_shape,)
-
-
-def samples_to_text(samples: np.ndarray) -> str:
-    """Calibration inputs (f32[n, *input_shape]) as an offer carries them."""
-    return base64.b64encode(encode_live((samples,), SAMPLE_BITS)).decode()
-
-
-def samples_from_text(text: str, input_shape: Shape) -> np.ndarray | None:
-    """None where there are none; CodecError for what `samples_to_text` cannot have written."""
-    if not text:
-        return None
-    try:
-        payload = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise CodecError(f"the calibration samples of the offer are no base64: {error}") from error
-    count = len(payload) // num_bytes((input_shape,), 1, SAMPLE_BITS)
-    return decode_live(payload, (input_shape,), count, SAMPLE_BITS)[0]
 
 
 def check_inputs(inputs: np.ndarray, input_shape: Shape) -> np.ndarray:

@@ -262,15 +262,18 @@ def _virtual_seconds(run_s: float, num_rounds: int, train_s: float, wait_s: floa
 
 def machine() -> str:
     """One line on where this ran."""
-    model = platform.processor() or platform.machine()
+    system = f"{platform.system()} {platform.release()}"
+    return f"{system}, {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
+                return line.partition(":")[2].strip()
     except OSError:
         pass  # not Linux
-    return f"{platform.system()} {platform.release()}, {model}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return platform.processor() or platform.machine()
 
 
 def _rounded(value: float | None) -> float | None:

@@ -11,12 +11,14 @@ What has gone up at a few bits becomes what it would have been at all 16 by the 
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from gossipfl.errors import CodecError
+from gossipfl.inference.planning.offers import SAMPLE_BITS
 from gossipfl.segments.codecs import all_finite, codec
 from gossipfl.segments.planes import MAX_PLANES
 
@@ -110,6 +112,24 @@ def decode_continued(
         pieces.append(bytes(rest[:taken]))
         at, rest = end, rest[taken:]
     return decode_live(b"".join(pieces), shapes, count, MAX_PLANES)
+
+
+def samples_to_text(samples: np.ndarray) -> str:
+    """Calibration inputs (f32[n, *input_shape]) as an offer carries them."""
+    return base64.b64encode(encode_live((samples,), SAMPLE_BITS)).decode()
+
+
+def samples_from_text(text: str, input_shape: tuple[int, ...]) -> np.ndarray | None:
+    """None where there are none; CodecError for what `samples_to_text` cannot have written."""
+    if not text:
+        return None
+    try:
+        payload = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise CodecError(f"the calibration samples of the offer are no base64: {error}") from error
+    # each takes a centre, a scale and a byte for each value; where planes do not end with a byte, 7 more for all
+    count = len(payload) // (8 + math.prod(input_shape))
+    return decode_live(payload, (input_shape,), count, SAMPLE_BITS)[0]
 
 
 def _centred(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from gossipfl.errors import ConfigError
+from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import Compiled, Seconds, available_engines, compile_stage, stage_seconds
 from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, measure, quantized, rounded
@@ -55,6 +56,7 @@ NUM_SAMPLES = 16
 """Inputs that engines are compiled with, here and on the device, so that both compute the same."""
 PARTS = (0.1, 0.8)
 """Of all work, done after the noise and after the tables."""
+EngineSeconds = dict[str, tuple[float | None, ...]]
 Progress = Callable[[str, float], None]
 
 
@@ -139,6 +141,15 @@ def continuation_of(plan: Plan) -> Plan:
     return replace(plan, activation_bits=MAX_BITS)
 
 
+def by_side(seconds: Seconds) -> tuple[EngineSeconds, EngineSeconds]:
+    """Those of the device and of the server as a catalogue has them: None where an engine cannot be used."""
+    device_s, server_s = (
+        {engine: tuple(time if math.isfinite(time) else None for time in times[side]) for engine, times in seconds.items()}
+        for side in (0, 1)
+    )
+    return device_s, server_s
+
+
 class Calibrator:
     """Measures one version of a chain. Deterministic but for seconds."""
 
@@ -209,11 +220,9 @@ class Calibrator:
         levels = {
             level: {cut: (row.weight_bits, row.activation_bits) for cut, row in cuts.items()} for level, cuts in rows.items()
         }
-        device_s, server_s = (
-            {engine: tuple(time if math.isfinite(time) else None for time in times[side]) for engine, times in seconds.items()}
-            for side in (0, 1)
-        )
-        self._measured = Catalogue(self.chain.profile, self.version, levels, device_s, server_s)
+        device_s, server_s = by_side(seconds)
+        sample_bytes = len(samples_to_text(self.samples))
+        self._measured = Catalogue(self.chain.profile, self.version, levels, device_s, server_s, sample_bytes=sample_bytes)
         return self._measured, rows
 
     def basis(self, plan: Plan) -> Basis:

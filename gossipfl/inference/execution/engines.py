@@ -52,6 +52,11 @@ _TRACING = threading.Lock()
 """torch.jit keeps what it traces, and warnings keep what they ignore, for the whole process."""
 TURN_S, TURNS = 5e-4, 40
 """Candidates are timed by turns, so that other work on the machine hits all alike, and the best turn counts."""
+REST_S, CALLS = 0.02, 5
+"""After a rest as long as this caches and cores are cold, and a call takes two to six times as long as in a loop; a longer rest
+adds no more."""
+UNDISTURBED = 0.25
+"""Quantile of several times that counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +96,8 @@ def fastest(stage: fx.GraphModule, inputs: Live, engines: Iterable[str] | None =
 
     An engine that cannot carry out the stage, or computes something else, is left out, and the log says why.
     """
-    inputs = _few(inputs)
-    golden, names = _Golden(stage, inputs), dict.fromkeys(["fp32", *(available_engines() if engines is None else engines)])
-    runs: dict[str, Run] = {}
-    for name in names:
-        try:
-            runs[name] = _compile(stage, inputs, name, golden)
-        except RunError as error:
-            if name == "fp32":
-                raise
-            logger.warning("%s; left out", error)
+    inputs, names = _few(inputs), dict.fromkeys(["fp32", *(available_engines() if engines is None else engines)])
+    runs = _usable(stage, inputs, names)
     seconds = _time_by_turns(runs, inputs)
     best = min(seconds, key=seconds.__getitem__)
     return Compiled(best, seconds[best], runs[best], {name: seconds.get(name, math.inf) for name in names})
@@ -111,7 +108,7 @@ def stage_seconds(chain: Chain, vector: np.ndarray, inputs: np.ndarray, engines:
 
     `inputs` are calibration samples, f32[n, *input_shape]. Every part is compiled and timed whole, since what layers take alone
     does not add up: converting to codes and calling a kernel take as long as a small layer. Other work on the machine only adds
-    to a time, so a part takes no longer than one that contains it. 20 s for ResNet-20.
+    to a time, so a part takes no longer than one that contains it. 40 s for ResNet-20.
     """
     num_layers = len(chain.profile.layers)
     live = [_few((torch.from_numpy(np.ascontiguousarray(inputs, np.float32)),))]
@@ -120,10 +117,26 @@ def stage_seconds(chain: Chain, vector: np.ndarray, inputs: np.ndarray, engines:
             live.append(chain.stage(index, index + 1, vector)(*live[-1]))
     parts = {(0, cut) for cut in range(1, num_layers + 1)} | {(cut, num_layers) for cut in range(num_layers)}
     names = available_engines() if engines is None else list(engines)
-    tables = {part: fastest(chain.stage(*part, vector), live[part[0]], names).table for part in sorted(parts)}
+    tables = {}
+    for part in sorted(parts):
+        runs = _usable(chain.stage(*part, vector), live[part[0]], names)
+        tables[part] = dict.fromkeys(names, math.inf) | _time_rested(runs, live[part[0]])
     device = {name: [0.0, *(tables[0, cut][name] for cut in range(1, num_layers + 1))] for name in names}
     server = {name: [0.0, *(tables[cut, num_layers][name] for cut in reversed(range(num_layers)))] for name in names}
     return {name: (_rising(device[name]), _rising(server[name])[::-1]) for name in names}
+
+
+def _usable(stage: fx.GraphModule, inputs: Live, names: Iterable[str]) -> dict[str, Run]:
+    """The stage with each engine that carries it out; the log says why others do not."""
+    golden, runs = _Golden(stage, inputs), {}
+    for name in names:
+        try:
+            runs[name] = _compile(stage, inputs, name, golden)
+        except RunError as error:
+            if name == "fp32":
+                raise
+            logger.warning("%s; left out", error)
+    return runs
 
 
 def _rising(seconds: list[float]) -> list[float]:
@@ -293,6 +306,27 @@ def _time_by_turns(runs: Mapping[str, Run], inputs: Live) -> dict[str, float]:
         for name, run in runs.items():
             best[name] = min(best[name], _seconds(run, live, calls[name]) / calls[name])
     return best
+
+
+def _time_rested(runs: Mapping[str, Run], inputs: Live) -> dict[str, float]:
+    """Seconds of a call with one sample by who has had nothing to do, as a device that is asked now and then."""
+    live = _first(inputs)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        for _ in range(3):  # the first calls optimise
+            run(*live)
+    for _ in range(CALLS):
+        for name, run in runs.items():
+            time.sleep(REST_S)
+            began = time.perf_counter()
+            run(*live)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: undisturbed(times) for name, times in seconds.items()}
+
+
+def undisturbed(seconds: Iterable[float]) -> float:
+    """What is taken where other work on the machine, which only adds to it, does not count."""
+    return float(np.quantile(list(seconds), UNDISTURBED))
 
 
 def _seconds(run: Run, live: Live, calls: int) -> float:

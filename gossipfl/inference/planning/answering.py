@@ -1,6 +1,6 @@
 """The server's machine: whose questions are taken, what is computed next, and which versions are kept for it.
 
-    PlanRequest   -> MakePlan, at once or when there is a version newer than the device's; Later says that it waits
+    PlanRequest   -> MakePlan, at once or when there is a version (newer than the device's); Later says that it waits
     Pull          -> Serve while the version is kept, else Refuse
     Activation    -> Keep each chunk; RunStage with the last one, else Failed: busy, draining, version, input
     Continuation  -> the same with RunAgain, of an activation that is remembered, else Failed: forgotten
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -239,7 +239,7 @@ class _Upload:
 
 @dataclass(slots=True)
 class _Served:
-    num_bytes: Callable[[int, int, int], int | None]
+    num_bytes: Callable[[int, int, int], int | None] = lambda cut, bits, samples: None
     versions: list[int] = field(default_factory=list)
     waiting: dict[Caller, tuple[int, Ask, float]] = field(default_factory=dict)  # request and when it expires
 
@@ -248,9 +248,10 @@ Key = tuple[Caller, int]
 
 
 class Answerer:
-    def __init__(self, config: ServerConfig | None = None) -> None:
+    def __init__(self, config: ServerConfig | None = None, models: Iterable[str] = ()) -> None:
+        """`models` that there will be a version of: who asks for a plan before there is one may wait for it."""
         self.config = config or ServerConfig()
-        self._models: dict[str, _Served] = {}
+        self._models = {model: _Served() for model in models}
         self._uploads: dict[Key, _Upload] = {}
         self._remembered: dict[Key, tuple[First, float]] = {}  # until when; the oldest first
         self._remembered_bytes: Counter[Caller] = Counter()
@@ -319,7 +320,7 @@ class Answerer:
     # --- versions -----------------------------------------------------------------------------------------------------
 
     def _published(self, model: str, version: int, num_bytes: Callable[[int, int, int], int | None]) -> list[Action]:
-        served = self._models.setdefault(model, _Served(num_bytes))
+        served = self._models.setdefault(model, _Served())
         served.num_bytes = num_bytes
         served.versions.append(version)
         actions: list[Action] = []
@@ -354,10 +355,13 @@ class Answerer:
         if self._is_draining:
             return _fail(caller, request, Failure.DRAINING, "this server is about to stop; ask another")
         if served is None:
-            here = ", ".join(sorted(self._models)) or "none yet"
+            here = ", ".join(sorted(self._models)) or "none"
             return _fail(caller, request, Failure.MODEL, f"no model {caller.model!r} here; there is {here}")
-        if ask.held < served.versions[-1] or not ask.wait_s:
-            return self._make_plan(caller, request, served.versions[-1], ask)
+        newest = served.versions[-1] if served.versions else 0
+        if newest and (ask.held < newest or not ask.wait_s):
+            return self._make_plan(caller, request, newest, ask)
+        if not ask.wait_s:
+            return _fail(caller, request, Failure.VERSION, f"no version of {caller.model!r} is ready yet; wait for one")
         if caller not in served.waiting and len(served.waiting) >= self.config.max_waiting_plans:
             return _fail(caller, request, Failure.BUSY, f"{len(served.waiting)} devices wait for a new version already")
         served.waiting[caller] = request, ask, now + ask.wait_s
@@ -427,7 +431,8 @@ class Answerer:
         if served is None:
             return Failure.MODEL, f"no model {caller.model!r} here"
         if of.version not in served.versions:
-            return Failure.VERSION, f"no version {of.version} here; there is {', '.join(map(str, served.versions))}"
+            here = ", ".join(map(str, served.versions)) or "none yet"
+            return Failure.VERSION, f"no version {of.version} here; there is {here}"
         if isinstance(chunk, Activation):
             held_bytes, most, expected = chunk.total, MAX_SAMPLES, served.num_bytes
         else:

@@ -81,6 +81,7 @@ class _Asked:
     """A question in the works."""
 
     question: Question
+    asked_at: float
     phase: Phase = Phase.WAITING
     manifest: Manifest | None = None
     tier: Tier = "reduced"
@@ -132,7 +133,7 @@ class Asker:
     def handle(self, event: Event, now: float) -> list[Action]:
         match event:
             case Question():
-                self._questions[event.number] = asked = _Asked(event)
+                self._questions[event.number] = asked = _Asked(event, now)
                 return self._begin(asked, now) if self.fetcher.active else self._settled(now)
             case HeadDone(number, margins, error):
                 return self._head_done(number, margins, error, now)
@@ -175,6 +176,8 @@ class Asker:
         for asked in list(self._questions.values()):
             if asked.question.deadline <= now:
                 trouble = asked.last_failure or self._holders.last_trouble
+                if asked.manifest is None:
+                    trouble = f"waited {now - asked.asked_at:.3g} s for a first version: {self.fetcher.waits_for}"
                 actions += self._give_up(asked, "deadline", f"no answer in time; {trouble}", now)
             elif asked.phase is Phase.ASKED and asked.silent_at <= now:
                 assert asked.peer is not None
@@ -308,7 +311,7 @@ class Asker:
             # the answer first: what it is made of may go with the version
             return [resolve, *self._leave(asked)]
         question = Question(~number, len(accepted), now + AUDIT_S, manifest.version)
-        audit = _Asked(question, manifest=manifest, tier="audit", audited=accepted, audit_of=number)
+        audit = _Asked(question, now, manifest=manifest, tier="audit", audited=accepted, audit_of=number)
         self._questions[~number] = audit
         aside = SetAside(number, ~number, accepted, asked.unsure if is_continued else ())
         return [aside, resolve, *self._drop_requests(asked), *self._ask(audit, now)]

@@ -8,7 +8,8 @@ accuracy and the cheapest of all cuts, from 0 (all on the server) to L (all on t
 
 Costs are the paper's weighted sum of time, the device's energy and the server's price, with these differences. Seconds of
 computing are those of real engines, timed when the model was calibrated: fewer bits make fewer bytes, not faster arithmetic.
-Weights are not sent for each request but fetched once for all that the device expects, less the planes that it holds already.
+Weights are not sent for each request but fetched once for all that the device expects, less the planes that it holds already;
+with them come the samples that an engine is compiled with, if the device lacks these.
 Messages take the link's latency and have headers, a request takes more than its layers and bytes, and the part on the device
 must fit its memory.
 
@@ -19,16 +20,15 @@ is not known here (`margins`).
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, is_dataclass, replace
-from types import UnionType
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from dataclasses import asdict, astuple, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from gossipfl.errors import ConfigError, PlanError
+from gossipfl.inference.planning.json_values import read
 from gossipfl.inference.planning.profile import (
     ON_DEVICE,
     ON_SERVER,
@@ -46,6 +46,8 @@ from gossipfl.protocol.wire import MAX_PAYLOAD_BYTES
 MAX_BITS = 16
 EXACT_BITS = 32
 """Of activations that go up as they are, in float32."""
+EXACT_ENGINE = "fp32"
+"""It is compiled without samples; what it runs in is no choice of a calibration."""
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 """Per weight in memory, by engine; 4 for others."""
 HEADER_BYTES, RANGE_BYTES = 80, 12
@@ -84,6 +86,8 @@ class Catalogue:
     device_s: Mapping[str, tuple[float | None, ...]]
     server_s: Mapping[str, tuple[float | None, ...]]
     overheads: tuple[Overhead, Overhead, Overhead] = (Overhead(), Overhead(), Overhead())
+    sample_bytes: int = 0
+    """Of the samples that an offer carries, for engines on the device other than "fp32"."""
 
     def __post_init__(self) -> None:
         _check_profile(self.profile)
@@ -102,6 +106,7 @@ class Catalogue:
                 _require(is_right, f"{key}[1]", activations, f"0 where nothing is cut, else 2 to {MAX_BITS} or {EXACT_BITS}")
         _check_times(self.device_s, "catalogue.device_s", num_layers, none=0)
         _check_times(self.server_s, "catalogue.server_s", num_layers, none=num_layers)
+        _require(self.sample_bytes >= 0, "catalogue.sample_bytes", self.sample_bytes, "a number of at least 0")
         for index, overhead in enumerate(self.overheads):
             values = astuple(overhead)
             is_right = all(0 <= value < math.inf for value in values)
@@ -117,7 +122,11 @@ class Catalogue:
     @staticmethod
     def from_json(value: object) -> Catalogue:
         """What `to_json` gave, also after a round through JSON. PlanError, naming the key, for anything else."""
-        return cast(Catalogue, _read(Catalogue, value, "catalogue"))
+        try:
+            found: Catalogue = read(Catalogue, value, "catalogue")
+        except ValueError as error:
+            raise PlanError(f"{error}; calibrate again") from error
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +144,15 @@ class CutRow:
 
 
 def choose_plan(
-    catalogue: Catalogue, device: DeviceProfile, max_accuracy_loss: float, cached: Sequence[int] = ()
+    catalogue: Catalogue,
+    device: DeviceProfile,
+    max_accuracy_loss: float,
+    cached: Sequence[int] = (),
+    has_samples: bool = False,
 ) -> tuple[Plan, tuple[CutRow, ...]]:
     """The cheapest plan for `device`, and what every cut 0..L would cost. `cached[l]` planes of layer l are on the device.
+
+    It gets no samples to compile its engine with where it `has_samples` already.
 
     PlanError where no level is within `max_accuracy_loss` or no cut fits the memory, with the nearest that would do;
     ConfigError for a device that cannot be.
@@ -147,7 +162,8 @@ def choose_plan(
     if len(cached) > num_layers or not all(0 <= bits <= MAX_BITS for bits in cached):
         raise PlanError(f"cached bits {tuple(cached)} are not 0 to {MAX_BITS} for each of at most {num_layers} layers")
     level = _level_within(catalogue, max_accuracy_loss)
-    rows = tuple(_row(catalogue, device, level, cut, cached) for cut in range(num_layers + 1))
+    known = replace(catalogue, sample_bytes=0) if has_samples else catalogue
+    rows = tuple(_row(known, device, level, cut, cached) for cut in range(num_layers + 1))
     costs = {row.cut: row.prediction.cost for row in rows if row.prediction and row.obstacle is None}
     if not costs:
         memory, cut = min((row.prediction.memory_bytes, row.cut) for row in rows if row.prediction)
@@ -259,14 +275,22 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, ca
     device_times, server_times = _times(catalogue.device_s, cut), _times(catalogue.server_s, cut)
     memory = {engine: resident_bytes(profile, cut, engine) for engine in device_times}
     fitting = [engine for engine, num_bytes in memory.items() if num_bytes <= device.memory_bytes]
-    engine = min(fitting, key=device_times.__getitem__) if fitting else min(memory, key=memory.__getitem__)
+    samples = {engine: catalogue.sample_bytes if cut and engine != EXACT_ENGINE else 0 for engine in device_times}
+
+    def cost_of(engine: str) -> tuple[float, float]:
+        """Of computing here, and of what it takes to compile."""
+        device_s = device_times[engine] / device.speed
+        computing = (device.time_weight + device.energy_weight * device.compute_w) * device_s
+        return computing + device.time_weight * samples[engine] / device.downlink / device.requests, device_s
+
+    engine = min(fitting, key=cost_of) if fitting else min(memory, key=memory.__getitem__)
     server_engine = min(server_times, key=server_times.__getitem__)
     overhead = catalogue.overhead(cut)
     device_s = (device_times[engine] + overhead.device_s) / device.speed
     server_s = server_times[server_engine] + overhead.server_s
     down = weight_bytes(profile, weights, cached)
     up = activation_bytes(profile, cut, activations)
-    fetch_s = fetch_seconds(catalogue, device, weights, cached) / device.requests
+    fetch_s = (fetch_seconds(catalogue, device, weights, cached) + samples[engine] / device.downlink) / device.requests
     uplink_s = answer_s = 0.0
     if cut < len(profile.layers):
         uplink_s, answer_s = _exchange_seconds(profile, device, up)
@@ -274,7 +298,9 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, ca
     latency_s = device_s + transfer_s + server_s + overhead.rest_s
     energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
     cost = device.time_weight * latency_s + device.energy_weight * energy_j + device.price_weight * server_s
-    prediction = Prediction(latency_s, device_s, server_s, transfer_s, energy_j, cost, down, up, memory[engine], level)
+    prediction = Prediction(
+        latency_s, device_s, server_s, transfer_s, energy_j, cost, down, up, memory[engine], level, samples[engine]
+    )
     obstacle = None if fitting else f"takes {memory[engine]:,} bytes of memory, of {device.memory_bytes:,}"
     return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle)
 
@@ -323,7 +349,7 @@ def _plan(catalogue: Catalogue, device: DeviceProfile, row: CutRow) -> Plan:
     return replace(plan, afresh=afresh)
 
 
-# --- checks and JSON --------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _require(is_right: object, key: str, value: object, expected: str) -> None:
@@ -364,37 +390,3 @@ def _check_times(times: Mapping[str, Sequence[float | None]], key: str, num_laye
 
 def _check_shape(shape: tuple[int, ...], key: str) -> None:
     _require(all(size >= 1 for size in shape), key, shape, "a shape of sizes of at least 1")
-
-
-def _read(kind: Any, value: Any, key: str) -> Any:
-    """`value`, of JSON, as a `kind`: a dataclass, a mapping, a tuple, a choice, None or a number or text."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is UnionType:
-        return None if value is None else _read(arguments[0], value, key)
-    if origin is Literal:
-        _require(value in arguments, key, value, f"one of {', '.join(arguments)}")
-        return value
-    if origin is tuple:
-        is_open = arguments[-1] is Ellipsis
-        is_list = isinstance(value, list | tuple) and (is_open or len(value) == len(arguments))
-        _require(is_list, key, value, "a list" if is_open else f"a list of {len(arguments)}")
-        kinds = itertools.repeat(arguments[0]) if is_open else arguments
-        return tuple(_read(one, item, f"{key}[{index}]") for index, (item, one) in enumerate(zip(value, kinds, strict=False)))
-    if origin is Mapping:
-        _require(isinstance(value, dict), key, value, "a table")
-        return {_name(arguments[0], name, f"{key}.{name}"): _read(arguments[1], value[name], f"{key}.{name}") for name in value}
-    if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        _require(isinstance(value, dict) and value.keys() == hints.keys(), key, value, f"a table of {', '.join(hints)}")
-        return cast(Any, kind)(**{name: _read(hint, value[name], f"{key}.{name}") for name, hint in hints.items()})
-    is_number = kind is float and type(value) is int
-    _require(is_number or type(value) is kind, key, value, {int: "a whole number", float: "a number", str: "text"}[kind])
-    return kind(value)
-
-
-def _name(kind: Any, text: Any, key: str) -> Any:
-    """A key of a table, which JSON knows only as text."""
-    try:
-        return kind(text)
-    except ValueError:
-        _require(False, key, text, f"named by {'a whole number' if kind is int else 'a number'}")

@@ -1,5 +1,6 @@
 """Versions on their way in: a plan is asked for, what it names is pulled, its stage is built, and then it is the one in use.
 
+    there is no version   -> every server is asked; the last one answers when it has one
     an Offer came         -> LookUp, and a plan is asked for again: the server answers when there is a newer version
     what is missing known -> Pull it, of the server that offered it first
     all pieces are here   -> Load
@@ -19,7 +20,7 @@ from typing import Literal
 from gossipfl.inference.planning.audit import SHARE
 from gossipfl.inference.planning.device_words import Action, Forget, Load, LookUp, Send, Unload
 from gossipfl.inference.planning.holders import FIRST_BACKOFF_S, MAX_BACKOFF_S, Holders
-from gossipfl.inference.planning.offers import Ask, Failure, Manifest, missing
+from gossipfl.inference.planning.offers import Ask, Failure, Manifest, missing, samples_digest
 from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile
 from gossipfl.protocol.messages import MAX_RANGES, Data, Failed, Later, Message, Offer, PeerId, PlanRequest, Pull, Refuse
 from gossipfl.protocol.transfers import Transfer
@@ -41,6 +42,8 @@ class DeviceConfig:
     patience_s: float = 5.0
     wait_s: float = 60.0
     audit_share: float = SHARE
+    samples: str = ""
+    """As a manifest holds them, where it holds none."""
 
 
 @dataclass(slots=True)
@@ -77,6 +80,8 @@ class Fetcher:
         self._candidate: _Candidate | None = None
         self._next: tuple[Manifest, PeerId] | None = None  # offered while another was loading
         self._spoilt: set[PeerId] = set()  # their offers have come to nothing since the last one that was loaded
+        self._samples = config.samples
+        self._unready: set[PeerId] = set()  # they have no version yet
         self._plan: _PlanAsked | None = None
         self._plan_due: float | None = None  # when the answer is overdue, or a plan is asked for again
 
@@ -97,6 +102,17 @@ class Fetcher:
             return False
         return self.error[0] != Failure.OFFER or self._holders.are_all(self._spoilt)
 
+    @property
+    def waits_for(self) -> str:
+        """What keeps the first version."""
+        if self._candidate is not None:
+            done = "built" if self._candidate.is_loading else "pulled"
+            return f"version {self._candidate.manifest.version} is not {done} yet; allow more time"
+        if self._unready:
+            who = f"{' and '.join(sorted(self._unready))} {'have' if len(self._unready) > 1 else 'has'}"
+            return f"{who} none ready yet, while it is trained or calibrated; allow more time"
+        return self._holders.last_trouble
+
     def receive(self, peer: PeerId, message: Message, now: float) -> list[Action] | None:
         """None if the message is no answer to what was asked here."""
         candidate = self._candidate
@@ -106,8 +122,7 @@ class Fetcher:
                 case Offer():
                     return self._offered(peer, message.payload, now)
                 case Later():
-                    self._holders.praise(peer)
-                    self._plan.is_parked, self._plan_due = True, now + self._config.wait_s + self._config.patience_s
+                    return self._parked(self._plan, now)
                 case Failed(_, kind, reason):
                     return self._plan_failed(peer, kind, reason, now)
             return []
@@ -128,7 +143,9 @@ class Fetcher:
             plan, self._plan = self._plan, None
             if plan is not None:
                 actions.append(Forget(plan.peer, plan.request))
-                if not plan.is_parked:
+                if plan.is_parked:
+                    self._unready.intersection_update({plan.peer})  # the others may have a version by now
+                else:
                     actions.append(self._holders.blame(plan.peer, "silent", "no answer to a plan request", now))
             actions += self.ask_for_plan(now)
         candidate = self._candidate
@@ -143,6 +160,7 @@ class Fetcher:
     def down(self, peer: PeerId, now: float) -> list[Action]:
         """Whatever was asked of it is lost."""
         actions: list[Action] = []
+        self._unready.discard(peer)
         if self._plan is not None and self._plan.peer == peer:
             self._plan = None
             actions += self.ask_for_plan(now)
@@ -175,17 +193,34 @@ class Fetcher:
 
     def ask_for_plan(self, now: float) -> list[Action]:
         """Of the next server, rather one whose offers were good; where none may be asked now, when one may."""
-        peer = self._holders.choose(now, self._spoilt) or self._holders.choose(now)
+        peer = self._unasked(now) or self._holders.choose(now, self._spoilt) or self._holders.choose(now)
         if peer is None:
             self._plan_due = self._holders.next_free()
             return []
         config, held = self._config, self._newest
-        ask = Ask(config.device, config.max_accuracy_loss)
+        ask = Ask(config.device, config.max_accuracy_loss, wait_s=config.wait_s, samples=samples_digest(self._samples))
         if held is not None:
-            ask = replace(ask, held=held.version, wait_s=config.wait_s, cached=held.plan.weight_bits)
+            ask = replace(ask, held=held.version, cached=held.plan.weight_bits)
         request = next(self._numbers)
         self._plan, self._plan_due = _PlanAsked(request, peer), now + config.patience_s
         return [Send(peer, PlanRequest(request, payload=ask))]
+
+    def _unasked(self, now: float) -> PeerId | None:
+        """A server that may have a version."""
+        return self._holders.choose(now, self._spoilt | self._unready)
+
+    def _parked(self, plan: _PlanAsked, now: float) -> list[Action]:
+        """It answers when it has a (newer) version. Where there is none yet, others are asked first."""
+        self._holders.praise(plan.peer)
+        plan.is_parked, self._plan_due = True, now + self._config.wait_s + self._config.patience_s
+        if self._newest is None:
+            self._unready.add(plan.peer)
+            if self._unasked(now) is not None:
+                self._plan = None
+                return [Forget(plan.peer, plan.request), *self.ask_for_plan(now)]
+            if len(self._holders) > 1:
+                self._plan_due = now + self._config.patience_s  # another may have one sooner
+        return []
 
     def _ask_for_plan_at(self, time_s: float) -> list[Action]:
         plan, self._plan, self._plan_due = self._plan, None, time_s
@@ -209,6 +244,9 @@ class Fetcher:
     def _offered(self, peer: PeerId, manifest: Manifest, now: float) -> list[Action]:
         self._holders.praise(peer)
         self._plan, self._plan_due, self.error = None, None, None
+        self._unready.clear()
+        self._samples = manifest.samples or self._samples
+        manifest = replace(manifest, samples=self._samples)
         newest = self._newest.version if self._newest else 0
         if manifest.version <= newest:  # it lags behind, or has not waited
             self._plan_due = now + FIRST_BACKOFF_S

@@ -6,16 +6,16 @@ is no such object is a RemoteProtocolError, an offer that does not add up for th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
-from functools import cache
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
-from gossipfl.errors import ConfigError, PlanError, RemoteProtocolError
+from gossipfl.errors import PlanError, RemoteProtocolError
+from gossipfl.inference.planning.json_values import read
 from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile, Plan, Range
 from gossipfl.protocol.messages import FULL_BITS
 from gossipfl.segments.planes import MAX_PLANES, Planes
@@ -52,7 +52,7 @@ class Ask:
     """A plan for this device, please, within this loss of accuracy (None: the server's choice).
 
     It has version `held` already (0: none), and of it `cached` planes of each of the first layers: the answer may wait until
-    there is a newer one, for at most `wait_s`.
+    there is a newer one, for at most `wait_s`. `samples` is the digest of those it has to compile engines with.
     """
 
     device: DeviceProfile
@@ -60,6 +60,7 @@ class Ask:
     held: int = 0
     wait_s: float = 0.0
     cached: tuple[int, ...] = ()
+    samples: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,8 @@ class Manifest:
     An answer of the reduced model is accepted from margin `threshold` on (0: always), on `scale`, others fall back as the plan
     says; with probability 1 - `delta` at most `alpha` of all requests are then answered otherwise than by the full model (None:
     nobody has measured it).
-    `samples` are inputs that the plan's engine is compiled with, where it needs any: activations at cut 0 in SAMPLE_BITS bits,
-    in base64. Compiled with the same ones, it computes what was certified.
+    `samples` are inputs that the plan's engine is compiled with, where it needs any and the device has others than these:
+    activations at cut 0 in SAMPLE_BITS bits, in base64. Compiled with the same ones, it computes what was certified.
     """
 
     model: str
@@ -132,6 +133,11 @@ class Manifest:
 
 def _refuse(what: str, remedy: str = "update the server") -> None:
     raise PlanError(f"the offer does not add up: {what}; {remedy}")
+
+
+def samples_digest(samples: str) -> str:
+    """Of a manifest's samples; empty where there are none."""
+    return hashlib.blake2b(samples.encode(), digest_size=16).hexdigest() if samples else ""
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -214,38 +220,16 @@ def _plain(value: Any) -> Any:
 
 
 def _from_json(class_: type[T], payload: bytes | memoryview) -> T:
+    name = class_.__name__.lower()
     try:
-        value: T = _read(class_, json.loads(bytes(payload)), class_.__name__.lower())
-    except (ValueError, RecursionError, ConfigError) as error:  # also bytes that are no UTF-8
-        raise RemoteProtocolError(f"no {class_.__name__.lower()}: {str(error)[:160]}") from error
+        value: T = read(class_, json.loads(bytes(payload), parse_float=_finite, parse_constant=_finite), name)
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8
+        raise RemoteProtocolError(f"no {name}: {str(error)[:160]}") from error
     return value
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind`: a dataclass, a number, a text, a tuple of one kind, or one of these or None; else ValueError."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return None if value is None else _read(next(one for one in arguments if one is not type(None)), value, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-    elif origin is tuple:
-        if isinstance(value, list):
-            return tuple(_read(arguments[0], item, where) for item in value)
-    elif is_dataclass(kind):
-        hints = _hints(kind)  # type: ignore[arg-type]
-        if isinstance(value, dict) and value.keys() == hints.keys():
-            return kind(**{name: _read(hint, value[name], name) for name, hint in hints.items()})  # type: ignore[operator]
-    elif kind is float:
-        if value is None:
-            return math.inf
-        if type(value) in (int, float) and math.isfinite(value):
-            return float(value)
-    elif type(value) is kind:
-        return value
-    raise ValueError(f"{where} = {str(value)[:60]} is no {getattr(kind, '__name__', kind)}")
-
-
-@cache
-def _hints(kind: type) -> Mapping[str, Any]:
-    return get_type_hints(kind)
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return value

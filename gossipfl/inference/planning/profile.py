@@ -101,7 +101,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What one request is predicted to cost; bytes of weights are spread over the requests expected."""
+    """What one request is predicted to cost; what is downloaded is spread over the requests expected, in time alone."""
 
     latency_s: float
     device_s: float
@@ -113,6 +113,8 @@ class Prediction:
     activation_bytes: int
     memory_bytes: int
     accuracy_loss: float
+    sample_bytes: int = 0
+    """Of the samples that the device compiles its engine with, where it gets them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
 from gossipfl._version import __version__
 from gossipfl.errors import ConfigError
-from gossipfl.inference.execution.calibration import Calibration, Calibrator, Progress
+from gossipfl.inference.execution.calibration import Calibration, Calibrator, Progress, by_side
 from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.execution.engines import available_engines, stage_seconds
 from gossipfl.inference.execution.tables import Row
 from gossipfl.inference.planning.cuts import Catalogue, choose_plan
 from gossipfl.inference.planning.margins import ALPHA, DELTA, Certificate
@@ -18,7 +19,7 @@ from gossipfl.inference.planning.profile import DeviceProfile, Plan
 from gossipfl.learning.checkpoint import write_atomically
 from gossipfl.scenario.inference.latency import measure_overheads
 from gossipfl.scenario.inference.trained import Trained
-from gossipfl.scenario.records import machine
+from gossipfl.scenario.records import machine, processor
 
 ALONE = DeviceProfile("alone", time_weight=1e-9, price_weight=1e9, requests=10**9)
 """Whatever the server does costs it dearly, so it does all by itself."""
@@ -60,12 +61,47 @@ def calibrate(trained: Trained, calibrator: Calibrator, progress: Progress = lam
         made_with={
             "version": __version__,
             "machine": machine(),
-            "torch": torch.__version__,
+            "kernels": kernels(),
             "seed": str(trained.scenario.data_seed),
         },
     )
     write_atomically(trained.calibration_file, calibration.to_json().encode())
     return calibration
+
+
+def kernels() -> str:
+    """What seconds of engines hang on, in one line."""
+    return f"{processor()} with {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
+def timed_here(calibration: Calibration, calibrator: Calibrator, say: Callable[[str], None]) -> Catalogue:
+    """The catalogue with seconds of this machine; measured again, and said so, where they are of another."""
+    catalogue, there, here = calibration.catalogue, calibration.made_with.get("kernels", "another machine"), kernels()
+    if there == here:
+        return catalogue
+    say(f"the engines were timed on {there}; timing them again on {here}")
+    known = [name for name in available_engines() if name in catalogue.device_s]
+    seconds = stage_seconds(calibrator.chain, calibrator.vector, calibrator.samples, known)
+    device_s, server_s = by_side(seconds)
+    catalogue = replace(catalogue, device_s=device_s, server_s=server_s)
+    return replace(catalogue, overheads=measure_overheads(calibrator, catalogue, calibrator.samples))
+
+
+def served_here(catalogue: Catalogue, here: Catalogue) -> Catalogue:
+    """What a server plans with whose seconds are those of `here`.
+
+    A device's stay: its speed is relative to the machine that calibrated. But an engine that cannot run a part here, or
+    computes something else, is not planned for it, since what it computes could not be certified.
+    """
+    device_s = {
+        engine: tuple(
+            value if known is not None else None for value, known in zip(catalogue.device_s[engine], own, strict=True)
+        )
+        for engine, own in here.device_s.items()
+    }
+    own, before = here.overheads, catalogue.overheads
+    overheads = [replace(one, device_s=calibrated.device_s) for one, calibrated in zip(own, before, strict=True)]
+    return replace(here, device_s=device_s, overheads=(overheads[0], overheads[1], overheads[2]))
 
 
 def alone(catalogue: Catalogue, rows: Mapping[float, Mapping[int, Row]]) -> dict[float, Plan]:

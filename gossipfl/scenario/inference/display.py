@@ -19,6 +19,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from gossipfl.inference.execution.calibration import Calibration, Progress
+from gossipfl.inference.execution.engines import UNDISTURBED
 from gossipfl.inference.planning.cuts import CutRow
 from gossipfl.inference.planning.profile import ModelProfile, Plan
 from gossipfl.scenario.inference.bench import PlanRow, ThresholdRow
@@ -113,7 +114,7 @@ def print_plan(console: Console, profile: ModelProfile, plan: Plan, rows: Sequen
         table.add_row(
             _place(profile, row.cut),
             f"{bits_text(row.weight_bits)} | {row.activation_bits or '-'}",
-            size_text(found.weight_bytes),
+            size_text(found.weight_bytes + found.sample_bytes),
             size_text(found.activation_bytes),
             f"{saved(profile, row.cut, row.weight_bits, row.activation_bits):.0%}",
             f"{1000 * found.latency_s:.2f} ms",
@@ -212,21 +213,26 @@ def print_latency_rows(console: Console, rows: Sequence[LatencyRow]) -> None:
     """The plan that each device gets is in bold; of bytes that are as predicted there is one number."""
     title = "latency and bytes: predicted | measured, on emulated devices and links"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("device, cut", "ms", "error", "now", "bytes up", "pulled", "in ms"):
+    for column in ("device, cut", "ms", "error", "calibrated", "median", "bytes up", "pulled", "in ms"):
         table.add_column(column, justify="left" if column.startswith("device") else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             f"{row.device} {row.cut}/{row.num_layers}",
-            f"{_ms(row.predicted_s)} | {_ms(row.measured_s)}",
-            f"{row.error:+.1%}",
+            f"{_ms(row.predicted_now_s)} | {_ms(row.measured_s)}",
             f"{row.error_now:+.1%}",
+            f"{row.error:+.1%}",
+            _ms(row.median_s),
             _both(row.predicted_up, row.measured_up),
             _both(row.predicted_pull, row.measured_pull),
             f"{_ms(row.predicted_pull_s)} | {_ms(row.measured_pull_s)}" if row.cut else "-",
             style="bold" if row.is_chosen else None,
         )
     console.print(table)
-    console.print("now: with the overheads of a request as measured meanwhile, not as calibrated", highlight=False)
+    console.print(
+        f"measured: the quantile {UNDISTURBED} of {rows[0].turns} requests, little disturbed by other work; predicted: with "
+        "what a request takes beside its layers as it was meanwhile; calibrated: the error of what the plan says",
+        highlight=False,
+    )
 
 
 def print_link_rows(console: Console, rows: Sequence[LinkRow]) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gossipfl.inference.execution.calibration import Calibrator, Progress
+from gossipfl.inference.execution.engines import undisturbed
 from gossipfl.inference.planning.cuts import Bits, Catalogue, Overhead, choose_plan, fetch_seconds
 from gossipfl.inference.planning.profile import ON_DEVICE, DeviceProfile, Plan
 from gossipfl.inference.planning.receipts import Receipt
@@ -26,9 +27,9 @@ from gossipfl.runtime.served import Certifier
 
 LEVEL = 0.01
 """The loss that plans are made for, or the least that there is."""
-TOTAL_S = 8.0
+TOTAL_S = 12.0
 """What all requests together may take, as predicted."""
-LEAST_TURNS, MOST_TURNS = 3, 15
+LEAST_TURNS, MOST_TURNS = 3, 25
 PAUSE_S = 0.05
 """Rest before each request: who is asked once in a while begins cold, which takes up to three times as long."""
 PATIENCE_S = 60.0
@@ -38,7 +39,7 @@ Overheads = tuple[Overhead, Overhead, Overhead]
 
 @dataclass(frozen=True, slots=True)
 class LatencyRow:
-    """One plan of one device: a request with the weights there, the median of `turns`, and the pull of the weights."""
+    """One plan of one device: requests with the weights there, `turns` of them, and the pull of the weights."""
 
     device: str
     cut: int
@@ -51,13 +52,16 @@ class LatencyRow:
     predicted_now_s: float
     """With the overheads of this machine as it was meanwhile (the relay's among them), not those of the calibration."""
     measured_s: float
+    """Of a request that other work on the machine does not disturb."""
+    median_s: float
     predicted_up: int
     measured_up: int
     predicted_pull: int
+    """With the samples that come with the offer, if the engine is compiled with any."""
     measured_pull: int
     predicted_pull_s: float
     measured_pull_s: float
-    """Without the offer before and the compiling after."""
+    """Without the offer before, samples and all, and the compiling after."""
 
     @property
     def error(self) -> float:
@@ -87,7 +91,7 @@ class Opened:
     def predicted_s(self, overheads: Overheads) -> float:
         """Of a request with the weights there."""
         catalogue = replace(self.forced, overheads=overheads)
-        plan, _ = choose_plan(catalogue, self.device, min(catalogue.levels), cached=self.plan.weight_bits)
+        plan, _ = choose_plan(catalogue, self.device, min(catalogue.levels), cached=self.plan.weight_bits, has_samples=True)
         return plan.prediction.latency_s
 
     @property
@@ -95,9 +99,9 @@ class Opened:
         """What was measured, less what is known of the layers; of a device without a link."""
         known, seconds = self.plan.prediction, [receipt.seconds for receipt in self.receipts]
         return Overhead(
-            max(0.0, statistics.median(one["device"] for one in seconds) - known.device_s),
-            max(0.0, statistics.median(one["server"] for one in seconds) - known.server_s),
-            max(0.0, statistics.median(one["total"] - one["device"] - one["server"] for one in seconds)),
+            max(0.0, undisturbed(one["device"] for one in seconds) - known.device_s),
+            max(0.0, undisturbed(one["server"] for one in seconds) - known.server_s),
+            max(0.0, undisturbed(one["total"] - one["device"] - one["server"] for one in seconds)),
         )
 
 
@@ -106,8 +110,7 @@ def measure_overheads(calibrator: Calibrator, catalogue: Catalogue, inputs: np.n
     with ExitStack() as stack:
         unlinked = _open_unlinked(stack, calibrator, catalogue, inputs, relayed=False)
         for turn in range(MOST_TURNS):
-            for one in unlinked:
-                one.ask(inputs, turn)
+            _ask_all(unlinked, inputs, turn)
         return _overheads(unlinked)
 
 
@@ -136,8 +139,7 @@ def latency_rows(
         turns = int(min(max(total_s / predicted_s, LEAST_TURNS), MOST_TURNS))
         for turn in range(turns):
             told("requests over emulated links", turn / turns)
-            for one in (*unlinked, *opened):
-                one.ask(inputs, turn)
+            _ask_all([*unlinked, *opened], inputs, turn)
         now = _overheads(unlinked)
         return [_row(one, is_chosen, now) for one, is_chosen in zip(opened, chosen, strict=True)]
 
@@ -149,6 +151,12 @@ def worth_measuring(catalogue: Catalogue, device: DeviceProfile) -> Iterator[tup
     between = [cut for cut in able if 0 < cut < len(catalogue.profile.layers)]
     for cut in dict.fromkeys((plan.cut, *between[len(between) // 2 :][:1], *([0] if 0 in able else []))):
         yield _only(catalogue, cut, able[cut]), cut == plan.cut
+
+
+def _ask_all(devices: Sequence[Opened], inputs: np.ndarray, turn: int) -> None:
+    """In an order of its own for each turn: how cold a request begins hangs on what came before it."""
+    for index in np.random.default_rng(turn).permutation(len(devices)):
+        devices[index].ask(inputs, turn)
 
 
 def _open_unlinked(
@@ -186,7 +194,7 @@ def serve(
     stack: ExitStack, calibrator: Calibrator, forced: Catalogue, certificate: Certifier = lambda plan: None
 ) -> InferenceServer:
     server = stack.enter_context(InferenceServer({MODEL: calibrator.chain}))
-    server.publish(MODEL, forced.version, calibrator.vector, forced, certificate)
+    server.publish(MODEL, forced.version, calibrator.vector, forced, certificate, calibrator.samples)
     return server
 
 
@@ -218,7 +226,6 @@ def _open(
         device,
         LEVEL,
         model=MODEL,
-        samples=calibrator.samples,
         patience_s=PATIENCE_S,
         audit_share=0.0,
         emulated_speed=min(device.speed, 1.0),
@@ -239,10 +246,11 @@ def _row(one: Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
         len(one.receipts),
         one.predicted_s(one.forced.overheads),
         one.predicted_s(now),
+        undisturbed(receipt.seconds["total"] for receipt in one.receipts),
         statistics.median(receipt.seconds["total"] for receipt in one.receipts),
         plan.prediction.activation_bytes,
         one.receipts[0].bytes_up,
-        plan.prediction.weight_bytes,
+        plan.prediction.weight_bytes + plan.prediction.sample_bytes,
         one.edge.bytes_pulled,
         fetch_seconds(one.forced, one.device, plan.weight_bits),
         one.edge.seconds_pulled,

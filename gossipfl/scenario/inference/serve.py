@@ -26,17 +26,18 @@ from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import INFERENCE_RUN, InferenceServer
 from gossipfl.runtime.model_list import Architecture, ask_models
 from gossipfl.scenario.config import Scenario
-from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration
+from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration, served_here, timed_here
 from gossipfl.scenario.inference.trained import Trained
 from gossipfl.scenario.preparation import prepare
 
 Say = Callable[[str], None]
 
 
-def open_server(trained: Trained, bind: str, advertise: str | None, insecure: bool) -> InferenceServer:
+def open_server(trained: Trained, bind: str, advertise: str | None, insecure: bool, say: Say) -> InferenceServer:
     """A server of a calibrated model; certificates that it has not got yet are made when a plan asks for them."""
     calibration = load_calibration(trained)
     calibrator = calibrator_like(trained, calibration)
+    catalogue = served_here(calibration.catalogue, timed_here(calibration, calibrator, say))
 
     def certificate(plan: Plan) -> Certificate | None:
         return calibration.certificate_for(calibrator.basis(plan)) or calibrator.certify(plan)
@@ -47,8 +48,7 @@ def open_server(trained: Trained, bind: str, advertise: str | None, insecure: bo
         {architecture.name: chain}, bind, advertise=advertise, insecure=insecure, architectures=[architecture]
     )
     try:
-        version = calibration.catalogue.version
-        server.publish(architecture.name, version, calibrator.vector, calibration.catalogue, certificate, calibrator.samples)
+        server.publish(architecture.name, catalogue.version, calibrator.vector, catalogue, certificate, calibrator.samples)
     except BaseException:
         server.close(0.0)
         raise
@@ -67,7 +67,7 @@ def serve(
     """Serve until SIGTERM or SIGINT, then finish what has been asked."""
     host, port = host_and_port(http) if http is not None else ("", 0)
     with ExitStack() as stack:
-        server = open_server(trained, bind, advertise, insecure)
+        server = open_server(trained, bind, advertise, insecure, say)
         stack.callback(server.close, drain_s)
         say(f"serving {', '.join(model.name for model in server.models())} for devices at {server.address}")
         if http is not None:
