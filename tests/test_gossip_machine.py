@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from gossipfl.protocol.gossip import Gossip, GossipConfig, Phase
+from gossipfl.protocol.membership import FIRST_ANSWER_S, MIN_ANSWER_S
 from gossipfl.protocol.messages import (
     NEWEST,
     Contribution,
@@ -242,6 +243,10 @@ def test_later_keeps_a_neighbour_waited_for_within_the_patience():
     a, asked = gathering(patience_s=30)
     for peer, pull in asked.items():
         assert a.handle(Received(peer, Later(pull.request, 0)), 1.1) == []
+    assert a.next_deadline == 31.0 - MIN_ANSWER_S
+    assert pulls(a.handle(Wake(), a.next_deadline)) == asked  # once more, for it may be under way by now
+    for peer, pull in asked.items():
+        assert a.handle(Received(peer, Later(pull.request, 0)), 29.1) == []
     assert a.next_deadline == 31.0
 
 
@@ -258,6 +263,10 @@ def test_the_missing_ranges_are_pulled_from_a_neighbour_not_tried_yet(trouble):
         "down": (PeerDown(peer), 1.2),
         "silence": (Wake(), a.next_deadline),
     }[trouble]
+    if trouble == "silence":  # it may be the pull that was lost
+        assert [(send.peer, send.message) for send in a.handle(event, now)] == [(peer, pull)]
+        now = a.next_deadline
+        assert now == 1.0 + FIRST_ANSWER_S + MIN_ANSWER_S
     again = a.handle(event, now)
     assert Forget(peer, pull.request) in again
     replaced = pulls(again)
@@ -349,6 +358,53 @@ def test_a_silent_transfer_is_resumed_at_the_same_neighbour_before_it_is_given_u
     assert (send.message.offset, send.message.ranges) == (16, SEGMENTS)
     a.handle(Wake(), a.next_deadline)
     assert a.report.missing == 4
+
+
+def test_a_first_chunk_that_is_long_in_coming_is_waited_for_as_long_as_its_sender_says_that_it_is_queued():
+    """A link of 9 kB/s, say, that a chunk of 90 kB is alone on: nothing comes for 10 s, three times the patience."""
+    a, asked = gathering(replicas=2, others=("b", "c"), patience_s=3, segments=((0, 1000),))
+    for peer, pull in asked.items():
+        a.handle(Received(peer, Later(pull.request, 4000)), 1.1)
+    a.handle(Received("b", data(asked["b"], (0, 1000), num_bytes=4000, total=4000)), 6.0)
+    now = 6.0
+    while now < 11.0:
+        now = a.next_deadline
+        (again,) = a.handle(Wake(), now)
+        assert again == Send("c", asked["c"])
+        assert a.handle(Received("c", Later(asked["c"].request, 4000)), now) == []
+    (merge,) = a.handle(Received("c", data(asked["c"], (0, 1000), num_bytes=4000, total=4000)), now)
+    assert len(merge.contributions) == 2 and a.report.timeouts == 0
+
+
+def test_a_neighbour_that_only_promises_does_not_hold_the_round():
+    a, asked = gathering(replicas=2, others=("b", "c"), patience_s=3, segments=((0, 1000),))
+    a.handle(Received("b", data(asked["b"], (0, 1000), num_bytes=4000, total=4000)), 1.5)
+    actions, now = a.handle(Received("c", Later(asked["c"].request, 4000)), 1.1), 1.1
+    while not only(actions, Merge):
+        now = a.next_deadline
+        actions = a.handle(Wake(), now)
+        if a._transfers:
+            actions += a.handle(Received("c", Later(asked["c"].request, 4000)), now)
+    assert now <= 1.0 + 3.0 + 2.0 and a.report.timeouts == 1  # the patience, and an answer's time
+
+
+def test_patience_follows_the_time_that_transfers_take_and_not_that_of_who_stalls():
+    a, asked = gathering(replicas=3, others=("b", "c", "d"), segments=((0, 1000),), rounds=5)
+    for peer, at in (("b", 9.0), ("c", 9.0), ("d", 301.0)):
+        a.handle(Received(peer, Later(asked[peer].request, 4000)), 1.0)
+        a.handle(Received(peer, data(asked[peer], (0, 1000), num_bytes=4000, total=4000)), at)
+    a.handle(Merged(1, 0), 301.0)
+    a.handle(Trained(2, 100), 302.0)
+    assert a._patience_end == 302.0 + 4 * 8.0
+
+
+def test_an_answer_that_comes_after_it_was_given_up_tells_how_long_answers_take():
+    a, asked = gathering(replicas=1, others=("b",), segments=((0, 10),), patience_s=30)
+    for _ in ("asked again", "given up"):
+        actions = a.handle(Wake(), a.next_deadline)
+    assert only(actions, Merge) and a.report.timeouts == 1
+    a.handle(Received("b", data(asked["b"], (0, 10))), 9.0)
+    assert a.membership.neighbours["b"].answer_deadline_s == 8.0 + 4 * 4.0
 
 
 def test_a_transfer_that_progresses_outlives_the_patience():

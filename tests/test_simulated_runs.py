@@ -138,6 +138,15 @@ def test_alone_nobody_receives_anything(tmp_path):
     assert result.summary["faults"]["missing_segments"] == 0
 
 
+def test_over_links_on_which_a_round_takes_longer_than_the_patience_nothing_is_lost_or_sent_twice(tmp_path):
+    """At 20 kbit/s two models (75 KB) take half a minute each round, and the patience is 10 s at first."""
+    result = run(tmp_path / "run", network={"uplink": "20kbit"})
+    reports = events(result, "round")
+    assert sum(report["wait_s"] for report in reports) / len(reports) > 25
+    assert [sum(report[key] for report in reports) for key in ("missing", "timeouts", "repeated_bytes")] == [0, 0, 0]
+    assert {report["payload_bytes"] for report in reports} == {2 * 4 * 9610}
+
+
 def test_a_lossy_network_delays_a_run_and_does_not_stop_it(tmp_path):
     result = run(tmp_path / "run", network={"loss": "30%", "latency": "5ms"})
     assert result.exit_code == 0 and len(events(result, "round")) == 5 * 4

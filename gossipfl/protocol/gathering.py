@@ -7,9 +7,10 @@
     Refuse, Rejected, PeerDown, late Wake the missing ranges from a neighbour not tried yet; none left: merge with fewer
 
 Deadlines. One patience budget per round, from Trained, bounds the waiting for versions that are not trained yet; after it,
-replacements take the newest stored version and nothing waits again. A first answer is due within an adaptive time
-(`membership.py`), and within the patience. A transfer that progresses is not cut off by either (`transfers.py`): after a
-silence its pull is repeated at the same neighbour, which resumes it, and only a second silence, or a crawl, ends it.
+replacements take the newest stored version and nothing waits again. It follows the time that training takes and, on slow links,
+the time that transfers take. A first answer is due within an adaptive time (`membership.py`), and within the patience. A
+transfer that progresses is not cut off by either (`transfers.py`): after a silence its pull is repeated at the same neighbour,
+which resumes it, and only a second silence, or a crawl, ends it.
 
 Far behind. Who finds itself more than `versions_kept` rounds behind a neighbour adopts the newest model, by segments from
 several peers, and jumps to its round: a slow peer is never left to train alone.
@@ -18,12 +19,13 @@ several peers, and jumps to its round: a slow peer is never left to train alone.
 from __future__ import annotations
 
 import math
+import statistics
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from gossipfl.protocol.membership import MIN_ANSWER_S
+from gossipfl.protocol.membership import MIN_ANSWER_S, Neighbour
 from gossipfl.protocol.messages import (
     MAX_RANGES,
     NEWEST,
@@ -45,6 +47,10 @@ from gossipfl.randomness import generator
 
 MIN_PATIENCE_S = 10.0
 PATIENCE_IN_TRAININGS = 4
+PATIENCE_IN_TRANSFERS = 4
+"""Of the median one, so that who stalls on purpose does not prolong it: neighbours are behind by what transfers took them."""
+MAX_GIVEN_UP = 256
+"""Requests given up that are remembered, to learn from a late answer how long answers take."""
 MAX_SAMPLES = 2**40
 
 
@@ -75,6 +81,9 @@ class Gatherer(Participant):
         self._num_merged = 0
         self._transfers: dict[int, Transfer] = {}
         self._finished_rates: list[float] = []
+        self._transfers_s: list[float] = []  # of those that came to an end since this round began
+        self._usual_transfer_s = 0.0
+        self._given_up: dict[int, float] = {}  # when they were asked
         self._numbers = numbers or count(1)
         self._began = 0.0  # training, then gathering
         self._patience_s = MIN_PATIENCE_S
@@ -101,7 +110,11 @@ class Gatherer(Participant):
         actions: list[Action] = [Forget(transfer.peer, request) for request, transfer in self._transfers.items()]
         self._transfers.clear()
         self.phase, self.round, self._began = Phase.GATHERING, round_, now
-        self._patience_s = self.config.patience_s or max(MIN_PATIENCE_S, PATIENCE_IN_TRAININGS * train_s)
+        if self._transfers_s:
+            self._usual_transfer_s = statistics.median(self._transfers_s)
+            self._transfers_s.clear()
+        usual_s = max(PATIENCE_IN_TRAININGS * train_s, PATIENCE_IN_TRANSFERS * self._usual_transfer_s)
+        self._patience_s = self.config.patience_s or max(MIN_PATIENCE_S, usual_s)
         self._patience_end = now + self._patience_s
         late = self.report.late if self.report.round == 0 else 0
         self.report = RoundReport(round_, train_s=train_s, late=late)
@@ -160,6 +173,7 @@ class Gatherer(Participant):
         if transfer is None or transfer.peer != peer or data.range not in transfer.missing:
             self.report.repeated_bytes += data.num_bytes
             self.report.late += is_last
+            self._came_late(neighbour, data.request, now)
             return []
         neighbour.num_samples = neighbour.num_samples or data.num_samples
         if not 1 <= data.num_samples <= MAX_SAMPLES or data.num_samples != neighbour.num_samples:
@@ -182,6 +196,7 @@ class Gatherer(Participant):
         else:
             del self._transfers[data.request]
             self._finished_rates.append(transfer.rate(now))
+            self._transfers_s.append(now - transfer.asked_at)
             neighbour.transferred(transfer.link_rate(now))
         if not is_last:
             return self._give_up(transfer, now) if self._crawls(transfer, now) else []
@@ -224,19 +239,21 @@ class Gatherer(Participant):
                 return self._give_up(transfer, now)
             transfer.flows(now, neighbour.answer_deadline_s, self._patience_s)
         elif not transfer.is_flowing:
-            transfer.park(max(self._patience_end, now))
+            transfer.park(now, self._patience_end)
         return []
 
     def _overdue(self, transfer: Transfer, now: float) -> list[Action]:
-        if transfer.is_flowing and not transfer.is_probed and not self._crawls(transfer, now):
+        may_wait = not self._crawls(transfer, now) if transfer.is_flowing else now < self._patience_end
+        if may_wait and not transfer.is_probed:
             answer_s = self.membership.neighbours[transfer.peer].answer_deadline_s
+            if not transfer.is_flowing:
+                answer_s = min(answer_s, MIN_ANSWER_S, self._patience_left_s(now))
             return [Send(transfer.peer, transfer.probe(now, answer_s, self._patience_s))]
-        if transfer.is_flowing or not transfer.is_answered:
-            return self._give_up(transfer, now)
-        return self._replace(transfer, now)
+        is_parked = transfer.is_answered and not transfer.is_flowing
+        return self._replace(transfer, now) if is_parked else self._give_up(transfer, now)
 
     def _crawls(self, transfer: Transfer, now: float) -> bool:
-        return now >= self._patience_end and transfer.crawls(now, self._finished_rates)
+        return now >= self._patience_end and transfer.crawls(now, self._finished_rates, self._transfers_s)
 
     def _give_up(self, transfer: Transfer, now: float) -> list[Action]:
         """It was silent, or crawled, for too long."""
@@ -244,7 +261,17 @@ class Gatherer(Participant):
         neighbour.strikes += 1
         neighbour.transferred(transfer.link_rate(now))
         self.report.timeouts += 1
+        self._given_up[transfer.pull.request] = transfer.asked_at
+        if len(self._given_up) > MAX_GIVEN_UP:
+            del self._given_up[next(iter(self._given_up))]
         return self._replace(transfer, now)
+
+    def _came_late(self, neighbour: Neighbour, request: int, now: float) -> None:
+        """What was given up comes after all: links are slower than was thought."""
+        asked_at = self._given_up.pop(request, None)
+        if asked_at is not None:
+            neighbour.answered_after(now - asked_at)
+            self._transfers_s.append(now - asked_at)
 
     def _refused(self, peer: PeerId, request: int, newest: int, now: float) -> list[Action]:
         self.membership.heard(peer, newest)

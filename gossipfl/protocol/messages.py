@@ -19,6 +19,8 @@ MAX_RANGES = 32
 """Ranges that one Pull may name: keeps the header within its limit."""
 NEWEST = 0
 """As `Pull.version`: whatever is newest. As `Pull.oldest`: any age will do, do not make me wait."""
+PROMPT_BYTES = 32 * 1024
+"""What is served without saying first that it comes: over a slow link, shared by others, even that takes seconds."""
 FULL_BITS = 32
 """Of values that travel as they are computed."""
 
@@ -317,7 +319,8 @@ class Send:
 class Serve:
     """Encode and send the ranges of `pull` from the stored `version`.
 
-    A request that is still queued is not queued twice; where bytes are queued, the shell first answers Later.
+    A request that is still queued is not queued twice; where bytes are queued, or more than PROMPT_BYTES are asked for, the
+    shell first answers Later.
     """
 
     peer: PeerId

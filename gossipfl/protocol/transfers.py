@@ -1,7 +1,8 @@
 """Pulls in flight: how far each has come, and when its silence is too long.
 
 A transfer is *asked* until the first answer of any kind, then *parked* (Later: the version is not trained yet) or *flowing*
-(bytes are queued or have come). One that flows and falls silent is asked again once, at the same neighbour, which resumes it.
+(bytes are queued or have come). One that is not answered, or flows and falls silent, is asked again once, at the same
+neighbour, which resumes it, or says how much is still queued.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gossipfl.protocol.membership import MIN_ANSWER_S
 from gossipfl.protocol.messages import Data, PeerId, Pull, Range
 
 CRAWL = 32
 """Past the patience, a transfer this many times slower than the round's median one is given up: a peer that drips bytes must
 not hold a round."""
+MAX_WAIT = 8
+"""The same where nothing has come yet but word that it will, against what the round's median transfer took in all."""
 MAX_SILENCE = 4
 """Silence is never waited out for longer than this many patiences, however long the gaps between chunks have been."""
 
@@ -70,20 +74,24 @@ class Transfer:
             self.missing[data.range] += num_bytes
 
     def flows(self, now: float, answer_s: float, patience_s: float) -> None:
-        """Bytes are on their way: silence may last for the patience until chunks are timed, then for four of their gaps."""
+        """Bytes are on their way. Until chunks are timed they are asked for again after a quarter of the patience, and given up
+        after all of it more; then four of their gaps are as long."""
         self.is_flowing, self.is_probed = True, False
         if self.timed_from is None:
             self.timed_from = now
-        self.deadline = now + self._silence_s(answer_s, patience_s)
+        silence_s = self._silence_s(answer_s, patience_s)
+        self.deadline = now + (silence_s if self.longest_gap_s else min(silence_s, max(answer_s, patience_s / 4)))
 
-    def park(self, until: float) -> None:
-        """The version is not trained yet: its bytes are timed from when the first of them, or news of them, comes."""
-        self.deadline, self.timed_from = until, None
+    def park(self, now: float, until: float) -> None:
+        """The version is not trained yet: its bytes are timed from when the first of them, or news of them, comes. Before the
+        time is over it is asked for once more: it may be under way by then."""
+        remind_at = until - MIN_ANSWER_S
+        self.timed_from, self.deadline = None, remind_at if remind_at > now and not self.is_probed else max(until, now)
 
     def probe(self, now: float, answer_s: float, patience_s: float) -> Pull:
         """The same request again for what is missing, resuming the first range where it stopped."""
         self.is_probed = True
-        self.deadline = now + max(self._silence_s(answer_s, patience_s), answer_s)
+        self.deadline = now + (max(self._silence_s(answer_s, patience_s), answer_s) if self.is_flowing else answer_s)
         first, offset = next(iter(self.missing.items()))
         old = self.pull
         version = self.versions.get(first, old.version)
@@ -99,8 +107,10 @@ class Transfer:
             return self.rate(now)
         return self.timed_bytes / max(now - self.timed_from, 1e-6)
 
-    def crawls(self, now: float, finished_rates: Sequence[float]) -> bool:
-        """Whether it is far slower than the transfers that have been finished."""
+    def crawls(self, now: float, finished_rates: Sequence[float], finished_s: Sequence[float]) -> bool:
+        """Whether it is far slower than the transfers that have been finished, by their rates and what they took."""
+        if not self.num_bytes and finished_s:
+            return now - self.asked_at > MAX_WAIT * statistics.median(finished_s)
         return bool(finished_rates) and self.rate(now) < statistics.median(finished_rates) / CRAWL
 
     def _silence_s(self, answer_s: float, patience_s: float) -> float:

@@ -23,6 +23,7 @@ from gossipfl.protocol import wire
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.gossip import MAX_SAMPLES, Gossip
 from gossipfl.protocol.messages import (
+    PROMPT_BYTES,
     Action,
     Collect,
     Contribution,
@@ -267,7 +268,7 @@ class Node:
             return
         ahead = self.transport.bytes_queued(origin, peer)
         total = sum(self.codec.num_bytes(stop - start) for start, stop in pull.ranges)
-        if ahead or total > wire.MAX_PAYLOAD_BYTES:  # the first chunk may be long in coming
+        if ahead or total > PROMPT_BYTES:  # the first chunk may be long in coming
             self.transport.send(self.name, peer, Later(pull.request, ahead + total), origin)
         num_samples = self.machine.config.num_samples
         resumed = pull.offset if version == pull.version else 0

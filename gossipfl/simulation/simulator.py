@@ -26,6 +26,7 @@ from gossipfl.overlay.churn import Change
 from gossipfl.overlay.links import Links
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
+    PROMPT_BYTES,
     Data,
     Event,
     Fault,
@@ -364,7 +365,7 @@ class Simulator:
             ahead = flow.bytes_queued()
         sizes = [self._codec.num_bytes(stop - start) for start, stop in pull.ranges]
         total = sum(sizes)
-        if ahead or total > self._chunk_bytes:
+        if ahead or total > PROMPT_BYTES:
             self._send(peer, to, Later(pull.request, ahead + total))
         newest, num_samples = peer.machine.desk.newest, peer.machine.config.num_samples
         resumed = pull.offset if version == pull.version else 0
