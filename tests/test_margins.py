@@ -193,6 +193,14 @@ def test_continuing_is_certified_down_to_the_first_threshold_that_lets_too_many_
         assert certificate.fallback_rate == pytest.approx(1 - accept.mean())
 
 
+def test_samples_of_equal_margins_are_accepted_together_also_where_they_make_up_for_each_other():
+    values, differs = np.linspace(0.9, 0.1, 1000, dtype=np.float32), np.arange(1000) == 0
+    continued = (np.arange(1000) > 0) & (np.arange(1000) <= allowed_disagreements(1000))  # as many as there may be
+    assert certify_continued(values, differs, continued, BASIS).threshold > values[0], "the first would be one too many"
+    values[1] = values[0]  # and the second one less
+    assert certify_continued(values, differs, continued, BASIS).threshold == 0.0
+
+
 def test_continuing_that_changes_nothing_is_certified_as_the_full_model_is():
     rng = np.random.default_rng(0)
     values, differs, none = rng.random(1000, np.float32), rng.random(1000) < 0.1, np.zeros(1000, bool)
@@ -239,6 +247,9 @@ def test_a_certificate_survives_json(n):
         certificate = mean_risk(values, differs, BASIS) if delta is None else certify(values, differs, BASIS)
         assert Certificate.from_json(certificate.to_json()) == certificate
         json.loads(certificate.to_json(), parse_constant=pytest.fail)
+    older = json.loads(certify(values, differs, BASIS).to_json())
+    del older["tried"], older["basis"]["fallback"]
+    assert Certificate.from_json(json.dumps(older)) == certify(values, differs, BASIS)
     if n == 400:
         continued = certify_continued(values, differs, flags(*[0] * n), replace(BASIS, fallback="continued"), tried=2)
         assert Certificate.from_json(continued.to_json()) == continued and not continued.holds_for(BASIS)

@@ -32,7 +32,6 @@ from gossipfl.inference.planning.answering import (
     Drain,
     Event,
     Finish,
-    First,
     Heard,
     Keep,
     MakePlan,
@@ -50,6 +49,7 @@ from gossipfl.inference.planning.answering import (
 from gossipfl.inference.planning.cuts import Catalogue
 from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
 from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
+from gossipfl.inference.planning.remembered import First
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
     FULL_BITS,

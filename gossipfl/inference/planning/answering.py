@@ -14,14 +14,13 @@ activations that may be continued; the oldest are forgotten first, and whoever c
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
 from gossipfl.inference.planning.offers import Ask, Failure
+from gossipfl.inference.planning.remembered import First, Remembered
 from gossipfl.protocol.messages import (
     MAX_RANGES,
     NEWEST,
@@ -38,8 +37,6 @@ from gossipfl.segments.planes import MAX_PLANES
 
 MAX_SAMPLES = 65_536
 """In one activation."""
-REMEMBERING_BYTES = 1024
-"""That each activation which is remembered is taken to need beside its payload."""
 
 
 class Caller(NamedTuple):
@@ -119,18 +116,6 @@ class Wake:
 
 
 Event = Heard | Published | Planned | Ran | Drain | Wake
-
-
-@dataclass(frozen=True, slots=True)
-class First:
-    """An activation that may be continued, without what it holds."""
-
-    request: int
-    version: int
-    cut: int
-    bits: int
-    samples: int
-    num_bytes: int
 
 
 # --- actions ----------------------------------------------------------------------------------------------------------
@@ -253,8 +238,9 @@ class Answerer:
         self.config = config or ServerConfig()
         self._models = {model: _Served() for model in models}
         self._uploads: dict[Key, _Upload] = {}
-        self._remembered: dict[Key, tuple[First, float]] = {}  # until when; the oldest first
-        self._remembered_bytes: Counter[Caller] = Counter()
+        self._remembered = Remembered[Caller](
+            self.config.remember_s, self.config.max_remembered_bytes, self.config.max_remembered_bytes_per_caller
+        )
         self._planning: set[Key] = set()
         self._retiring: list[tuple[str, int]] = []
         self._is_draining = False
@@ -263,9 +249,9 @@ class Answerer:
     @property
     def next_deadline(self) -> float | None:
         times = [upload.deadline for upload in self._uploads.values() if not upload.is_running]
-        times += [expires for _, expires in itertools.islice(self._remembered.values(), 1)]
         times += [expires for served in self._models.values() for _, _, expires in served.waiting.values()]
-        return min(times, default=None)
+        forgetting = self._remembered.next_deadline
+        return min(times if forgetting is None else [*times, forgetting], default=None)
 
     @property
     def num_running(self) -> int:
@@ -309,8 +295,7 @@ class Answerer:
                 del self._uploads[key]
                 actions.append(Discard(*key))
                 actions += [Discard(key[0], upload.first.request)] if upload.first else []
-        while self._remembered and next(iter(self._remembered.values()))[1] <= now:
-            actions += self._forget(next(iter(self._remembered)))
+        actions += [Discard(*key) for key in self._remembered.expire(now)]
         for served in self._models.values():
             for caller, (_, _, expires) in list(served.waiting.items()):
                 if expires <= now:
@@ -326,8 +311,7 @@ class Answerer:
         actions: list[Action] = []
         while len(served.versions) > self.config.versions_kept:
             self._retiring.append((model, served.versions.pop(0)))
-            gone = [k for k, (first, _) in self._remembered.items() if (k[0].model, first.version) == self._retiring[-1]]
-            actions += [action for key in gone for action in self._forget(key)]
+            actions += self._forget_version(*self._retiring[-1])
         waiting, served.waiting = served.waiting, {}
         for caller, (request, ask, _) in waiting.items():
             actions += self._make_plan(caller, request, version, ask)
@@ -414,14 +398,14 @@ class Answerer:
             upload = _Upload(chunk.total, caller.model, chunk.version, now)
             upload.remember = first if chunk.keep and chunk.bits < MAX_PLANES else None
             return self._obstacle(caller, chunk, first) or upload
-        if (caller, chunk.first) not in self._remembered or chunk.first == chunk.request:
+        known = self._remembered.get(caller, chunk.first)
+        if known is None or chunk.first == chunk.request:
             return Failure.FORGOTTEN, f"nothing is kept of request {chunk.first} (any more); start afresh"
-        first = self._remembered[caller, chunk.first][0]
-        obstacle = self._obstacle(caller, chunk, first)
+        obstacle = self._obstacle(caller, chunk, known)
         if obstacle is not None:
             return obstacle
-        self._recall((caller, chunk.first))
-        return _Upload(chunk.total, caller.model, first.version, now, first)
+        self._remembered.take(caller, chunk.first)
+        return _Upload(chunk.total, caller.model, known.version, now, known)
 
     def _obstacle(self, caller: Caller, chunk: Activation | Continuation, of: First) -> tuple[Failure, str] | None:
         """Why this cannot be taken: the activation `of`, or a continuation of it."""
@@ -454,41 +438,26 @@ class Answerer:
     # --- what may be continued ----------------------------------------------------------------------------------------
 
     def _remember(self, caller: Caller, first: First, now: float) -> list[Action]:
-        """For a while, in the place of what is older, where there is no room for both."""
-        config, size, actions = self.config, _size(first), list[Action]()
-        most = min(config.max_remembered_bytes, config.max_remembered_bytes_per_caller)
-        if size > most or self._is_draining or first.version not in self._models[caller.model].versions:
+        if self._is_draining or first.version not in self._models[caller.model].versions:
             return [Discard(caller, first.request)]
-        while self._remembered_bytes[caller] + size > config.max_remembered_bytes_per_caller:
-            actions += self._forget(next(key for key in self._remembered if key[0] == caller))
-        while self._remembered_bytes.total() + size > config.max_remembered_bytes:
-            actions += self._forget(next(iter(self._remembered)))
-        self._remembered[caller, first.request] = first, now + config.remember_s
-        self._remembered_bytes[caller] += size
-        return actions
-
-    def _recall(self, key: Key) -> First | None:
-        """What was remembered, and no longer is."""
-        found = self._remembered.pop(key, None)
-        if found is None:
-            return None
-        self._remembered_bytes[key[0]] -= _size(found[0])
-        if not self._remembered_bytes[key[0]]:
-            del self._remembered_bytes[key[0]]
-        return found[0]
+        return [Discard(*key) for key in self._remembered.add(caller, first, now)]
 
     def _forget(self, key: Key) -> list[Action]:
-        return [] if self._recall(key) is None else [Discard(*key)]
+        return [] if self._remembered.take(*key) is None else [Discard(*key)]
+
+    def _forget_version(self, model: str, version: int) -> list[Action]:
+        actions: list[Action] = []
+        for caller, request in self._remembered.keys:
+            first = self._remembered.get(caller, request)
+            if caller.model == model and first is not None and first.version == version:
+                actions += self._forget((caller, request))
+        return actions
 
 
 def _missing_bytes(served: _Served, of: First, cut: int, bits: int, samples: int) -> int | None:
     """What a continuation takes: the planes that are missing, and the marks of the samples."""
     whole, part = served.num_bytes(cut, MAX_PLANES, samples), served.num_bytes(cut, bits, samples)
     return None if whole is None or part is None else whole - part + -(-of.samples // 8)
-
-
-def _size(first: First) -> int:
-    return first.num_bytes + REMEMBERING_BYTES
 
 
 def _fail(caller: Caller, request: int, kind: Failure, reason: str) -> list[Action]:

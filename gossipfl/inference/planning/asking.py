@@ -39,6 +39,7 @@ from gossipfl.inference.planning.device_words import (
     HeadDone,
     Loaded,
     Question,
+    Report,
     Resolve,
     RunHead,
     SetAside,
@@ -292,11 +293,15 @@ class Asker:
         return self._send(asked, peer, asked.manifest.cut, asked.manifest.plan.activation_bits, now, first=first)
 
     def _start_afresh(self, asked: _Asked) -> list[Action]:
-        """The samples unsure are left to the full model. Those of them that are audited are known not to differ."""
-        assert asked.manifest is not None
+        """The samples unsure are left to the full model."""
         asked.tier = "full"
+        return [*self._drop_requests(asked), *self._no_difference(asked)]
+
+    def _no_difference(self, asked: _Asked) -> list[Report]:
+        """Those of the samples unsure that are audited do not differ, or nobody will know: then they are taken not to."""
+        assert asked.manifest is not None
         fell_back = dict.fromkeys(set(asked.audited).intersection(asked.unsure), False)
-        return [*self._drop_requests(asked), *self._audits.known(asked.manifest.version, asked.question.number, fell_back)]
+        return self._audits.known(asked.manifest.version, asked.question.number, fell_back)
 
     def _resolve(self, asked: _Asked, now: float, is_verified: bool = True) -> list[Action]:
         manifest, number = asked.manifest, asked.question.number
@@ -309,18 +314,21 @@ class Asker:
         num_audits = sum(other.audit_of is not None for other in self._questions.values())
         if not accepted or num_audits >= MAX_AUDITS or resolve.alarm:
             # the answer first: what it is made of may go with the version
-            return [resolve, *self._leave(asked)]
+            return [resolve, *self._no_difference(asked), *self._leave(asked)]
         question = Question(~number, len(accepted), now + AUDIT_S, manifest.version)
-        audit = _Asked(question, now, manifest=manifest, tier="audit", audited=accepted, audit_of=number)
+        continued = asked.unsure if is_continued else ()
+        reports = [] if is_continued else self._no_difference(asked)
+        audit = _Asked(question, now, manifest=manifest, tier="audit", unsure=continued, audited=accepted, audit_of=number)
         self._questions[~number] = audit
-        aside = SetAside(number, ~number, accepted, asked.unsure if is_continued else ())
-        return [aside, resolve, *self._drop_requests(asked), *self._ask(audit, now)]
+        aside = SetAside(number, ~number, accepted, continued)
+        return [aside, resolve, *reports, *self._drop_requests(asked), *self._ask(audit, now)]
 
     def _end_audit(self, audit: _Asked, differs: Sequence[bool] = ()) -> list[Action]:
         """`differs` of each sample; nothing where no server has said."""
         assert audit.manifest is not None and audit.audit_of is not None
         del self._questions[audit.question.number]
         known = dict(zip(audit.audited, differs, strict=False))
+        known = dict.fromkeys(set(audit.audited).intersection(audit.unsure), False) | known
         reports = self._audits.known(audit.manifest.version, audit.audit_of, known)
         reports += self._audits.left_out(audit.manifest.version, audit.audit_of)
         return [*reports, Audited(audit.question.number), *self._leave(audit)]

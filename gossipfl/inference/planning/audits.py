@@ -1,9 +1,10 @@
 """The audits of a device: of each version that has a certificate, whether it still holds for what the device is asked.
 
-Which samples are audited is drawn before anything is known of them. What fell back counts at once as not differing; what was
-accepted counts when the full model has answered too, and not at all if no server does. They count in the order in which they
-were drawn: those that fall back are known sooner, and counted first would make those that follow look worse than they are.
-Leaving out accepted ones, and never others, makes the risk seem smaller, so that false alarms do not become more likely.
+Which samples are audited is drawn before anything is known of them. What the full model has answered counts at once as not
+differing; what was accepted counts when the full model has answered too, and not at all if no server does. So does what was
+continued, but that it is taken not to differ if no server says so. They count in the order in which they were drawn: those that
+fall back are known sooner, and counted first would make those that follow look worse than they are. Leaving out accepted ones,
+and never others, makes the risk seem smaller, so that false alarms do not become more likely.
 """
 
 from __future__ import annotations

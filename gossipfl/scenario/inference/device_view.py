@@ -54,8 +54,8 @@ class Answers:
                 size_text(statistics.fmean(getattr(receipt, name) for receipt in self._receipts))
                 for name in ("bytes_up", "bytes_down")
             ),
-            "reduced / continued / full / unverified": " / ".join(f"{tiers[tier] / count:.1%}" for tier in get_args(Tier)),
-            "of those that fell back": _fallbacks(self._receipts),
+            "answered": ", ".join(f"{tiers[tier] / count:.1%} {tier}" for tier in get_args(Tier) if tiers[tier]),
+            "for a fallback": _fallbacks(self._receipts),
             "accepted from margin": "-" if last.threshold is None else f"{last.threshold:.3f}",
             "guarantee": _guarantee(last),
             "latency, median / slowest": f"{1000 * statistics.median(self._seconds):.2f} / {1000 * max(self._seconds):.1f} ms",

@@ -190,9 +190,9 @@ def print_threshold_rows(console: Console, rows: Sequence[ThresholdRow]) -> None
 
 def print_fallback_rows(console: Console, rows: Sequence[FallbackRow]) -> None:
     """What a server would offer is in bold."""
-    title = "fallbacks that continue or start afresh: predicted | measured, and on test samples"
+    title = "fallbacks, to continue or to start afresh: predicted | measured"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("device, cut", "way", "bytes up", "ms", "falls back", "differs", "of all"):
+    for column in ("device, cut", "way", "bytes up", "ms", "fall back", "differ", "of all"):
         table.add_column(column, justify="left" if column in ("device, cut", "way") else "right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -206,7 +206,9 @@ def print_fallback_rows(console: Console, rows: Sequence[FallbackRow]) -> None:
             style="bold" if row.is_chosen else None,
         )
     console.print(table)
-    console.print("-: not certified; differs: of all answers; of all: if every sample fell back", highlight=False)
+    console.print(
+        "shares of test samples: that fall back, that differ then (-: not certified), and if all fell back", highlight=False
+    )
 
 
 def print_latency_rows(console: Console, rows: Sequence[LatencyRow]) -> None:
