@@ -561,6 +561,15 @@ def test_lingering_ends_after_linger_s():
     assert now == 7.0 and actions == [Finish()]
 
 
+def test_leave_is_said_again_less_and_less_often():
+    a, times = lingering(linger_s=20), []
+    while a.phase is not Phase.DONE:
+        now = a.next_deadline
+        if only(a.handle(Wake(), now), Send):
+            times.append(now)
+    assert times == [2.0 + 1, 2.0 + 3, 2.0 + 7, 2.0 + 15]
+
+
 def test_a_peer_stops_after_the_round_that_it_is_told():
     a, asked = gathering(rounds=10)
     a.handle(StopAfter(1), 1.5)

@@ -86,6 +86,7 @@ class Participant(ABC):
         self._strangers: set[PeerId] = set()
         self._wake_at: float | None = None  # hello or leave again
         self._give_up_at = math.inf  # joining or lingering
+        self._leave_again_s = HELLO_INTERVAL_S
 
     @abstractmethod
     def _train(self, round_: int, now: float) -> list[Action]:
@@ -182,7 +183,8 @@ class Participant(ABC):
         return [*self.desk.close(now), *self._say_leave(now), *self._finish_if_alone()]
 
     def _say_leave(self, now: float) -> list[Action]:
-        self._wake_at = now + HELLO_INTERVAL_S
+        """Again after 1, 2, 4, ... seconds, for it may be lost: where everybody is a neighbour, there are many to say it to."""
+        self._wake_at, self._leave_again_s = now + self._leave_again_s, 2 * self._leave_again_s
         return [Send(n.name, Leave(self.round)) for n in self.membership.neighbours.values() if n.is_live and n.met]
 
     def _left(self, peer: PeerId, now: float) -> list[Action]:
