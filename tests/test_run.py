@@ -35,6 +35,7 @@ import gossipfl
 from gossipfl.errors import ConfigError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario import load_scenario
+from gossipfl.scenario.crew import Crew
 from gossipfl.scenario.results import Observer
 from gossipfl.scenario.temporary import MARK, remove_stale
 from gossipfl.segments.codecs import codec
@@ -482,6 +483,18 @@ def test_a_run_that_is_interrupted_before_it_begins_ends_at_once_with_130(launch
     assert time.monotonic() - began < 5.0
     assert code == 130 and "Traceback" not in stderr
     assert run.workers() == []
+
+
+@pytest.mark.processes
+def test_a_process_that_has_not_come_as_far_as_to_listen_is_ended_as_well(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import threading\nthreading.Event().wait()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = set(psutil.Process().children())
+    crew = Crew(print, lambda: False)
+    crew.launch([["p0"], ["p1"]], tmp_path / "log")
+    assert set(psutil.Process().children()) - before
+    crew.stop()
+    assert not set(psutil.Process().children()) - before
 
 
 @pytest.mark.processes

@@ -31,6 +31,8 @@ STOPPED_S = 10.0
 """The same of one that is not busy but stopped (SIGSTOP)."""
 STOP_S = 2.0
 """What Ctrl-C leaves the workers to end in order; within 3 s everything has stopped."""
+END_S = 0.5
+"""What a process takes to end, once its peers have."""
 MEMORY_SAMPLE_S = 0.5
 
 
@@ -124,14 +126,18 @@ class Crew:
                 worker.stop(now)
 
     def stop(self) -> None:
-        """End them all, in order if they obey in time. Stopping twice is allowed."""
+        """End them all, in order if they obey in time."""
         deadline = time.monotonic() + STOP_S
         for worker in self.workers:
             worker.send({"do": "exit"})
         for worker in self.workers:
             worker.stop(deadline)
         for process in self._first_processes:
-            process.wait(5.0)
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:  # it has not come as far as to listen
+                process.kill()
+                process.wait()
 
     def _sample_memory(self) -> None:
         now = time.monotonic()

@@ -96,13 +96,14 @@ class Launcher:
         handlers = self._catch_signals()
         try:
             with temporary_folder() as self.sockets:
-                return self._run(folder, record, groups, in_process, objects)
+                try:
+                    return self._run(folder, record, groups, in_process, objects)
+                finally:
+                    self.crew.stop()  # while the folder is there: nobody is to come and listen in what is left of it
         except (ConfigError, KeyboardInterrupt):
-            self.crew.stop()
             folder.give_up()
             raise
         finally:
-            self.crew.stop()
             folder.keep()
             if self.namespaces is not None:
                 self.namespaces.close()
