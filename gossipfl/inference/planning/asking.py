@@ -79,7 +79,7 @@ class _Asked:
     """A question in the works."""
 
     question: Question
-    asked_at: float
+    asked_at: float = 0.0
     phase: Phase = Phase.WAITING
     manifest: Manifest | None = None
     tier: Tier = "reduced"
@@ -292,7 +292,7 @@ class Asker:
             # the answer first: what it is made of may go with the version
             return [resolve, *self._leave(asked)]
         question = Question(~number, len(accepted), now + AUDIT_S, manifest.version)
-        audit = _Asked(question, now, manifest=manifest, tier="audit", audited=accepted, audit_of=number)
+        audit = _Asked(question, manifest=manifest, tier="audit", audited=accepted, audit_of=number)
         self._questions[~number] = audit
         return [SetAside(number, ~number, accepted), resolve, *self._drop_requests(asked), *self._ask(audit, now)]
 
