@@ -82,7 +82,7 @@ class _Asked:
     """A question in the works."""
 
     question: Question
-    asked_at: float
+    asked_at: float = 0.0
     phase: Phase = Phase.WAITING
     manifest: Manifest | None = None
     tier: Tier = "reduced"
@@ -318,7 +318,7 @@ class Asker:
         question = Question(~number, len(accepted), now + AUDIT_S, manifest.version)
         continued = asked.unsure if is_continued else ()
         reports = [] if is_continued else self._no_difference(asked)
-        audit = _Asked(question, now, manifest=manifest, tier="audit", unsure=continued, audited=accepted, audit_of=number)
+        audit = _Asked(question, manifest=manifest, tier="audit", unsure=continued, audited=accepted, audit_of=number)
         self._questions[~number] = audit
         aside = SetAside(number, ~number, accepted, continued)
         return [aside, resolve, *reports, *self._drop_requests(asked), *self._ask(audit, now)]

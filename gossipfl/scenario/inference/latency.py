@@ -162,9 +162,12 @@ def _ask_all(devices: Sequence[Opened], inputs: np.ndarray, turn: int) -> None:
 def _open_unlinked(
     stack: ExitStack, calibrator: Calibrator, catalogue: Catalogue, inputs: np.ndarray, relayed: bool
 ) -> list[Opened]:
-    """For each of `Catalogue.overheads` a device as fast as the server; `relayed` through a link without limits."""
-    fp32 = {"fp32": catalogue.device_s["fp32"]}  # there is nothing that it cannot run
-    bare, last = replace(catalogue, device_s=fp32, overheads=(Overhead(),) * 3), len(catalogue.profile.layers)
+    """For each of `Catalogue.overheads` a device as fast as the server; `relayed` through a link without limits.
+
+    Its engine is the fastest, as that of most plans: where the machine is slower than when engines were timed, one engine's
+    delay would be too much for another.
+    """
+    bare, last = replace(catalogue, overheads=(Overhead(),) * 3), len(catalogue.profile.layers)
     device, opened = DeviceProfile(memory_bytes=2**40), []
     for cut in (0, last // 2, last):
         forced = _only(bare, cut, ((8,) * cut, 8 if cut < last else 0))
