@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +19,8 @@ from gossipfl.errors import ConfigError
 from gossipfl.overlay.links import Constant, LinksConfig, build_links
 from gossipfl.runtime import namespaces
 from gossipfl.runtime.namespaces import Namespaces, enter, incoming, outgoing
+from gossipfl.scenario.config import Scenario
+from gossipfl.scenario.hosting import emulation, fidelity
 
 needs_root = pytest.mark.skipif(
     not sys.platform.startswith("linux") or os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")),
@@ -48,6 +52,47 @@ def test_what_is_not_limited_is_not_shaped():
     assert outgoing(0, links, [1, 2]) == []
     assert len(incoming(1, links)) == 1 and "tbf rate 8000000bit" in incoming(1, links)[0]
     assert incoming(1, build_links(LinksConfig(), 3, 0)) == []
+
+
+def test_what_each_neighbour_sends_is_late_behind_the_bridge_also_where_no_rate_is_limited():
+    links = build_links(LinksConfig(latency=Constant(0.02), peer_latency={2: 0.1}), 3, 0)
+    assert outgoing(0, links, [1, 2]) == []
+    lines = incoming(0, links, [1, 2])
+    assert "class add dev v0 parent 1: classid 1:1 htb rate 10000000000bit quantum 16384" in lines
+    assert sum("match ip src 10.213.0.3/32 flowid 1:12" in line for line in lines) == 1
+    assert any(line.startswith("qdisc add dev v0 parent 1:11 netem delay 20000us limit") for line in lines)
+    assert any(line.startswith("qdisc add dev v0 parent 1:12 netem delay 100000us limit") for line in lines)
+
+
+def test_a_late_downlink_is_shared_by_the_senders():
+    links = build_links(LinksConfig(downlink=Constant(1e6), latency=Constant(0.02)), 3, 0)
+    lines = incoming(0, links, [1, 2])
+    assert "class add dev v0 parent 1: classid 1:1 htb rate 8000000bit quantum 16384" in lines
+    assert "class add dev v0 parent 1:1 classid 1:12 htb rate 4000000bit ceil 8000000bit quantum 16384" in lines
+
+
+def test_what_is_under_way_does_not_fill_the_queue():
+    for rate in (125e3, 12.5e6, 1.25e9):
+        links = build_links(LinksConfig(pair=Constant(rate), latency=Constant(0.1)), 2, 0)
+        (limit,) = (int(line.split()[-1]) for line in incoming(0, links, [1]) if "netem" in line)
+        assert limit * 1448 >= rate * 0.1 + namespaces.QUEUE_S * rate / 2
+
+
+@pytest.mark.parametrize(
+    ("jitter", "by_kernel", "shaping", "left"),
+    [
+        ("0ms", (), "user space", (62_500, 0.01)),
+        ("0ms", ("rates",), "kernel: rates; user space: latency, jitter, loss", (math.inf, 0.01)),
+        ("0ms", ("rates", "latency"), "kernel: rates, latency", None),
+        ("5ms", ("rates", "latency"), "kernel: rates, latency; user space: jitter, loss", (math.inf, 0.0)),
+    ],
+    ids=str,
+)
+def test_the_record_says_who_shapes_what_and_user_space_does_the_rest(jitter, by_kernel, shaping, left):
+    scenario = Scenario.model_validate(RUN | {"network": RUN["network"] | {"jitter": jitter}})
+    assert fidelity(scenario, [], pytest.fail, by_kernel)["shaping"] == shaping
+    links = emulation(scenario, by_kernel)["links"]
+    assert (links and (links["pair"], links["latency"])) == left
 
 
 @pytest.mark.parametrize(
@@ -87,7 +132,10 @@ def test_a_run_in_namespaces_comes_to_the_same_models_no_faster_than_its_links(t
     virtual = gossipfl.run(RUN, clock="virtual", out=tmp_path / "virtual")
     netns = gossipfl.run(RUN, clock="netns", out=tmp_path / "netns")
     assert netns.summary["models_sha256"] == virtual.summary["models_sha256"]
-    assert netns.summary["clock"] == "netns" and netns.summary["shaping"].startswith("kernel: rates")
+    assert netns.summary["clock"] == "netns" and netns.summary["shaping"] in (
+        "kernel: rates, latency",
+        "kernel: rates; user space: latency, jitter, loss",
+    )
     segment_s = 4 * virtual.summary["parameters"] / 2 / 62_500
     assert netns.summary["seconds"]["wall"] >= 0.9 * 3 * (2 * 0.02 + segment_s)  # the bucket may hold a burst
     assert not list(namespaces.FOLDER.glob(f"gossipfl-{os.getpid()}-*"))
@@ -106,8 +154,6 @@ def test_the_kernel_holds_a_pair_to_its_rate():
     links = build_links(LinksConfig(pair=Constant(1e6)), 2, 0)
     num_bytes, received = 600_000, threading.Event()
     with Namespaces(["p0", "p1"], links, [[1], [0]]) as made:
-        import socket
-
         listening, seconds = threading.Event(), []
 
         def receive() -> None:
@@ -135,6 +181,39 @@ def test_the_kernel_holds_a_pair_to_its_rate():
         threading.Thread(target=send, daemon=True).start()
         assert received.wait(30)
     assert seconds[0] >= 0.8 * num_bytes / 1e6
+
+
+@needs_root
+def test_a_round_trip_takes_the_latency_there_and_back():
+    links = build_links(LinksConfig(latency=Constant(0.05)), 2, 0)
+    with Namespaces(["p0", "p1"], links, [[1], [0]]) as made:
+        if "latency" not in made.by_kernel:
+            pytest.skip("this kernel has no netem")
+        listening, seconds = threading.Event(), []
+
+        def answer() -> None:
+            enter(made.path("p1"))
+            with socket.create_server((made.address("p1"), 5000)) as server:
+                server.settimeout(20)
+                listening.set()
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(connection.recv(1))
+
+        def ask() -> None:
+            enter(made.path("p0"))
+            with socket.create_connection((made.address("p1"), 5000), timeout=20) as connection:
+                began = time.monotonic()
+                connection.sendall(b"?")
+                assert connection.recv(1) == b"?"
+                seconds.append(time.monotonic() - began)
+
+        threads = [threading.Thread(target=target, daemon=True) for target in (answer, ask)]
+        threads[0].start()
+        assert listening.wait(20)
+        threads[1].start()
+        threads[1].join(30)
+    assert seconds[0] >= 2 * 0.05
 
 
 @needs_root

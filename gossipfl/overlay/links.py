@@ -165,8 +165,12 @@ class Links:
     @property
     def is_ideal(self) -> bool:
         """Everything arrives at once: no limit, no latency, no jitter, no loss."""
-        late = self.jitter_s or any(self._peer_latency.values()) or self._latency.constant != 0
-        return self.is_unlimited and not late and not self.loss
+        return self.is_unlimited and not self.has_latency and not self.jitter_s and not self.loss
+
+    @property
+    def has_latency(self) -> bool:
+        """Some message takes longer than its transmission, jitter aside."""
+        return any(self._peer_latency.values()) or self._latency.constant != 0
 
     @property
     def common_latency(self) -> float | None:
@@ -187,6 +191,20 @@ class Links:
         pair = PairValues(UNLIMITED, self.num_peers)
         return Links(
             unlimited, unlimited, pair, self._latency, peer_latency=self._peer_latency, jitter_s=self.jitter_s, loss=self.loss
+        )
+
+    def without_latency(self) -> Links:
+        """The same rates, jitter and loss, where something else sees to the latency."""
+        at_once = PairValues(AT_ONCE, self.num_peers)
+        return Links(
+            self.uplink,
+            self.downlink,
+            self.pair,
+            at_once,
+            jitter_s=self.jitter_s,
+            loss=self.loss,
+            changes=self.changes,
+            repeats=self.repeats,
         )
 
     def timeline(self) -> Iterator[Change]:

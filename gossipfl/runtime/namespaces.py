@@ -5,8 +5,16 @@
 
 Each namespace hangs by a pair of virtual Ethernet devices on a bridge, in a namespace of its own; none of them reaches the
 machine's networks. The kernel's hierarchical token bucket at the peer's end shapes its uplink and, within that, what goes to
-each neighbour; a token bucket at the bridge's end shapes its downlink (tc-htb(8), tc-tbf(8)). Latency, jitter and loss are
-not the kernel's here: `links.without_rates` in user space (`shaping`) adds them.
+each neighbour; a token bucket at the bridge's end shapes its downlink (tc-htb(8), tc-tbf(8)).
+
+Where the kernel has netem (tc-netem(8)) it delays, too: at the receiver's end of the bridge, in a class for each sender. Round
+trips are then as long for TCP as for a message, and its slow start costs what it costs on a real network. It is behind the
+sender's bucket, not in it: netem takes a packet off its socket's account, which is what keeps the queue in front of the bucket
+short, and pulls would wait behind whole windows.
+
+`by_kernel` says what the kernel does. The rest is left to user space (`shaping`): the latency where there is no netem, and
+always jitter and loss, which are of messages. netem's are of packets: TCP takes those that its jitter lets overtake others
+for lost, and sends again what it drops; so no message would be lost, and all of them would be slower.
 """
 
 from __future__ import annotations
@@ -18,7 +26,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -39,6 +47,8 @@ QUEUE_S, LEAST_QUEUE_BYTES = 0.05, 65_536
 """What waits in front of a limited link: enough for TCP to fill it, too little to delay a pull by much."""
 GSO_BYTES = 16_384
 """Largest piece that TCP hands down at once: 64 KiB of the default would be bursts of 52 ms at 10 Mbit/s."""
+PACKET_BYTES, LEAST_PACKETS = 1_500, 100
+"""netem's queue counts packets, of this size or more; and small ones, such as acknowledgements, at the least."""
 _CLONE_NEWNET = 0x40000000
 
 
@@ -53,6 +63,8 @@ class Namespaces:
         self._names, self._links, self._neighbours = names, links, neighbours
         self._prefix = f"gossipfl-{os.getpid()}-"
         self._switch = f"{self._prefix}switch"
+        self.by_kernel: tuple[str, ...] = ("rates",)
+        """What of the links the kernel shapes, besides the rates perhaps the latency."""
         remove_stale()
         try:
             self._build()
@@ -92,7 +104,17 @@ class Namespaces:
             addresses = [f"addr add {_address(index)}/{PREFIX_BITS} dev eth0", "link set lo up"]
             _run(["ip", "-n", f"{self._prefix}{index}"], [*addresses, f"link set eth0 up gso_max_size {GSO_BYTES}"])
             _run(["tc", "-n", f"{self._prefix}{index}"], outgoing(index, self._links, self._neighbours[index]))
-        _run(["tc", "-n", self._switch], [line for index in indices for line in incoming(index, self._links)])
+        if self._links.has_latency and self._has_netem():
+            self.by_kernel = ("rates", "latency")
+        lines = []
+        for index in indices:
+            lines += incoming(index, self._links, self._neighbours[index] if "latency" in self.by_kernel else ())
+        _run(["tc", "-n", self._switch], lines)
+
+    def _has_netem(self) -> bool:
+        """By trying it, which also has the kernel load it, where nobody is."""
+        attempt = ["tc", "-n", self._switch, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
+        return subprocess.run(attempt, check=False, capture_output=True, timeout=COMMAND_S).returncode == 0
 
 
 def outgoing(index: int, links: Links, neighbours: Sequence[int]) -> list[str]:
@@ -101,31 +123,45 @@ def outgoing(index: int, links: Links, neighbours: Sequence[int]) -> list[str]:
     if not neighbours or (math.isinf(links.uplink[index]) and all(map(math.isinf, pairs.values()))):
         return []
     uplink = _bit(float(links.uplink[index]))
-    lines = [
-        "qdisc add dev eth0 root handle 1: htb",
-        f"class add dev eth0 parent 1: classid 1:1 htb rate {uplink}bit quantum {GSO_BYTES}",
-    ]
-    promised = max(LEAST_BIT, uplink // len(neighbours))
-    for other, rate in pairs.items():
-        most = min(uplink, _bit(rate))
-        class_ = f"1:{other + 16:x}"
-        lines += [
-            f"class add dev eth0 parent 1:1 classid {class_} htb rate {min(promised, most)}bit ceil {most}bit "
-            f"quantum {GSO_BYTES}",
-            f"qdisc add dev eth0 parent {class_} bfifo limit {_queue_bytes(most)}",
-            f"filter add dev eth0 protocol ip parent 1: prio 1 u32 match ip dst {_address(other)}/32 flowid {class_}",
-        ]
-    return lines
+    ceilings = {other: min(uplink, _bit(rate)) for other, rate in pairs.items()}
+    leaves = {other: f"bfifo limit {_queue_bytes(most)}" for other, most in ceilings.items()}
+    return _classes("eth0", "dst", uplink, ceilings, leaves)
 
 
-def incoming(index: int, links: Links) -> list[str]:
-    """tc's commands at the bridge for what a peer receives."""
+def incoming(index: int, links: Links, senders: Sequence[int] = ()) -> list[str]:
+    """tc's commands at the bridge for what a peer receives: its downlink, and the latency from each of `senders`."""
     rate = float(links.downlink[index])
+    bits = _bit(rate)
+    if senders:
+        leaves = {}
+        for other in senders:
+            latency = links.latency(other, index)
+            most = min(rate, float(links.uplink[other]), links.pair(other, index))
+            packets = LEAST_PACKETS + math.ceil(_bit(most) / 8 * (latency + QUEUE_S) / PACKET_BYTES)
+            leaves[other] = f"netem delay {round(1e6 * latency)}us limit {packets}"
+        return _classes(f"v{index}", "src", bits, dict.fromkeys(senders, bits), leaves)
     if math.isinf(rate):
         return []
-    bits = _bit(rate)
     burst = max(2 * GSO_BYTES, bits // 8 // 250)  # of a timer tick, at the least
     return [f"qdisc add dev v{index} root tbf rate {bits}bit burst {burst} limit {burst + _queue_bytes(bits)}"]
+
+
+def _classes(device: str, end: str, total: int, ceilings: Mapping[int, int], leaves: Mapping[int, str]) -> list[str]:
+    """tc's commands for `total` bit/s, shared by a class for each peer at the other `end`, with its ceiling and its queue."""
+    lines = [
+        f"qdisc add dev {device} root handle 1: htb",
+        f"class add dev {device} parent 1: classid 1:1 htb rate {total}bit quantum {GSO_BYTES}",
+    ]
+    promised = max(LEAST_BIT, total // len(ceilings))
+    for other, most in ceilings.items():
+        class_ = f"1:{other + 16:x}"
+        lines += [
+            f"class add dev {device} parent 1:1 classid {class_} htb rate {min(promised, most)}bit ceil {most}bit "
+            f"quantum {GSO_BYTES}",
+            f"qdisc add dev {device} parent {class_} {leaves[other]}",
+            f"filter add dev {device} protocol ip parent 1: prio 1 u32 match ip {end} {_address(other)}/32 flowid {class_}",
+        ]
+    return lines
 
 
 def enter(path: str) -> None:

@@ -44,9 +44,16 @@ def peer_job(scenario: Scenario, topology: Topology, number: int, indices: Path)
     return {"name": names[number], "indices": str(indices), "degrees": degrees, "schedule": schedule}
 
 
-def emulation(scenario: Scenario, kernel_rates: bool = False) -> Event | None:
-    """What processes that host peers emulate around them (`runtime.shaping.Emulation`), None if nothing."""
-    links = scenario.build_links().without_rates() if kernel_rates else scenario.build_links()
+def emulation(scenario: Scenario, by_kernel: Sequence[str] = ()) -> Event | None:
+    """What processes that host peers emulate around them (`runtime.shaping.Emulation`), None if nothing.
+
+    That is, what of the links `by_kernel` (see `runtime.namespaces`) leaves to them, and the devices.
+    """
+    links = scenario.build_links()
+    if "rates" in by_kernel:
+        links = links.without_rates()
+    if "latency" in by_kernel:
+        links = links.without_latency()
     emulated = Emulation(
         scenario.peer_names,
         scenario.protocol_seed,
@@ -88,10 +95,10 @@ def tcp_address(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
-def fidelity(scenario: Scenario, events: Sequence[Event], note: Callable[[str], None], kernel_rates: bool = False) -> Event:
+def fidelity(scenario: Scenario, events: Sequence[Event], note: Callable[[str], None], by_kernel: Sequence[str] = ()) -> Event:
     """What summary.json says of the emulation: what shaped the links, and how many trainings took longer than told."""
-    emulated = emulation(scenario, kernel_rates)
-    if emulated is None and not kernel_rates:
+    emulated = emulation(scenario, by_kernel)
+    if emulated is None and not by_kernel:
         return {}
     rounds = [event for event in events if event["event"] == "round"]
     overrun = [event["overrun_s"] for event in rounds if event.get("overrun_s")]
@@ -101,8 +108,9 @@ def fidelity(scenario: Scenario, events: Sequence[Event], note: Callable[[str], 
             "this run claims no fidelity; lengthen compute.step_time, or use --clock virtual"
         )
     shaping = "user space" if emulated and emulated["links"] else None
-    if kernel_rates:
-        shaping = "kernel: rates; user space: latency, jitter, loss" if shaping else "kernel: rates"
+    if by_kernel:
+        left = [what for what in ("latency", "jitter", "loss") if what not in by_kernel]
+        shaping = f"kernel: {', '.join(by_kernel)}" + (f"; user space: {', '.join(left)}" if shaping else "")
     return {"shaping": shaping, "overrun": len(overrun)}
 
 

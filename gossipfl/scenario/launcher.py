@@ -179,7 +179,7 @@ class Launcher:
             bind = device_address(scenario, index, scenario.transport.host)
             served = served | {"bind": bind, "advertise": advertise, "insecure": insecure}
         return peer_settings(scenario) | {
-            "emulation": emulation(scenario, kernel_rates=self._is_in_namespaces),
+            "emulation": emulation(scenario, self._by_kernel),
             "late": [] if peers[0] in scenario.late_peers else scenario.late_peers,  # a late one waits for who is there
             "namespace": self.namespaces.path(peers[0]) if self.namespaces else None,
             "peers": jobs,
@@ -206,6 +206,10 @@ class Launcher:
     @property
     def _is_in_namespaces(self) -> bool:
         return self.scenario.resolved_clock == "netns"
+
+    @property
+    def _by_kernel(self) -> tuple[str, ...]:
+        return self.namespaces.by_kernel if self.namespaces is not None else ()
 
     def _run_number(self, folder: Path) -> int:
         text = f"{self.scenario.sha256}/{folder.resolve()}/{self.began}/{os.getpid()}"
@@ -324,7 +328,7 @@ class Launcher:
             clock=scenario.resolved_clock,
             exit_code=EXIT_INTERRUPTED if self.is_interrupted else None,
         )
-        summary |= fidelity(scenario, record.events, self.observer.note, kernel_rates=self._is_in_namespaces)
+        summary |= fidelity(scenario, record.events, self.observer.note, self._by_kernel)
         record.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return RunResult(summary, record.folder)
 
