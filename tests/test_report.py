@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
+import gossipfl
 from gossipfl.cli import main
 from gossipfl.errors import ConfigError
+from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.report import write_report
 from gossipfl.scenario.report.links import plot_topology, plot_traffic
 from gossipfl.scenario.report.reading import read_run, read_runs
@@ -41,6 +43,18 @@ def a_round(peer: str, number: int, **fields: object) -> dict:
         "staleness_mean": 0.0,
         "staleness_max": 0,
         **fields,
+    }
+
+
+def a_quick_run(**changes: object) -> dict:
+    """A scenario of six peers and three rounds of one step each."""
+    return {
+        "peers": 6,
+        "rounds": 3,
+        "model_args": {"hidden": [8]},
+        "training": {"local_steps": 1, "batch_size": 8},
+        "gossip": {"segments": 2, "replicas": 2},
+        **changes,
     }
 
 
@@ -304,6 +318,22 @@ def test_peers_are_drawn_with_their_last_accuracy_and_those_that_failed_with_a_c
     assert peers["marker"]["color"] == [0.5, 0.7, 0.9]
     assert peers["marker"]["symbol"] == ["circle", "x", "circle"]
     assert lines["x"].count(None) == 3  # a ring of three
+
+
+@pytest.mark.parametrize(
+    ("topology", "num_links"),
+    [({"kind": "full"}, 15), ({"kind": "regular", "degree": 4}, 12), ({"kind": "ring", "dynamic": True}, 6)],
+    ids=lambda value: str(value),
+)
+def test_the_topology_of_a_run_is_drawn_from_its_record(tmp_path, topology, num_links):
+    scenario = a_quick_run(topology=topology)
+    run = read_run(gossipfl.run(scenario, clock="virtual", out=tmp_path / "run").folder, "run")
+    plot = plot_topology(run)
+    drawn = load_scenario(scenario).build_topology()
+    first = drawn.rounds[0] if topology.get("dynamic") else drawn
+    assert plot.traces[0]["x"].count(None) == num_links, plot.missing
+    assert plot.columns["num_neighbours"] == [first.degree(peer) for peer in range(6)]
+    assert plot.about.startswith("The graph of round 1;") == topology.get("dynamic", False)
 
 
 def test_a_graph_of_many_peers_is_thinned_and_says_so(tmp_path):
