@@ -180,7 +180,7 @@ def summarize(
     Accuracies are on the common test set, after the last merge of each peer that has finished (of all, where none has);
     bytes are summed over all that was received; train, wait and merge seconds are summed over peers and rounds; `exit_code` is
     made from the scenario's `min_peers` where it is not given. Seconds are real ones but, under virtual time, those of the
-    table `virtual` and the `train` and `wait` beside it, which repeat it.
+    table `virtual` and the `train` and `wait` beside it, which repeat it, and those of `to_target`.
     """
     rounds = [event for event in events if event["event"] == "round"]
     finished = {event["peer"] for event in events if event["event"] == "finished" and event["error"] is None}
@@ -216,6 +216,7 @@ def summarize(
             "before_merge_mean": _rounded(statistics.fmean(before) if before else None),
             "central": _rounded(central_accuracy),
         },
+        "to_target": to_target(rounds, scenario),
         "consensus_distance": {"first": figures["first"], "last": figures["last"]},
         "bytes": {
             "payload": total("payload_bytes"),
@@ -253,6 +254,27 @@ def summarize(
         "machine": machine(),
         "exit_code": exit_code,
     }
+
+
+def to_target(rounds: Sequence[Event], scenario: Scenario) -> dict[str, Any] | None:
+    """What it took to `stop.target_accuracy`; None where there is none to reach, and within it where it was not reached.
+
+    It is reached after the first round of at least `min_peers` evaluated peers whose mean accuracy is on target, when the last
+    of them has merged; the payload is that of all peers and rounds up to it.
+    """
+    target = scenario.stop.target_accuracy
+    if target is None:
+        return None
+    evaluated: dict[int, list[Event]] = {}
+    for event in rounds:
+        if event["accuracy_after"] is not None:
+            evaluated.setdefault(event["round"], []).append(event)
+    for round_, its in sorted(evaluated.items()):
+        if len(its) >= scenario.min_peers and statistics.fmean(event["accuracy_after"] for event in its) >= target:
+            payload = sum(event["payload_bytes"] for event in rounds if event["round"] <= round_)
+            time_s = max(event["time_s"] for event in its)
+            return {"accuracy": target, "round": round_, "seconds": time_s, "payload_bytes": payload}
+    return {"accuracy": target, "round": None, "seconds": None, "payload_bytes": None}
 
 
 def _virtual_seconds(run_s: float, num_rounds: int, train_s: float, wait_s: float) -> dict[str, float | None]:

@@ -57,6 +57,7 @@ def plot_traffic(run: Run) -> Plot:
         "xaxis": axis("sender", showgrid=False, zeroline=False, **ticks),
         "yaxis": axis("receiver", autorange="reversed", showgrid=False, zeroline=False, **ticks),
         "height": 440,
+        "showlegend": False,
         "hovermode": "closest",
     }
     about = "Encoded payload that each peer (row) received from each other (column). Blank: nothing."
@@ -86,7 +87,7 @@ def plot_topology(run: Run) -> Plot:
     layout = {
         "xaxis": bare,
         "yaxis": bare | {"scaleanchor": "x"},
-        "margin": {"l": 12, "r": 12, "t": 24, "b": 12},
+        "margin": {"l": 12, "r": 12, "t": 36, "b": 12},
         "height": 440,
         "hovermode": "closest",
         "showlegend": False,

@@ -14,10 +14,10 @@ from typing import Any
 from gossipfl._version import __version__
 from gossipfl.errors import ConfigError
 from gossipfl.scenario.report import tables
-from gossipfl.scenario.report.curves import plot_curves
+from gossipfl.scenario.report.curves import plot_curves, run_keys
 from gossipfl.scenario.report.links import plot_topology, plot_traffic
 from gossipfl.scenario.report.plots import Plot
-from gossipfl.scenario.report.reading import Run, read_runs
+from gossipfl.scenario.report.reading import Run, read_runs, title
 from gossipfl.scenario.report.timeline import plot_timeline
 
 
@@ -48,7 +48,9 @@ def _page(template: Any, plotly: str, runs: Sequence[Run], shared: Sequence[Plot
     drawn = {_id(plot): plot for plot in shared} | {_id(plot, place): plot for place, plots in enumerate(own) for plot in plots}
     specs = {key: {"data": plot.traces, "layout": plot.layout} for key, plot in drawn.items() if not plot.missing}
     return template.render(
+        title=title(runs),
         runs=runs,
+        keys=run_keys(runs) if len(runs) > 1 else [],
         shared=shared,
         own=own,
         id=_id,

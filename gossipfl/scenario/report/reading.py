@@ -24,6 +24,8 @@ Event = dict[str, Any]
 Columns = dict[str, np.ndarray]
 """Equally long f64 columns by name; NaN where an event does not say."""
 
+MAX_IN_TITLE = 3
+"""Runs that are named in the title; more are counted."""
 COUNTERS = ("missing", "late", "refused", "rejected", "timeouts")
 ROUND_FIELDS = (
     *("round", "time_s", "train_loss", "accuracy_before", "accuracy_after", "train_s", "wait_s", "merge_s"),
@@ -59,7 +61,7 @@ class Run:
     """The record of one run."""
 
     name: str
-    """The folder's name; its path where runs that are compared share the name."""
+    """The folder's name, a sweep's in short; its path where runs that are compared share the name."""
     folder: Path
     summary: dict[str, Any]
     """summary.json; empty where the run was cut short."""
@@ -105,10 +107,29 @@ class Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in these folders; that of a sweep stands for those within it. ConfigError where there is none."""
     folders = [run for folder in folders for run in run_folders(folder)]
-    names = [folder.resolve().name for folder in folders]
+    names = [short_name(folder.resolve().name) for folder in folders]
     return [
         read_run(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names, strict=True)
     ]
+
+
+def short_name(folder: str) -> str:
+    """Of a sweep's run: gossip.segments=1,gossip.replicas=2 -> segments=1 replicas=2. Another name stays as it is."""
+    settings = [setting.partition("=") for setting in re.split(r",(?=[\w.]+=)", folder)]
+    if not all(key and equals for key, equals, _ in settings):
+        return folder
+    lasts = [key.rpartition(".")[2] for key, _, _ in settings]
+    keys = [last if lasts.count(last) == 1 else key for last, (key, _, _) in zip(lasts, settings, strict=True)]
+    return " ".join(f"{key}={value}" for key, (_, _, value) in zip(keys, settings, strict=True))
+
+
+def title(runs: Sequence[Run]) -> str:
+    """What the report of these runs is called."""
+    if len(runs) <= MAX_IN_TITLE:
+        return ", ".join(run.name for run in runs)
+    parents = {run.folder.resolve().parent for run in runs}
+    where = f"{parents.pop().name}: " if len(parents) == 1 else ""
+    return f"{where}{len(runs)} runs"
 
 
 def run_folders(folder: Path) -> list[Path]:
