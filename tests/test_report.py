@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -344,6 +346,43 @@ def test_traffic_is_by_receiver_and_sender(folder):
         file.write(json.dumps({"event": "finished", "peer": "p1", "error": None, "received_from": sent}) + "\n")
     plot = plot_traffic(read_run(folder, "small"))
     assert plot.traces[0]["z"] == [[None, None, None], [1.0, None, 2.0], [None, None, None]]
+
+
+def test_traffic_has_all_that_was_received_also_by_who_was_killed_or_never_finished(tmp_path):
+    churn = {"online": 0.7, "period": "1s"}
+    scenario = a_quick_run(
+        seed=2, rounds=40, network={"latency": "20ms", "uplink": "1Mbit"}, compute={"step_time": "50ms"}, churn=churn
+    )
+    result = gossipfl.run(scenario, out=tmp_path / "run")
+    run = read_run(result.folder, "run")
+    assert len(run.finished) < 6 and any(each.change == "away" for each in run.planned), "the scenario is to take some away"
+    rows = plot_traffic(run).columns
+    by_peer = Counter()
+    for receiver, num_bytes in zip(rows["receiver"], rows["payload_bytes"], strict=True):
+        by_peer[receiver] += num_bytes
+    assert sum(by_peer.values()) == result.summary["bytes"]["payload"]
+    done = np.bincount(run.rounds["peer"].astype(int), run.rounds["payload_bytes"])
+    assert all(by_peer[peer] >= num_bytes for peer, num_bytes in zip(run.peers, done, strict=True))
+    assert set(by_peer) == set(run.peers) and sum(by_peer.values()) > done.sum()
+
+
+def test_a_straggler_that_adopts_has_its_training_in_the_timeline(tmp_path):
+    scenario = a_quick_run(
+        peers=8,
+        rounds=30,
+        gossip={"segments": 2, "replicas": 2, "max_staleness": math.inf},
+        topology={"kind": "regular", "degree": 4},
+        network={"latency": "20ms"},
+        compute={"step_time": "50ms", "stragglers": {"peers": ["p3"], "slowdown": 8}},
+    )
+    run = read_run(gossipfl.run(scenario, out=tmp_path / "run").folder, "run")
+    of_p3 = run.rounds["peer"] == 3
+    adopted = of_p3 & (run.rounds["train_s"] > 0) & np.isnan(run.rounds["train_loss"])
+    assert adopted.any() and run.rounds["train_s"][adopted] == pytest.approx(0.4)
+    bars = plot_timeline(run).columns
+    its = bars["training_at"][np.array(bars["peer"]) == "p3"], bars["end_s"][np.array(bars["peer"]) == "p3"]
+    gaps = its[0][1:] - its[1][:-1]  # a round begins where the one before ended
+    assert np.abs(gaps).max() < 1e-3 and its[0][0] < 0.1
 
 
 def test_the_traffic_of_many_peers_is_summed_in_groups(tmp_path):

@@ -413,11 +413,12 @@ class RoundReport:
 @dataclass(slots=True)
 class Traffic:
     """What a shell adds to a RoundReport: bytes that came in since the last one, headers included, and those of messages other
-    than Data; and seconds spent on merging (none under virtual time)."""
+    than Data; the payload by sender, whatever became of it; and seconds spent on merging (none under virtual time)."""
 
     wire_bytes: int = 0
     control_bytes: int = 0
     merge_s: float = 0.0
+    received_from: dict[PeerId, int] = field(default_factory=dict)
 
 
 class Machine(Protocol):

@@ -2,7 +2,8 @@
 
 runs/<name>/scenario.toml   resolved: every default, and the engine, memory layout and threads that were used
            /roster.toml     who listened where
-           /events.jsonl    a line per peer and round, per fault, per peer that ended, that came or went as planned
+           /events.jsonl    a line per peer and round, per fault, per peer that ended, that came or went as planned; under
+                            virtual time, per peer that was in a round when the run ended
            /summary.json    the figures (`summarize` says what each is)
            /models/         <peer>.safetensors and average.safetensors
            /log/            what each process logged
@@ -178,9 +179,10 @@ def summarize(
     """The contents of summary.json.
 
     Accuracies are on the common test set, after the last merge of each peer that has finished (of all, where none has);
-    bytes are summed over all that was received; train, wait and merge seconds are summed over peers and rounds; `exit_code` is
-    made from the scenario's `min_peers` where it is not given. Seconds are real ones but, under virtual time, those of the
-    table `virtual` and the `train` and `wait` beside it, which repeat it, and those of `to_target`.
+    payload is all that was received, also where no round came of it, other bytes are those of the rounds; train, wait and
+    merge seconds are summed over peers and rounds; `exit_code` is made from the scenario's `min_peers` where it is not given.
+    Seconds are real ones but, under virtual time, those of the table `virtual` and the `train` and `wait` beside it, which
+    repeat it, and those of `to_target`.
     """
     rounds = [event for event in events if event["event"] == "round"]
     finished = {event["peer"] for event in events if event["event"] == "finished" and event["error"] is None}
@@ -191,6 +193,7 @@ def summarize(
     def total(key: str) -> Any:
         return sum(event[key] for event in rounds)
 
+    outside_rounds = sum(sum(event.get("received_from", {}).values()) for event in events if event["event"] != "round")
     if exit_code is None:
         exit_code = 0 if len(finished) >= scenario.min_peers else 1
     num_rounds = max((event["round"] for event in rounds), default=0)
@@ -219,7 +222,7 @@ def summarize(
         "to_target": to_target(rounds, scenario),
         "consensus_distance": {"first": figures["first"], "last": figures["last"]},
         "bytes": {
-            "payload": total("payload_bytes"),
+            "payload": total("payload_bytes") + outside_rounds,
             "wire": total("wire_bytes"),
             "control": total("control_bytes"),
             "repeated": total("repeated_bytes"),

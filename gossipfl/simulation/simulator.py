@@ -108,7 +108,6 @@ class SimulatedPeer:
     is_finished: bool = False
     error: str | None = None
     traffic: Traffic = field(default_factory=Traffic)
-    received_from: dict[PeerId, int] = field(default_factory=dict)
     decoded: dict[tuple[int, Range], Decoded] = field(default_factory=dict)
 
 
@@ -338,7 +337,7 @@ class Simulator:
         traffic = receiver.traffic
         traffic.wire_bytes += num_bytes
         if type(message) is Data:
-            received_from = receiver.received_from
+            received_from = traffic.received_from
             received_from[sender.name] = received_from.get(sender.name, 0) + message.num_bytes
         else:
             traffic.control_bytes += num_bytes

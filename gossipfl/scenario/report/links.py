@@ -60,7 +60,9 @@ def plot_traffic(run: Run) -> Plot:
         "showlegend": False,
         "hovermode": "closest",
     }
-    about = "Encoded payload that each peer (row) received from each other (column). Blank: nothing."
+    about = "Encoded payload that each peer (row) received from each other (column), repeats included. Blank: nothing."
+    if run.planned and not run.is_virtual:
+        about += " What a peer was in the middle of receiving when it was killed is not known."
     if group > 1:
         about += f" Thinned: each cell sums {group} by {group} peers."
     columns = dict(zip(("receiver", "sender", "payload_bytes"), zip(*known, strict=True), strict=True))

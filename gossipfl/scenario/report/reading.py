@@ -192,6 +192,7 @@ class _Reader:
                 self.rounds["peer"].append(self._index(str(event.get("peer"))))
                 for key in ROUND_FIELDS:
                     self.rounds[key].append(number(event.get(key)))
+                self._add_received(event)
             case "state":
                 for key in STATE_FIELDS:
                     self.states[key].append(number(event.get(key)))
@@ -202,11 +203,18 @@ class _Reader:
                 planned = self.planned.setdefault((change, peer), Planned(change, peer))
                 planned.times_s.append(number(event.get("time_s")))
             case "finished":
-                peer, error, senders = str(event.get("peer")), event.get("error"), event.get("received_from")
+                peer, error = str(event.get("peer")), event.get("error")
                 self._index(peer)
                 self.finished[peer] = None if error is None else str(error)
-                for sender, num_bytes in senders.items() if isinstance(senders, Mapping) else ():
-                    self.received_from[peer, str(sender)] += max(number(num_bytes), 0.0)
+                self._add_received(event)
+            case "unfinished":
+                self._add_received(event)
+
+    def _add_received(self, event: Event) -> None:
+        """What came in since the peer's last event; older records have it all in the last one."""
+        peer, senders = str(event.get("peer")), event.get("received_from")
+        for sender, num_bytes in senders.items() if isinstance(senders, Mapping) else ():
+            self.received_from[peer, str(sender)] += np.fmax(number(num_bytes), 0.0)
 
     def _add_fault(self, event: Event) -> None:
         kind, peer = str(event.get("kind")), str(event.get("peer"))
