@@ -22,7 +22,7 @@ from gossipfl.cli import main
 from gossipfl.errors import ConfigError
 from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.report import write_report
-from gossipfl.scenario.report.curves import accuracy_curve, plot_curves, run_keys
+from gossipfl.scenario.report.curves import accuracy_curve, plot_curves, plot_segment_staleness, run_keys, staleness_by_round
 from gossipfl.scenario.report.links import plot_topology, plot_traffic
 from gossipfl.scenario.report.plots import log_scale
 from gossipfl.scenario.report.reading import read_run, read_runs, short_name, title
@@ -309,6 +309,24 @@ def test_staleness_is_the_mean_over_segments(tmp_path):
     ]
     rows = rows_of(write_report([write_record(tmp_path / "stale", events, {})]).with_suffix(".csv") / "staleness.csv")
     assert rows == [{"run": "stale", "round": "1", "staleness_mean": "0.75", "staleness_max": "2", "segments": "4"}]
+
+
+def test_staleness_is_told_for_each_segment_and_adds_up_to_that_of_the_round(tmp_path):
+    scenario = a_quick_run(
+        rounds=10,
+        gossip={"segments": 3, "replicas": 2, "max_staleness": math.inf},
+        network={"latency": "30ms", "jitter": "20ms"},
+        compute={"step_time": "50ms", "stragglers": {"peers": ["p1"], "slowdown": 3}},
+    )
+    folder = gossipfl.run(scenario, out=tmp_path / "run").folder
+    run = read_run(folder, "run")
+    (plot,) = plot_segment_staleness(run)
+    assert np.shape(plot.traces[0]["z"]) == (3, len(np.unique(run.rounds["round"])))
+    told = staleness_by_round(run)
+    whole = run.rounds["segments_mixed"] == 6  # a mean of means is the mean only where all copies came
+    assert whole.all() and told["staleness_mean"].max() > 0
+    assert np.mean(plot.traces[0]["z"], axis=0) == pytest.approx(told["staleness_mean"], abs=1e-4)
+    assert write_report([folder]).with_suffix(".csv").joinpath("staleness-by-segment.csv").is_file()
 
 
 def test_times_of_a_simulated_run_are_virtual(folder):

@@ -61,7 +61,7 @@ NESTED_KEYS = {
 ROUND_KEYS = {
     *("event", "peer", "round", "time_s", "train_loss", "accuracy_before", "accuracy_after", "train_s", "wait_s", "merge_s"),
     *("payload_bytes", "wire_bytes", "control_bytes", "repeated_bytes", "local_bytes", "segments_mixed", "late", "refused"),
-    *("rejected", "timeouts", "missing", "staleness_mean", "staleness_max", "adopted", "received_from"),
+    *("rejected", "timeouts", "missing", "staleness_mean", "staleness_max", "staleness_by_segment", "adopted", "received_from"),
 }
 
 

@@ -195,6 +195,7 @@ class Gatherer(Participant):
         staleness = max(0, self.round - data.version)
         report.segments_mixed += 1
         report.staleness_sum += staleness
+        report.staleness_by_segment.setdefault(index, []).append(staleness)
         report.staleness_max = max(report.staleness_max, staleness)
         segment.copies.append(Contribution(peer, data.payload, self._weight(peer, data.num_samples, staleness), staleness))
         return self._merge_if_complete(index)

@@ -407,6 +407,8 @@ class RoundReport:
     repeated_bytes: int = 0
     staleness_max: int = 0
     staleness_sum: int = 0
+    staleness_by_segment: dict[int, list[int]] = field(default_factory=dict)
+    """Of each copy mixed into a segment, by the segment's index."""
     adopted: bool = False
 
 

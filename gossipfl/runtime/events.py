@@ -24,7 +24,8 @@ def round_event(
     """The record's line for one peer and round.
 
     What a peer trained in a round in which it then adopted another's model counts as time, and says nothing of that model.
-    `received_from` is all payload since the peer's last line, by sender, and `payload_bytes` is its sum.
+    `staleness_by_segment` is the mean over the copies of each segment, null where none was mixed, and empty in a round without
+    a stale one. `received_from` is all payload since the peer's last line, by sender, and `payload_bytes` is its sum.
     """
     trained = not report.adopted
     return {
@@ -51,9 +52,16 @@ def round_event(
         "missing": report.missing,
         "staleness_mean": report.staleness_sum / max(report.segments_mixed, 1),
         "staleness_max": report.staleness_max,
+        "staleness_by_segment": _by_segment(report) if report.staleness_max else [],
         "adopted": report.adopted,
         "received_from": traffic.received_from,
     }
+
+
+def _by_segment(report: RoundReport) -> list[float | None]:
+    behind = report.staleness_by_segment
+    means = {index: round(sum(copies) / len(copies), 4) for index, copies in behind.items()}
+    return [means.get(index) for index in range(max(behind) + 1)]
 
 
 def fault_event(at: PeerId, fault: Fault, time_s: float) -> Event:

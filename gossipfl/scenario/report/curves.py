@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from gossipfl.scenario.report.plots import COLOURS, MIB, Plot, Trace, axis, faint, log_scale, short
+from gossipfl.scenario.report.plots import COLOURS, MIB, SCALE, Plot, Trace, axis, colourbar, faint, log_scale, short
 from gossipfl.scenario.report.reading import Columns, Run, number
 
 DASHES = {"solid": "none", "dash": "9 5", "dashdot": "9 4 3 4"}
 """Of further runs, when the colours are used up, and what SVG calls them; dotted is the average model."""
+
+
+MAX_SEGMENT_LABELS = 12
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,42 @@ def _staleness_traces(run: Run, curve: Columns, index: int, single: bool) -> lis
     if single:
         mean |= {"name": "mean", "showlegend": True}
     return [mean, greatest | _group(index, single)]
+
+
+def plot_segment_staleness(run: Run) -> list[Plot]:
+    """Rounds behind by segment and round, mean over the peers; none where the record has no stale segment."""
+    if not run.staleness:
+        return []
+    num_segments = 1 + max(segment for segment, _ in run.staleness)
+    rounds, counts = np.unique(run.rounds["round"], return_counts=True)
+    place = {int(round_): index for index, round_ in enumerate(rounds)}
+    behind, known = np.zeros((num_segments, len(rounds))), np.zeros((num_segments, len(rounds)))
+    stale_peers = np.zeros(len(rounds))
+    for (segment, round_), (total, num_peers) in run.staleness.items():
+        behind[segment, place[round_]], known[segment, place[round_]] = total, num_peers
+        stale_peers[place[round_]] = max(stale_peers[place[round_]], num_peers)
+    means = behind / np.maximum(known + counts - stale_peers, 1)  # the other peers' copies were all of the round's own version
+    columns = {
+        "round": np.tile(rounds, num_segments),
+        "segment": np.repeat(np.arange(num_segments), len(rounds)),
+        "staleness_mean": means.ravel(),
+    }
+    trace = {
+        "type": "heatmap",
+        "x": short(rounds),
+        "z": [short(row) for row in means],
+        "colorscale": SCALE,
+        "colorbar": colourbar("rounds"),
+        "hovertemplate": "segment %{y}, round %{x}: %{z:.4g} behind<extra></extra>",
+    }
+    layout = {
+        "xaxis": axis("round"),
+        "yaxis": axis("segment", dtick=-(-num_segments // MAX_SEGMENT_LABELS)),
+        "hovermode": "closest",
+        "showlegend": False,
+    }
+    about = "Rounds that the copies mixed into each segment were behind: mean over the peers."
+    return [Plot("staleness-by-segment", "Staleness per segment", about, [trace], layout, columns)]
 
 
 def staleness_by_round(run: Run) -> Columns:

@@ -76,6 +76,9 @@ class Run:
     planned: list[Planned]
     finished: dict[str, str | None]
     """The peers that ended, with the error of those that did not finish."""
+    staleness: dict[tuple[int, int], tuple[float, int]]
+    """By (segment, round): the sum over the peers that mixed a stale copy in the round, each one's mean over its copies of
+    the segment, and how many such peers mixed the segment."""
     received_from: dict[tuple[str, str], float]
     """Payload bytes by (receiver, sender), where the record says."""
     notes: list[str]
@@ -169,6 +172,7 @@ def read_run(folder: Path, name: str) -> Run:
         faults=sorted(reader.faults.values(), key=lambda faults: -faults.count),
         planned=list(reader.planned.values()),
         finished=reader.finished,
+        staleness=reader.staleness,
         received_from=dict(reader.received_from),
         notes=notes,
     )
@@ -184,6 +188,7 @@ class _Reader:
         self.faults: dict[tuple[str, str], Faults] = {}
         self.planned: dict[tuple[str, str], Planned] = {}
         self.finished: dict[str, str | None] = {}
+        self.staleness: dict[tuple[int, int], tuple[float, int]] = {}
         self.received_from: defaultdict[tuple[str, str], float] = defaultdict(float)
 
     def add(self, event: Event) -> None:
@@ -193,6 +198,7 @@ class _Reader:
                 for key in ROUND_FIELDS:
                     self.rounds[key].append(number(event.get(key)))
                 self._add_received(event)
+                self._add_staleness(event)
             case "state":
                 for key in STATE_FIELDS:
                     self.states[key].append(number(event.get(key)))
@@ -215,6 +221,15 @@ class _Reader:
         peer, senders = str(event.get("peer")), event.get("received_from")
         for sender, num_bytes in senders.items() if isinstance(senders, Mapping) else ():
             self.received_from[peer, str(sender)] += np.fmax(number(num_bytes), 0.0)
+
+    def _add_staleness(self, event: Event) -> None:
+        round_, means = number(event.get("round")), event.get("staleness_by_segment")
+        if math.isnan(round_) or not isinstance(means, list):
+            return
+        for segment, mean in enumerate(map(number, means)):
+            if not math.isnan(mean):
+                total, num_peers = self.staleness.get((segment, int(round_)), (0.0, 0))
+                self.staleness[segment, int(round_)] = total + mean, num_peers + 1
 
     def _add_fault(self, event: Event) -> None:
         kind, peer = str(event.get("kind")), str(event.get("peer"))
