@@ -80,8 +80,10 @@ def test_bytes_are_exact_and_the_time_of_a_round_is_within_a_quarter(network, bo
         ({"selection": "all", "mixing": "metropolis_hastings"}, {"kind": "star"}),
         ({"codec": "int8", "segments": 7}, {"kind": "hierarchical"}),
         ({"codec": "topk:0.1"}, {"kind": "ring"}),
+        ({"replicas": 3}, {"kind": "regular", "degree": 4, "dynamic": True}),
+        ({"selection": "all", "segments": 2}, {"kind": "erdos_renyi", "p": 0.5, "dynamic": True}),
     ],
-    ids=["fedavg", "local", "all", "int8", "topk"],
+    ids=["fedavg", "local", "all", "int8", "topk", "redrawn", "all, redrawn"],
 )
 def test_the_bytes_of_every_protocol_codec_and_selection_are_exact(gossip, topology, tmp_path):
     changes = {"peers": 10, "rounds": 2, "gossip": gossip, "topology": topology, "network": {"uplink": "10Mbit"}}

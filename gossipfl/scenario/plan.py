@@ -18,7 +18,7 @@ begin their next round on links that slow ones still use: where uplinks are scar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ from gossipfl.learning.datasets import open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, TrainingConfig
 from gossipfl.overlay.graph_figures import GraphFigures, measure
-from gossipfl.overlay.graphs import Topology
+from gossipfl.overlay.graphs import RedrawnTopology, Topology
 from gossipfl.overlay.links import Links
 from gossipfl.overlay.selection import SELECTORS
 from gossipfl.randomness import generator
@@ -135,7 +135,7 @@ def make_plan(scenario: Scenario) -> Plan:
         encoded_bytes=int(segment_bytes.sum()),
         received_bytes=_spread(exchange.received),
         sent_bytes=_spread(exchange.sent),
-        total_bytes=scenario.rounds * round(float(exchange.received.sum())),
+        total_bytes=round(scenario.rounds * float(exchange.received.sum())),
         memory_bytes=needed_bytes(scenario, layout.size),
         available_bytes=available_bytes(),
         too_large=why_too_large(scenario, layout.size),
@@ -165,23 +165,28 @@ class _Gossip:
     """R copies of each segment from neighbours drawn afresh, or one from every neighbour. `received`, `sent`: f64[N]."""
 
     def __init__(self, scenario: Scenario, topology: Topology, segment_bytes: np.ndarray) -> None:
-        self.scenario, self.topology, self.segment_bytes = scenario, topology, segment_bytes
-        degrees = np.array([topology.degree(index) for index in range(scenario.peers)], np.float64)
-        copies = degrees if scenario.gossip.selection == "all" else np.minimum(degrees, scenario.gossip.replicas)
-        self.received = copies * segment_bytes.sum()
-        self.max_flows = float((degrees if scenario.gossip.selection == "all" else copies * len(segment_bytes)).sum())
-        self.sent = self._expected_sent(degrees)
-        neighbours = map(topology.neighbours, range(scenario.peers))
-        in_order = scenario.peers > NAMED_PEERS
-        self._candidates = [others if in_order else sorted(others, key=str) for others in neighbours]  # p10 comes before p2
+        self.scenario, self.segment_bytes = scenario, segment_bytes
+        takes_all = scenario.gossip.selection == "all"
+        self._graphs = topology.rounds if isinstance(topology, RedrawnTopology) else [topology]
+        self._candidates: tuple[int, list[Sequence[int]]] = (-1, [])  # of the graph of this number
+        self.received, self.sent = np.zeros(scenario.peers), np.zeros(scenario.peers)  # means over the rounds
+        self.max_flows = 0.0
+        for graph in self._graphs:
+            degrees = np.array([graph.degree(index) for index in range(scenario.peers)], np.float64)
+            copies = degrees if takes_all else np.minimum(degrees, scenario.gossip.replicas)
+            received = copies * segment_bytes.sum()
+            self.received += received / len(self._graphs)
+            self.sent += self._expected_sent(graph, degrees, received) / len(self._graphs)
+            self.max_flows = max(self.max_flows, float((degrees if takes_all else copies * len(segment_bytes)).sum()))
 
     def flows(self, round_: int) -> list[_Flows]:
         """What is sent in a round, in phases; each begins when its senders have done the one before."""
         gossip, num_peers = self.scenario.gossip, self.scenario.peers
         select = SELECTORS.get("all" if gossip.selection == "all" else "uniform")  # others choose by what they have seen
         senders, receivers, num_bytes = [], [], []
+        candidates = self._candidates_of(round_)
         for index in range(num_peers):
-            neighbours = self._candidates[index]
+            neighbours = candidates[index]
             rng = generator(self.scenario.protocol_seed, "neighbours", f"p{index}", round_)
             for size in self.segment_bytes if gossip.selection != "all" else [self.segment_bytes.sum()]:
                 chosen = select(neighbours, gossip.replicas, {}, rng)  # type: ignore[arg-type]  # numbers, in place of names
@@ -191,11 +196,20 @@ class _Gossip:
         pairs, places = np.unique(np.array(senders, np.int64) * num_peers + receivers, return_inverse=True)
         return [_Flows(pairs // num_peers, pairs % num_peers, np.bincount(places, num_bytes, pairs.size))]
 
-    def _expected_sent(self, degrees: np.ndarray) -> np.ndarray:
-        share = np.divide(self.received, degrees, out=np.zeros_like(degrees), where=degrees > 0)
+    def _candidates_of(self, round_: int) -> list[Sequence[int]]:
+        """The neighbours of each peer in this round."""
+        number = (round_ - 1) % len(self._graphs)
+        if self._candidates[0] != number:
+            neighbours = map(self._graphs[number].neighbours, range(self.scenario.peers))
+            in_order = self.scenario.peers > NAMED_PEERS
+            self._candidates = number, [others if in_order else sorted(others, key=str) for others in neighbours]  # p10, p2
+        return self._candidates[1]
+
+    def _expected_sent(self, graph: Topology, degrees: np.ndarray, received: np.ndarray) -> np.ndarray:
+        share = np.divide(received, degrees, out=np.zeros_like(degrees), where=degrees > 0)
         if degrees.min() == degrees.max():
-            return self.received.copy()
-        return np.array([share[list(self.topology.neighbours(index))].sum() for index in range(len(degrees))])
+            return received
+        return np.array([share[list(graph.neighbours(index))].sum() for index in range(len(degrees))])
 
 
 class _FedAvg(_Gossip):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from gossipfl.scenario.plan import Plan, Spread
 from gossipfl.scenario.terminal import print_figures, size_text
-from gossipfl.scenario.topology_view import explain
+from gossipfl.scenario.topology_view import explain, gap_text
 
 _ALONE = {
     "compute": "training",
@@ -35,7 +35,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "a peer sends per round, expected", _spread_text(plan.sent_bytes)
     yield "payload, all", size_text(plan.total_bytes)
     yield "memory needed / free", f"{size_text(plan.memory_bytes)} / {size_text(plan.available_bytes)}"
-    yield "spectral gap", f"{plan.topology.spectral_gap:.4g}"
+    yield "spectral gap", gap_text(plan.topology)
     if plan.timing is None:
         return
     for name, cost in plan.timing.costs.items():
