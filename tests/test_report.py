@@ -576,7 +576,7 @@ def test_what_it_took_to_the_target_is_told(tmp_path):
     assert target["seconds"] == pytest.approx(0.08 * target["round"])
     assert target["payload_bytes"] == 6 * target["round"] * result.summary["bytes"]["payload_per_peer_round"]
     known = dict(figures(run))
-    assert known["round of the target"] == f"{target['round']}" and known["target accuracy"] == "50.00 %"
+    assert known["round of the target"] == f"{target['round']}" and known["target accuracy, reached"] == "50.00 %"
     assert known["time to the target"] == f"{seconds(target['seconds'])} virtual"
     assert known["payload to the target, all"] == size(target["payload_bytes"])
 
@@ -584,6 +584,8 @@ def test_what_it_took_to_the_target_is_told(tmp_path):
 def test_a_target_that_was_not_reached_is_told_without_a_round(tmp_path):
     result = gossipfl.run(a_quick_run(stop={"target_accuracy": 1.0}), clock="virtual", out=tmp_path / "run")
     assert result.summary["to_target"] == {"accuracy": 1.0, "round": None, "seconds": None, "payload_bytes": None}
+    known = dict(figures(read_run(result.folder, "run")))
+    assert known["target accuracy, not reached"] == "100.00 %" and "target accuracy, reached" not in known
 
 
 @pytest.mark.parametrize(("num_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**50, "1,024.0 TiB")])

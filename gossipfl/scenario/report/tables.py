@@ -84,6 +84,14 @@ def _run_s(run: Run) -> float:
     return _known(*keys, otherwise=_over_rounds("time_s", np.nanmax))(run)
 
 
+def _target(was_reached: bool) -> Callable[[Run], float]:
+    def value(run: Run) -> float:
+        is_reached = np.isfinite(number(run.figure("to_target", "round")))
+        return number(run.figure("to_target", "accuracy")) if is_reached == was_reached else np.nan
+
+    return value
+
+
 def _simulation_s(run: Run) -> float:
     return number(run.figure("seconds", "wall")) if run.is_virtual else np.nan
 
@@ -100,7 +108,8 @@ FIGURES = (
     Figure("accuracy of the average model", _known("accuracy", "average_model"), percent),
     Figure("accuracy of central training", _known("accuracy", "central"), percent),
     Figure("time to run", _run_s, seconds, is_emulated=True),
-    Figure("target accuracy", _known("to_target", "accuracy"), percent),
+    Figure("target accuracy, reached", _target(was_reached=True), percent),
+    Figure("target accuracy, not reached", _target(was_reached=False), percent),
     Figure("round of the target", _known("to_target", "round"), lambda value: f"{value:,.0f}"),
     Figure("time to the target", _known("to_target", "seconds"), seconds, is_emulated=True),
     Figure("payload to the target, all", _known("to_target", "payload_bytes"), size),
