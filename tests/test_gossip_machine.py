@@ -456,6 +456,8 @@ def test_who_is_far_behind_adopts_the_newest_model_and_jumps_to_its_round():
     assert {its.version for its in asked.values()} == {9} and a.round == 9
     actions = answer_all(a, asked, 1.2)
     assert actions[-1] == Train(10)
+    (done,) = [action.record for action in only(actions, Report)]
+    assert (done.adopted, done.round, done.train_s, done.wait_s) == (True, 9, 1.0, pytest.approx(0.2))  # none of it is lost
 
 
 # --- serving ----------------------------------------------------------------------------------------------------------

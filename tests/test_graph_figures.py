@@ -18,7 +18,7 @@ from gossipfl.errors import ConfigError
 from gossipfl.overlay import graph_figures
 from gossipfl.overlay.graph_figures import measure
 from gossipfl.overlay.graphs import Topology
-from gossipfl.overlay.topology import build_topology
+from gossipfl.overlay.topology import build_topology, redrawn_topology
 from gossipfl.scenario.topology_view import adjacency, explain, write_topology
 
 
@@ -55,6 +55,34 @@ def test_the_degrees_of_a_star_are_its_leaves_and_its_centre():
 def test_the_gap_of_a_ring_is_that_of_its_circulant_matrix():
     # Every weight is 1/3, so the eigenvalues are (1 + 2 cos(2 pi k / n)) / 3.
     assert measure(build("ring", 24)).spectral_gap == pytest.approx(2 / 3 * (1 - math.cos(2 * math.pi / 24)))
+
+
+def test_a_redrawn_graph_is_described_by_that_of_one_round_and_the_mean_over_rounds():
+    redrawn = redrawn_topology("regular", 20, 0, {"degree": 4}, 30)
+    figures = measure(redrawn)
+    each = [measure(graph) for graph in redrawn.rounds[:10]]
+    assert (figures.num_links, figures.degree_max) == (40, 4) and figures.spectral_gap == each[0].spectral_gap < 1
+    assert figures.spectral_gap_mean == pytest.approx(np.mean([one.spectral_gap for one in each])) != figures.spectral_gap
+    values = np.random.default_rng(0).standard_normal(20)
+    values -= values.mean()
+    before = np.linalg.norm(values)
+    for graph in redrawn.rounds[: math.ceil(figures.rounds_to_tenth)]:
+        values = np.array([(values[index] + values[list(graph.neighbours(index))].sum()) / 5 for index in range(20)])
+    assert np.linalg.norm(values) <= before / 10
+
+
+def test_the_command_shows_one_round_of_a_redrawn_graph(tmp_path):
+    settings = ["peers=20", "topology.kind=regular", "topology.degree=4", "topology.dynamic=true"]
+    arguments = ["topology", "quickstart", *(part for setting in settings for part in ("--set", setting))]
+    shown = CliRunner().invoke(main, [*arguments, "--json", "--out", str(tmp_path / "graph.edges")])
+    figures = json.loads(shown.stdout)
+    assert (figures["num_links"], figures["degree_max"], len(figures["rounds"])) == (40, 4, 10)
+    assert 0 < figures["spectral_gap"] < 0.5 and 2 < figures["rounds_to_tenth"] < 15
+    assert len((tmp_path / "graph.edges").read_text().splitlines()) == 1 + 40
+    table = CliRunner().invoke(main, arguments).stdout
+    matrix = [line.split()[1] for line in table.splitlines() if re.match(r" *p\d+ ", line)]
+    assert sum({"█": 2, "▀": 1, "▄": 1, "·": 0}[cell] for line in matrix for cell in line) == 2 * 40
+    assert "this is round 1's" in table
 
 
 def test_a_full_graph_agrees_in_one_round_and_needs_no_lists():

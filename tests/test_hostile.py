@@ -393,7 +393,7 @@ def test_a_flood_of_strangers_pulls_fills_nothing_and_crowds_out_nobody(waiting,
         attacker.say(f"nobody {request % 50}", "p01", Pull(request, 1, 1, ((0, 4),), "float32", 10.0))
     attacker.say("p00", "p01", Credit(77))
     node = waiting.nodes["p01"]
-    waiting.until("p01", lambda: node._traffic.control_bytes > 10_000 * 30)
+    waiting.until("p01", lambda: node.traffic.control_bytes > 10_000 * 30)
     reported = len(waiting.faults["p01"])
     finish_undisturbed(waiting)
     assert 1 <= reported < 1000, "one report for each message: whoever floods writes our disk full"
@@ -407,7 +407,7 @@ def test_a_flood_of_collects_by_who_does_not_read_is_bounded(waiting, attackers)
     node.collect = lambda item: content if item == "model" else None
     for request in range(4000):
         attacker.say("collector", "p01", Collect(request % 7, "model" if request % 2 else "events", 0))
-    waiting.until("p01", lambda: node._traffic.control_bytes > 4000 * 25)
+    waiting.until("p01", lambda: node.traffic.control_bytes > 4000 * 25)
     queued = [len(inbound.queue) for inbound in transport._inbound.values()]
     assert max(queued, default=0) <= 4 * MAX_SERVED
     attacker.say("collector", "p01", Credit(2**40))

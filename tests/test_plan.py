@@ -80,8 +80,13 @@ def test_bytes_are_exact_and_the_time_of_a_round_is_within_a_quarter(network, bo
         ({"selection": "all", "mixing": "metropolis_hastings"}, {"kind": "star"}),
         ({"codec": "int8", "segments": 7}, {"kind": "hierarchical"}),
         ({"codec": "topk:0.1"}, {"kind": "ring"}),
+        ({"replicas": 3}, {"kind": "regular", "degree": 4, "dynamic": True}),
+        ({"selection": "all", "segments": 2}, {"kind": "erdos_renyi", "p": 0.5, "dynamic": True}),
+        ({"protocol": "epidemic", "segments": 3}, {}),
+        ({"protocol": "epidemic_oracle", "segments": 2, "replicas": 4}, {}),
+        ({"protocol": "pairs", "segments": 1}, {}),
     ],
-    ids=["fedavg", "local", "all", "int8", "topk"],
+    ids=["fedavg", "local", "all", "int8", "topk", "redrawn", "all, redrawn", "epidemic", "oracle", "pairs"],
 )
 def test_the_bytes_of_every_protocol_codec_and_selection_are_exact(gossip, topology, tmp_path):
     changes = {"peers": 10, "rounds": 2, "gossip": gossip, "topology": topology, "network": {"uplink": "10Mbit"}}
@@ -90,6 +95,50 @@ def test_the_bytes_of_every_protocol_codec_and_selection_are_exact(gossip, topol
     assert made.total_bytes == summary["bytes"]["payload"]
     assert 2 * 10 * made.sent_bytes.mean == pytest.approx(made.total_bytes)
     assert made.timing is not None and made.timing.round_s == pytest.approx(summary["virtual_seconds"] / 2, rel=0.25)
+
+
+@pytest.mark.parametrize("uplink", ["1Gbit", "10Mbit"])
+def test_fragments_are_planned_with_the_most_there_can_be_and_nobody_waits(uplink, tmp_path):
+    changes = {"rounds": 4, "gossip": {"protocol": "fragments", "segments": 4}, "network": {"uplink": uplink}}
+    made, summary = plan(**changes), gossipfl.run(scenario(**changes), out=tmp_path / "run").summary
+    assert made.total_bytes == 3 * 20 * 2 * MLP * 4
+    assert (
+        summary["bytes"]["payload"] == made.total_bytes if uplink == "1Gbit" else summary["bytes"]["payload"] < made.total_bytes
+    )
+    assert made.timing is not None and made.timing.bottleneck == "compute"
+    assert made.timing.total_s == pytest.approx(0.08) == summary["seconds"]["virtual"]["run"]
+    assert any("the most there can be" in note for note in made.notes)
+
+
+def test_pairs_of_an_odd_number_of_peers_leave_one_out(tmp_path):
+    changes = {"peers": 7, "rounds": 3, "gossip": {"protocol": "pairs", "segments": 1}}
+    assert plan(**changes).total_bytes == 3 * 6 * MLP * 4
+    assert gossipfl.run(scenario(**changes), out=tmp_path / "run").summary["bytes"]["payload"] == 3 * 6 * MLP * 4
+
+
+def test_a_round_takes_at_least_the_latency_there_and_back():
+    made = plan(network={"latency": "20s"})
+    assert made.timing is not None and made.timing.costs["latency"].seconds == 40.0
+    assert made.timing.least_s == pytest.approx(40.02) and made.timing.round_s == pytest.approx(40.02)
+
+
+@pytest.mark.parametrize("clock", ["local", "netns"])
+def test_an_emulated_network_tells_the_time_also_on_real_sockets(clock):
+    changes = {"network": {"uplink": "1Mbit", "latency": "20ms"}, "compute": {"step_time": "10ms"}}
+    made, virtual = plan(clock=clock, **changes), plan(**changes)
+    assert made.timing == virtual.timing and made.timing is not None and made.timing.round_s is not None
+    assert any("needs root" in note for note in made.notes) == (clock == "netns")
+    assert any("counted with 10 ms a step" in note for note in plan(clock=clock, network={"latency": "1ms"}).notes)
+
+
+def test_loss_is_warned_of_with_what_it_costs(tmp_path):
+    changes = {"rounds": 2, "network": {"loss": 0.05, "uplink": "100Mbit"}, "gossip": {"segments": 1, "replicas": 2}}
+    made = plan(**changes)
+    (warning,) = made.warnings
+    assert "about 4 of 80 messages a round" in warning and "after 2 s or more" in warning  # a pull and its answer, 20 x 2 times
+    assert made.timing is not None and made.timing.total_s is not None
+    assert gossipfl.run(scenario(**changes), out=tmp_path / "run").summary["virtual_seconds"] > made.timing.total_s + 2
+    assert plan(network={"uplink": "100Mbit"}).warnings == ()
 
 
 # ------------------------------------------------------------------------------------------------------------ closed forms

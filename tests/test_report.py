@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tomli_w
 from click.testing import CliRunner
 
+import gossipfl
 from gossipfl.cli import main
 from gossipfl.errors import ConfigError
+from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.report import write_report
+from gossipfl.scenario.report.curves import accuracy_curve, plot_curves, plot_segment_staleness, run_keys, staleness_by_round
 from gossipfl.scenario.report.links import plot_topology, plot_traffic
-from gossipfl.scenario.report.reading import read_run, read_runs
-from gossipfl.scenario.report.tables import compared, differences, faults, figures, planned, size
+from gossipfl.scenario.report.plots import log_scale
+from gossipfl.scenario.report.reading import read_run, read_runs, short_name, title
+from gossipfl.scenario.report.tables import compared, differences, faults, figures, planned, seconds, size
 from gossipfl.scenario.report.tensorboard import write_tensorboard
 from gossipfl.scenario.report.timeline import plot_timeline
+from gossipfl.scenario.sweep import run_sweep, sweep_runs
 
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
 
@@ -41,6 +50,18 @@ def a_round(peer: str, number: int, **fields: object) -> dict:
         "staleness_mean": 0.0,
         "staleness_max": 0,
         **fields,
+    }
+
+
+def a_quick_run(**changes: object) -> dict:
+    """A scenario of six peers and three rounds of one step each."""
+    return {
+        "peers": 6,
+        "rounds": 3,
+        "model_args": {"hidden": [8]},
+        "training": {"local_steps": 1, "batch_size": 8},
+        "gossip": {"segments": 2, "replicas": 2},
+        **changes,
     }
 
 
@@ -193,6 +214,43 @@ def test_the_folder_of_a_sweep_stands_for_the_runs_within_it(folder, tmp_path):
     assert "segments=2, segments=10, small" in page_of(path).text
 
 
+def test_runs_of_a_sweep_go_by_their_settings_alone_and_share_one_legend(tmp_path):
+    base = tmp_path / "base.toml"
+    base.write_text(tomli_w.dumps(a_quick_run(clock="virtual")))
+    runs = sweep_runs(base, ["gossip.segments=1,2", "gossip.replicas=1,2"], out=tmp_path / "sweep")
+    run_sweep(runs, tmp_path / "sweep", jobs=1)
+    path = write_report([tmp_path / "sweep"])
+    names = [f"segments={segments} replicas={replicas}" for segments in (1, 2) for replicas in (1, 2)]
+    read = read_runs([tmp_path / "sweep"])
+    assert [run.name for run in read] == names == [key.name for key in run_keys(read)]
+    assert title(read) == "sweep: 4 runs"
+    page, specs = page_of(path), specs_of(path)
+    assert [attributes["data-group"] for _, attributes in page.tags if "data-group" in attributes] == ["0", "1", "2", "3"]
+    for key in ("accuracy-over-rounds", "accuracy-over-time", "accuracy-over-bytes", "consensus-distance"):
+        assert specs[key]["layout"]["showlegend"] is False
+        assert {trace["legendgroup"] for trace in specs[key]["data"]} == {"0", "1", "2", "3"}
+    assert {row["run"] for row in rows_of(path.with_suffix(".csv") / "accuracy-over-rounds.csv")} == set(names)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("gossip.segments=1,gossip.replicas=2", "segments=1 replicas=2"),
+        ("topology.kind=ring,data.partition.kind=iid,seed=0", "topology.kind=ring data.partition.kind=iid seed=0"),
+        ("model_args.hidden=_64,32_,seed=1", "hidden=_64,32_ seed=1"),
+        ("quickstart-2", "quickstart-2"),
+        ("a,b=1", "a,b=1"),
+    ],
+)
+def test_a_folder_of_a_sweep_is_named_in_short(folder, name):
+    assert short_name(folder) == name
+
+
+@pytest.mark.parametrize(("greatest", "settings"), [(1.5, None), (4.0, None), (100.0, "D2"), (10.0**6, 1), (10.0**30, 3)])
+def test_labels_of_a_logarithmic_axis_keep_apart(greatest, settings):
+    assert log_scale(np.array([1.0, np.nan, 0.0, greatest])).get("dtick") == settings
+
+
 def test_a_page_is_only_written_where_a_page_may_be(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"--out .*scenario.toml is no page; give a name that ends in .html"):
         write_report([folder], folder / "scenario.toml")
@@ -239,7 +297,7 @@ def test_states_give_the_average_model_and_the_consensus_distance_by_round(folde
 def test_what_is_not_in_the_record_is_left_out_in_a_line_that_says_why(folder):
     path = write_report([folder])
     text = page_of(path).text
-    assert "Consensus distance is left out. The record has no distances by round." in text
+    assert "Consensus distance is left out. The record has no distances." in text
     assert "Staleness is left out. No mixed segment was stale" in text
     assert "Traffic per link is left out. The record does not say who received how much from whom." in text
 
@@ -251,6 +309,24 @@ def test_staleness_is_the_mean_over_segments(tmp_path):
     ]
     rows = rows_of(write_report([write_record(tmp_path / "stale", events, {})]).with_suffix(".csv") / "staleness.csv")
     assert rows == [{"run": "stale", "round": "1", "staleness_mean": "0.75", "staleness_max": "2", "segments": "4"}]
+
+
+def test_staleness_is_told_for_each_segment_and_adds_up_to_that_of_the_round(tmp_path):
+    scenario = a_quick_run(
+        rounds=10,
+        gossip={"segments": 3, "replicas": 2, "max_staleness": math.inf},
+        network={"latency": "30ms", "jitter": "20ms"},
+        compute={"step_time": "50ms", "stragglers": {"peers": ["p1"], "slowdown": 3}},
+    )
+    folder = gossipfl.run(scenario, out=tmp_path / "run").folder
+    run = read_run(folder, "run")
+    (plot,) = plot_segment_staleness(run)
+    assert np.shape(plot.traces[0]["z"]) == (3, len(np.unique(run.rounds["round"])))
+    told = staleness_by_round(run)
+    whole = run.rounds["segments_mixed"] == 6  # a mean of means is the mean only where all copies came
+    assert whole.all() and told["staleness_mean"].max() > 0
+    assert np.mean(plot.traces[0]["z"], axis=0) == pytest.approx(told["staleness_mean"], abs=1e-4)
+    assert write_report([folder]).with_suffix(".csv").joinpath("staleness-by-segment.csv").is_file()
 
 
 def test_times_of_a_simulated_run_are_virtual(folder):
@@ -290,6 +366,43 @@ def test_traffic_is_by_receiver_and_sender(folder):
     assert plot.traces[0]["z"] == [[None, None, None], [1.0, None, 2.0], [None, None, None]]
 
 
+def test_traffic_has_all_that_was_received_also_by_who_was_killed_or_never_finished(tmp_path):
+    churn = {"online": 0.7, "period": "1s"}
+    scenario = a_quick_run(
+        seed=2, rounds=40, network={"latency": "20ms", "uplink": "1Mbit"}, compute={"step_time": "50ms"}, churn=churn
+    )
+    result = gossipfl.run(scenario, out=tmp_path / "run")
+    run = read_run(result.folder, "run")
+    assert len(run.finished) < 6 and any(each.change == "away" for each in run.planned), "the scenario is to take some away"
+    rows = plot_traffic(run).columns
+    by_peer = Counter()
+    for receiver, num_bytes in zip(rows["receiver"], rows["payload_bytes"], strict=True):
+        by_peer[receiver] += num_bytes
+    assert sum(by_peer.values()) == result.summary["bytes"]["payload"]
+    done = np.bincount(run.rounds["peer"].astype(int), run.rounds["payload_bytes"])
+    assert all(by_peer[peer] >= num_bytes for peer, num_bytes in zip(run.peers, done, strict=True))
+    assert set(by_peer) == set(run.peers) and sum(by_peer.values()) > done.sum()
+
+
+def test_a_straggler_that_adopts_has_its_training_in_the_timeline(tmp_path):
+    scenario = a_quick_run(
+        peers=8,
+        rounds=30,
+        gossip={"segments": 2, "replicas": 2, "max_staleness": math.inf},
+        topology={"kind": "regular", "degree": 4},
+        network={"latency": "20ms"},
+        compute={"step_time": "50ms", "stragglers": {"peers": ["p3"], "slowdown": 8}},
+    )
+    run = read_run(gossipfl.run(scenario, out=tmp_path / "run").folder, "run")
+    of_p3 = run.rounds["peer"] == 3
+    adopted = of_p3 & (run.rounds["train_s"] > 0) & np.isnan(run.rounds["train_loss"])
+    assert adopted.any() and run.rounds["train_s"][adopted] == pytest.approx(0.4)
+    bars = plot_timeline(run).columns
+    its = bars["training_at"][np.array(bars["peer"]) == "p3"], bars["end_s"][np.array(bars["peer"]) == "p3"]
+    gaps = its[0][1:] - its[1][:-1]  # a round begins where the one before ended
+    assert np.abs(gaps).max() < 1e-3 and its[0][0] < 0.1
+
+
 def test_the_traffic_of_many_peers_is_summed_in_groups(tmp_path):
     events = [{"event": "finished", "peer": f"p{peer}", "error": None, "received_from": {"p0": 2**20}} for peer in range(250)]
     plot = plot_traffic(read_run(write_record(tmp_path / "many", events), "many"))
@@ -304,6 +417,22 @@ def test_peers_are_drawn_with_their_last_accuracy_and_those_that_failed_with_a_c
     assert peers["marker"]["color"] == [0.5, 0.7, 0.9]
     assert peers["marker"]["symbol"] == ["circle", "x", "circle"]
     assert lines["x"].count(None) == 3  # a ring of three
+
+
+@pytest.mark.parametrize(
+    ("topology", "num_links"),
+    [({"kind": "full"}, 15), ({"kind": "regular", "degree": 4}, 12), ({"kind": "ring", "dynamic": True}, 6)],
+    ids=lambda value: str(value),
+)
+def test_the_topology_of_a_run_is_drawn_from_its_record(tmp_path, topology, num_links):
+    scenario = a_quick_run(topology=topology)
+    run = read_run(gossipfl.run(scenario, clock="virtual", out=tmp_path / "run").folder, "run")
+    plot = plot_topology(run)
+    drawn = load_scenario(scenario).build_topology()
+    first = drawn.rounds[0] if topology.get("dynamic") else drawn
+    assert plot.traces[0]["x"].count(None) == num_links, plot.missing
+    assert plot.columns["num_neighbours"] == [first.degree(peer) for peer in range(6)]
+    assert plot.about.startswith("The graph of round 1;") == topology.get("dynamic", False)
 
 
 def test_a_graph_of_many_peers_is_thinned_and_says_so(tmp_path):
@@ -411,15 +540,52 @@ def test_figures_of_the_summary_come_before_those_of_the_events(folder):
     assert known["accuracy, mean of the peers"] == "12.50 %"
     assert known["accuracy, worst peer"] == "50.00 %"
     assert known["payload, all"] == "6.0 MiB"
-    assert "virtual time to run" not in known and "training, all peers" in known
+    assert "time to simulate" not in known and known["training, all peers"] == "6 s"
 
 
-def test_virtual_seconds_are_called_so(folder):
+def test_virtual_seconds_are_called_so_and_stand_beside_real_ones(folder):
     seconds = {"startup": 1.0, "wall": 2.0, "train": 300.0, "wait": 40.0}
     (folder / "summary.json").write_text(json.dumps({"clock": "virtual", "virtual_seconds": 70.0, "seconds": seconds}))
     known = dict(figures(read_run(folder, "small")))
-    assert known["time to run"] == "2 s" and known["virtual time to run"] == "70 s"
-    assert known["virtual time of training, all peers"] == "300 s" and "training, all peers" not in known
+    assert known["time to simulate"] == "2 s" and known["time to run"] == "70 s virtual"
+    assert known["training, all peers"] == "300 s virtual" and known["waiting, all peers"] == "40 s virtual"
+
+
+def test_a_run_on_sockets_is_measured_by_the_same_clock_as_its_simulation(tmp_path):
+    scenario = a_quick_run()
+    folders = [gossipfl.run(scenario, clock=clock, out=tmp_path / clock).folder for clock in ("virtual", "local")]
+    virtual, local = runs = read_runs(folders)
+    rows = dict(compared(runs))
+    assert local.figure("seconds", "wall") > 0 and virtual.figure("virtual_seconds") == 0.03
+    assert [cell.text for cell in rows["time to run"]] == ["0.03 s virtual", seconds(local.figure("seconds", "wall"))]
+    assert [cell.text for cell in rows["time to simulate"]] == [seconds(virtual.figure("seconds", "wall")), "–"]
+    by_round, ends = plot_curves(runs)[3].traces
+    assert by_round["x"] == [1, 2, 3] and ends["x"] == [1, 3] and ends["mode"] == "markers"
+    assert ends["y"] == pytest.approx([local.figure("consensus_distance", end) for end in ("first", "last")], rel=1e-5)
+    assert [ends["y"][0], ends["y"][1]] == pytest.approx([by_round["y"][0], by_round["y"][2]], rel=1e-4)
+
+
+def test_what_it_took_to_the_target_is_told(tmp_path):
+    scenario = a_quick_run(rounds=12, training={"local_steps": 8, "learning_rate": 0.5}, compute={"step_time": "10ms"})
+    result = gossipfl.run(scenario | {"stop": {"target_accuracy": 0.5}}, out=tmp_path / "run")
+    run = read_run(result.folder, "run")
+    curve = accuracy_curve(run)
+    place = int(np.argmax(curve.mean >= 0.5))
+    target = result.summary["to_target"]
+    assert 1 < target["round"] == curve.round[place] < 12 and curve.mean[place - 1] < 0.5 <= curve.mean[place]
+    assert target["seconds"] == pytest.approx(0.08 * target["round"])
+    assert target["payload_bytes"] == 6 * target["round"] * result.summary["bytes"]["payload_per_peer_round"]
+    known = dict(figures(run))
+    assert known["round of the target"] == f"{target['round']}" and known["target accuracy, reached"] == "50.00 %"
+    assert known["time to the target"] == f"{seconds(target['seconds'])} virtual"
+    assert known["payload to the target, all"] == size(target["payload_bytes"])
+
+
+def test_a_target_that_was_not_reached_is_told_without_a_round(tmp_path):
+    result = gossipfl.run(a_quick_run(stop={"target_accuracy": 1.0}), clock="virtual", out=tmp_path / "run")
+    assert result.summary["to_target"] == {"accuracy": 1.0, "round": None, "seconds": None, "payload_bytes": None}
+    known = dict(figures(read_run(result.folder, "run")))
+    assert known["target accuracy, not reached"] == "100.00 %" and "target accuracy, reached" not in known
 
 
 @pytest.mark.parametrize(("num_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**50, "1,024.0 TiB")])

@@ -48,7 +48,7 @@ INPROC = (*SMALL, "transport.kind=inproc")
 SUMMARY_KEYS = {
     *("scenario", "scenario_sha256", "seed", "clock", "peers", "rounds", "segments", "replicas", "parameters", "accuracy"),
     *("consensus_distance", "bytes", "seconds", "virtual_seconds", "faults", "memory_mib", "models_sha256", "engine"),
-    *("version", "machine", "messages", "exit_code"),
+    *("to_target", "version", "machine", "messages", "exit_code"),
 }
 NESTED_KEYS = {
     "accuracy": {"mean", "min", "max", "std", "average_model", "before_merge_mean", "central"},
@@ -62,7 +62,7 @@ NESTED_KEYS = {
 ROUND_KEYS = {
     *("event", "peer", "round", "time_s", "train_loss", "accuracy_before", "accuracy_after", "train_s", "wait_s", "merge_s"),
     *("payload_bytes", "wire_bytes", "control_bytes", "repeated_bytes", "local_bytes", "segments_mixed", "late", "refused"),
-    *("rejected", "timeouts", "missing", "staleness_mean", "staleness_max", "adopted"),
+    *("rejected", "timeouts", "missing", "staleness_mean", "staleness_max", "staleness_by_segment", "adopted", "received_from"),
 }
 
 

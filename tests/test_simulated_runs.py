@@ -203,8 +203,10 @@ def test_each_evaluated_round_tells_how_far_apart_the_peers_are_and_how_good_the
 
 def test_what_each_peer_received_from_each_adds_up_to_the_payload(tmp_path):
     result = run(tmp_path / "run")
-    received = [event["received_from"] for event in events(result, "finished")]
+    received = [event["received_from"] for kind in ("round", "finished") for event in events(result, kind)]
     assert sum(sum(row.values()) for row in received) == result.summary["bytes"]["payload"]
+    for event in events(result, "round"):
+        assert sum(event["received_from"].values()) == event["payload_bytes"]
 
 
 def test_more_peers_than_memory_holds_are_refused_and_the_number_that_fits_is_named(tmp_path):
@@ -222,7 +224,10 @@ def test_where_the_graph_is_redrawn_each_round_goes_over_its_own(tmp_path, selec
 
     graphs = load_scenario(result.folder / "scenario.toml").build_topology().rounds
     allowed = [{f"p{other}" for graph in graphs for other in graph.neighbours(index)} for index in range(8)]
-    for event in events(result, "finished"):
-        assert set(event["received_from"]) == allowed[int(event["peer"][1:])]
+    senders = [
+        set().union(*(event["received_from"] for event in events(result, "round") if event["peer"] == f"p{index}"))
+        for index in range(8)
+    ]
+    assert senders == allowed
     local = run(tmp_path / "local", clock="local", rounds=3, peers=8, topology=topology, gossip=gossip)
     assert local.summary["models_sha256"] == result.summary["models_sha256"]

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gossipfl.overlay.graphs import FullTopology, Topology
+from gossipfl.overlay.graphs import FullTopology, RedrawnTopology, Topology
 from gossipfl.randomness import generator
 
 EXACT_PEERS = 2_000
@@ -30,6 +30,8 @@ DENSE_PEERS = 500
 """Up to so many they take less than 0.2 s."""
 SAMPLED_PEERS = 256
 LANCZOS_STEPS = 200
+MEASURED_ROUNDS = 10
+"""Of a topology that is redrawn in each."""
 
 Neighbours = list[Sequence[int]]
 """Of each peer."""
@@ -50,6 +52,12 @@ class GraphFigures:
     spectral_gap: float
     is_gap_exact: bool  # to a thousandth; else the gap is at most so large
     num_sampled: int
+    rounds: tuple[GraphFigures, ...] = ()  # where the graph is redrawn: of the first rounds; the figures above are round 1's
+
+    @property
+    def spectral_gap_mean(self) -> float:
+        """Over the rounds."""
+        return float(np.mean([figures.spectral_gap for figures in self.rounds or (self,)]))
 
     @property
     def is_sampled(self) -> bool:
@@ -57,14 +65,19 @@ class GraphFigures:
 
     @property
     def rounds_to_tenth(self) -> float:
-        """Rounds of averaging with all neighbours after which the peers are ten times closer to their mean."""
-        if self.spectral_gap >= 1:
+        """Rounds of averaging with all neighbours after which the peers are ten times closer to their mean; a bound where the
+        graph is redrawn, for what one round leaves apart another may bring together."""
+        gaps = [figures.spectral_gap for figures in self.rounds or (self,)]
+        if max(gaps) >= 1:
             return 1.0  # at once, and wholly
-        return max(1.0, -math.log(10) / math.log1p(-self.spectral_gap))
+        return max(1.0, -math.log(10) / float(np.mean(np.log1p(np.negative(gaps)))))
 
 
 def measure(topology: Topology) -> GraphFigures:
-    """The figures of a connected topology; the same whenever they are asked for."""
+    """The figures of a connected topology; the same whenever they are asked for. Of one that is redrawn, round by round."""
+    if isinstance(topology, RedrawnTopology):
+        rounds = tuple(map(measure, topology.rounds[:MEASURED_ROUNDS]))
+        return replace(rounds[0], rounds=rounds)
     num_peers = topology.num_peers
     if isinstance(topology, FullTopology):
         degree, links = num_peers - 1, num_peers * (num_peers - 1) // 2

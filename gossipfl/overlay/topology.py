@@ -71,13 +71,15 @@ def build_topology(kind: str, num_peers: int, seed: int, args: Mapping[str, Any]
 
 def redrawn_topology(kind: str, num_peers: int, seed: int, args: Mapping[str, Any], num_rounds: int) -> RedrawnTopology:
     """`build_topology` afresh for each round, with the peers in other places each time; the seed decides."""
-    rounds = []
-    for round_ in range(1, num_rounds + 1):
-        drawn = build_topology(kind, num_peers, derived_seed(seed, "topology", round=round_), args)
-        place = generator(seed, "places", round=round_).permutation(num_peers).tolist()
-        links = ((place[index], place[other]) for index in range(num_peers) for other in drawn.neighbours(index))
-        rounds.append(ListedTopology(num_peers, links))
-    return RedrawnTopology(rounds)
+    return RedrawnTopology([topology_of_round(kind, num_peers, seed, args, round_) for round_ in range(1, num_rounds + 1)])
+
+
+def topology_of_round(kind: str, num_peers: int, seed: int, args: Mapping[str, Any], round_: int) -> Topology:
+    """One of the graphs of `redrawn_topology`."""
+    drawn = build_topology(kind, num_peers, derived_seed(seed, "topology", round=round_), args)
+    place = generator(seed, "places", round=round_).permutation(num_peers).tolist()
+    links = ((place[index], place[other]) for index in range(num_peers) for other in drawn.neighbours(index))
+    return ListedTopology(num_peers, links)
 
 
 def _as_topology(kind: str, built: Topology | networkx.Graph) -> Topology:

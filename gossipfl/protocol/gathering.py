@@ -210,6 +210,7 @@ class Gatherer(Participant):
         staleness = max(0, self.round - data.version)
         report.segments_mixed += 1
         report.staleness_sum += staleness
+        report.staleness_by_segment.setdefault(index, []).append(staleness)
         report.staleness_max = max(report.staleness_max, staleness)
         segment.copies.append(Contribution(peer, data.payload, self._weight(peer, data.num_samples, staleness), staleness))
         return self._merge_if_complete(index)
@@ -349,8 +350,9 @@ class Gatherer(Participant):
     def _adopt(self, now: float) -> list[Action]:
         """Take over the newest known version, each segment from another peer that has it, and its round."""
         target = self.membership.newest
+        spent_s, began = self.report.train_s, self._began if self.report.round else now
         actions = self._open_round(target, now, train_s=0.0)
-        self.report.adopted = True
+        self.report.adopted, self.report.train_s, self._began = True, spent_s, began  # the round that ends here took its time
         live = self._replacements()
         holders = [peer for peer in live if self.membership.neighbours[peer].newest >= target] or live
         chosen = [[holders[index % len(holders)]] if holders else [] for index in range(len(self.config.segments))]

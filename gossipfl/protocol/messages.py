@@ -410,17 +410,20 @@ class RoundReport:
     repeated_bytes: int = 0
     staleness_max: int = 0
     staleness_sum: int = 0
+    staleness_by_segment: dict[int, list[int]] = field(default_factory=dict)
+    """Of each copy mixed into a segment, by the segment's index."""
     adopted: bool = False
 
 
 @dataclass(slots=True)
 class Traffic:
     """What a shell adds to a RoundReport: bytes that came in since the last one, headers included, and those of messages other
-    than Data; and seconds spent on merging (none under virtual time)."""
+    than Data; the payload by sender, whatever became of it; and seconds spent on merging (none under virtual time)."""
 
     wire_bytes: int = 0
     control_bytes: int = 0
     merge_s: float = 0.0
+    received_from: dict[PeerId, int] = field(default_factory=dict)
 
 
 class Machine(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from gossipfl.protocol.messages import Fault, PeerId, RoundReport
+from gossipfl.protocol.messages import Fault, PeerId, RoundReport, Traffic
 
 Event = dict[str, Any]
 
@@ -17,13 +17,16 @@ def round_event(
     time_s: float,
     train_loss: float,
     train_s: float,
-    merge_s: float,
-    wire_bytes: int,
-    control_bytes: int,
+    traffic: Traffic,
     accuracy_before: float | None,
     accuracy_after: float | None,
 ) -> Event:
-    """The record's line for one peer and round; a peer that adopted a model in this round has not trained in it."""
+    """The record's line for one peer and round.
+
+    What a peer trained in a round in which it then adopted another's model counts as time, and says nothing of that model.
+    `staleness_by_segment` is the mean over the copies of each segment, null where none was mixed, and empty in a round without
+    a stale one. `received_from` is all payload since the peer's last line, by sender, and `payload_bytes` is its sum.
+    """
     trained = not report.adopted
     return {
         "event": "round",
@@ -33,12 +36,12 @@ def round_event(
         "train_loss": train_loss if trained else None,
         "accuracy_before": accuracy_before if trained else None,
         "accuracy_after": accuracy_after,
-        "train_s": round(train_s, 6) if trained else 0.0,
+        "train_s": round(train_s, 6),
         "wait_s": round(report.wait_s, 6),
-        "merge_s": round(merge_s, 6),
-        "payload_bytes": report.payload_bytes,
-        "wire_bytes": wire_bytes,
-        "control_bytes": control_bytes,
+        "merge_s": round(traffic.merge_s, 6),
+        "payload_bytes": sum(traffic.received_from.values()),
+        "wire_bytes": traffic.wire_bytes,
+        "control_bytes": traffic.control_bytes,
         "repeated_bytes": report.repeated_bytes,
         "local_bytes": 0,
         "segments_mixed": report.segments_mixed,
@@ -49,8 +52,16 @@ def round_event(
         "missing": report.missing,
         "staleness_mean": report.staleness_sum / max(report.segments_mixed, 1),
         "staleness_max": report.staleness_max,
+        "staleness_by_segment": _by_segment(report) if report.staleness_max else [],
         "adopted": report.adopted,
+        "received_from": traffic.received_from,
     }
+
+
+def _by_segment(report: RoundReport) -> list[float | None]:
+    behind = report.staleness_by_segment
+    means = {index: round(sum(copies) / len(copies), 4) for index, copies in behind.items()}
+    return [means.get(index) for index in range(max(behind) + 1)]
 
 
 def fault_event(at: PeerId, fault: Fault, time_s: float) -> Event:

@@ -234,9 +234,7 @@ class PeerHost:
             time_s=time.monotonic() - self._started,
             train_loss=hosted.loss,
             train_s=hosted.train_s,
-            merge_s=traffic.merge_s,
-            wire_bytes=traffic.wire_bytes,
-            control_bytes=traffic.control_bytes,
+            traffic=traffic,
             accuracy_before=hosted.accuracy_before,
             accuracy_after=accuracy,
         )
@@ -250,7 +248,7 @@ class PeerHost:
     def _finish(self, hosted: _Hosted, vector: np.ndarray, error: str | None, on_event: Callable[[Event], None]) -> None:
         node, name = hosted.node, hosted.node.name
         time_s = time.monotonic() - self._started
-        event = finished_event(name, node.machine.round, time_s, error, received_from=dict(node.received_from))
+        event = finished_event(name, node.machine.round, time_s, error, received_from=node.traffic.received_from)
         if error is None:
             hosted.model_file = Path(self.job.out) / "models" / f"{name}.safetensors"
             save_model(hosted.model_file, self.layout, vector, peer=name)

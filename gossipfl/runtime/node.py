@@ -127,8 +127,7 @@ class Node:
         self._assembler = Assembler(self.codec)
         self._chunks: dict[tuple[int, Range], list[Shared]] = {}
         self._origins: dict[PeerId, dict[int, Origin]] = {name: {} for name in self.machine.membership.neighbours}
-        self._traffic = Traffic()
-        self.received_from: dict[PeerId, int] = {}  # payload bytes
+        self.traffic = Traffic()
 
     # --- what comes in ------------------------------------------------------------------------------------------------
 
@@ -153,17 +152,18 @@ class Node:
     def take(self, incoming: Incoming) -> None:
         """A message for this peer: count it, check and decode its payload, and let the machine hear of it."""
         peer, message = incoming.sender, incoming.message
-        self._traffic.wire_bytes += incoming.num_bytes
+        self.traffic.wire_bytes += incoming.num_bytes
         match message:
             case Data():
-                self.received_from[peer] = self.received_from.get(peer, 0) + message.num_bytes
+                received_from = self.traffic.received_from
+                received_from[peer] = received_from.get(peer, 0) + message.num_bytes
                 self.handle(self._assemble(peer, message))
                 return
             case Pull():
                 self._remember(peer, message.request, incoming.origin)
             case Collect():
                 self._hand_over(peer, message, incoming.origin)
-        self._traffic.control_bytes += incoming.num_bytes
+        self.traffic.control_bytes += incoming.num_bytes
         if not isinstance(message, Collect | Record | Credit):
             self.handle(Received(peer, message))
 
@@ -304,7 +304,7 @@ class Node:
         if self._mixed is None:
             self._mixed = self.pool.take()
         mix(self.aggregate, self.own[start:stop], own_weight, copies, out=self._mixed[start:stop])
-        self._traffic.merge_s += time.perf_counter() - began
+        self.traffic.merge_s += time.perf_counter() - began
 
     def _take_mixed(self) -> np.ndarray:
         """The vector that the merges have come to; the own one before there are any."""
@@ -316,7 +316,7 @@ class Node:
             logger.info("%s round %d: %s by %r: %r", self.name, record.round, record.kind, record.peer, record.detail)
             self.on_record(self, record)
         else:
-            traffic, self._traffic = self._traffic, Traffic()
+            traffic, self.traffic = self.traffic, Traffic()
             self.on_record(self, RoundDone(record, traffic))
 
     def _hand_over(self, peer: PeerId, collect: Collect, origin: Origin | None) -> None:

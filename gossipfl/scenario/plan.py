@@ -13,12 +13,14 @@ them. Times are followed round by round, with the neighbours that the run itself
 where b is what j sends i, and shared(.., b) sums min(b, b') over what goes through the same end: fair shares of it, all
 beginning together (processor sharing). What is not in it: headers, loss, churn, capacities that change, and that fast peers
 begin their next round on links that slow ones still use: where uplinks are scarce, runs took up to 21 % longer than this.
+
+On real sockets the same holds where the scenario emulates a network or devices; what this machine is too slow for comes on top.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +30,11 @@ from gossipfl.learning.datasets import open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, TrainingConfig
 from gossipfl.overlay.graph_figures import GraphFigures, measure
-from gossipfl.overlay.graphs import Topology
+from gossipfl.overlay.graphs import RedrawnTopology, Topology
 from gossipfl.overlay.links import Links
-from gossipfl.overlay.selection import SELECTORS
+from gossipfl.overlay.selection import SELECTORS, Senders
+from gossipfl.protocol.baselines import PROTOCOLS, Scheduled
+from gossipfl.protocol.membership import MIN_ANSWER_S
 from gossipfl.randomness import generator
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
@@ -101,8 +105,9 @@ class Plan:
     available_bytes: int
     too_large: str | None  # what the run would be refused with, for want of memory
     topology: GraphFigures
-    timing: Timing | None  # None for a run on this machine's own clock
-    notes: tuple[str, ...]
+    timing: Timing | None  # None for a run on this machine's own clock with nothing emulated
+    warnings: tuple[str, ...]  # what makes the figures far too low
+    notes: tuple[str, ...]  # what else they leave out
 
 
 def make_plan(scenario: Scenario) -> Plan:
@@ -123,7 +128,7 @@ def make_plan(scenario: Scenario) -> Plan:
     exchange = _EXCHANGES[scenario.gossip.protocol](scenario, topology, segment_bytes)
     training = TrainingConfig(**peer_settings(scenario)["training"])
     num_steps = np.array([training.num_steps(len(shard)) for shard in deal(scenario, dataset)])
-    is_virtual = scenario.resolved_clock == "virtual"
+    timing = _Clockwork(scenario, exchange, num_steps).timing() if _has_time(scenario) else None
     return Plan(
         scenario=scenario.name,
         clock=scenario.resolved_clock,
@@ -135,14 +140,21 @@ def make_plan(scenario: Scenario) -> Plan:
         encoded_bytes=int(segment_bytes.sum()),
         received_bytes=_spread(exchange.received),
         sent_bytes=_spread(exchange.sent),
-        total_bytes=scenario.rounds * round(float(exchange.received.sum())),
+        total_bytes=round(scenario.rounds * float(exchange.received.sum())),
         memory_bytes=needed_bytes(scenario, layout.size),
         available_bytes=available_bytes(),
         too_large=why_too_large(scenario, layout.size),
         topology=measure(topology),
-        timing=_Clockwork(scenario, exchange, num_steps).timing() if is_virtual else None,
+        timing=timing,
+        warnings=tuple(_warnings(scenario, exchange)),
         notes=tuple(_notes(scenario)),
     )
+
+
+def _has_time(scenario: Scenario) -> bool:
+    """Whether the scenario says how long things take."""
+    is_emulated = bool(scenario.network.model_fields_set or scenario.compute.model_fields_set)
+    return is_emulated or scenario.resolved_clock == "virtual"
 
 
 def _spread(values: np.ndarray) -> Spread:
@@ -164,38 +176,60 @@ class _Flows:
 class _Gossip:
     """R copies of each segment from neighbours drawn afresh, or one from every neighbour. `received`, `sent`: f64[N]."""
 
+    is_waited_for = True
+
     def __init__(self, scenario: Scenario, topology: Topology, segment_bytes: np.ndarray) -> None:
-        self.scenario, self.topology, self.segment_bytes = scenario, topology, segment_bytes
-        degrees = np.array([topology.degree(index) for index in range(scenario.peers)], np.float64)
-        copies = degrees if scenario.gossip.selection == "all" else np.minimum(degrees, scenario.gossip.replicas)
-        self.received = copies * segment_bytes.sum()
-        self.max_flows = float((degrees if scenario.gossip.selection == "all" else copies * len(segment_bytes)).sum())
-        self.sent = self._expected_sent(degrees)
-        neighbours = map(topology.neighbours, range(scenario.peers))
-        in_order = scenario.peers > NAMED_PEERS
-        self._candidates = [others if in_order else sorted(others, key=str) for others in neighbours]  # p10 comes before p2
+        self.scenario, self.segment_bytes = scenario, segment_bytes
+        takes_all = scenario.gossip.selection == "all"
+        self._graphs = topology.rounds if isinstance(topology, RedrawnTopology) else [topology]
+        self._candidates: tuple[int, list[Sequence[int]]] = (-1, [])  # of the graph of this number
+        self.received, self.sent = np.zeros(scenario.peers), np.zeros(scenario.peers)  # means over the rounds
+        self.max_flows = 0.0
+        for graph in self._graphs:
+            degrees = np.array([graph.degree(index) for index in range(scenario.peers)], np.float64)
+            copies = degrees if takes_all else np.minimum(degrees, scenario.gossip.replicas)
+            received = copies * segment_bytes.sum()
+            self.received += received / len(self._graphs)
+            self.sent += self._expected_sent(graph, degrees, received) / len(self._graphs)
+            self.max_flows = max(self.max_flows, float((degrees if takes_all else copies * len(segment_bytes)).sum()))
 
     def flows(self, round_: int) -> list[_Flows]:
         """What is sent in a round, in phases; each begins when its senders have done the one before."""
         gossip, num_peers = self.scenario.gossip, self.scenario.peers
         select = SELECTORS.get("all" if gossip.selection == "all" else "uniform")  # others choose by what they have seen
-        senders, receivers, num_bytes = [], [], []
+        pairs: list[tuple[int, int, float]] = []
+        candidates = self._candidates_of(round_)
         for index in range(num_peers):
-            neighbours = self._candidates[index]
+            neighbours = candidates[index]
             rng = generator(self.scenario.protocol_seed, "neighbours", f"p{index}", round_)
             for size in self.segment_bytes if gossip.selection != "all" else [self.segment_bytes.sum()]:
                 chosen = select(neighbours, gossip.replicas, {}, rng)  # type: ignore[arg-type]  # numbers, in place of names
-                senders += chosen
-                receivers += [index] * len(chosen)
-                num_bytes += [float(size)] * len(chosen)
-        pairs, places = np.unique(np.array(senders, np.int64) * num_peers + receivers, return_inverse=True)
-        return [_Flows(pairs // num_peers, pairs % num_peers, np.bincount(places, num_bytes, pairs.size))]
+                pairs += [(int(sender), index, float(size)) for sender in chosen]
+        return [_summed(pairs, num_peers)]
 
-    def _expected_sent(self, degrees: np.ndarray) -> np.ndarray:
-        share = np.divide(self.received, degrees, out=np.zeros_like(degrees), where=degrees > 0)
+    def _candidates_of(self, round_: int) -> list[Sequence[int]]:
+        """The neighbours of each peer in this round."""
+        number = (round_ - 1) % len(self._graphs)
+        if self._candidates[0] != number:
+            neighbours = map(self._graphs[number].neighbours, range(self.scenario.peers))
+            in_order = self.scenario.peers > NAMED_PEERS
+            self._candidates = number, [others if in_order else sorted(others, key=str) for others in neighbours]  # p10, p2
+        return self._candidates[1]
+
+    def _expected_sent(self, graph: Topology, degrees: np.ndarray, received: np.ndarray) -> np.ndarray:
+        share = np.divide(received, degrees, out=np.zeros_like(degrees), where=degrees > 0)
         if degrees.min() == degrees.max():
-            return self.received.copy()
-        return np.array([share[list(self.topology.neighbours(index))].sum() for index in range(len(degrees))])
+            return received
+        return np.array([share[list(graph.neighbours(index))].sum() for index in range(len(degrees))])
+
+
+def _summed(transfers: Sequence[tuple[int, int, float]], num_peers: int) -> _Flows:
+    """Transfers (sender, receiver, bytes), those of a pair together."""
+    senders, receivers, num_bytes = (
+        (np.array(column) for column in zip(*transfers, strict=True)) if transfers else [np.empty(0)] * 3
+    )
+    pairs, places = np.unique(senders.astype(np.int64) * num_peers + receivers.astype(np.int64), return_inverse=True)
+    return _Flows(pairs // num_peers, pairs % num_peers, np.bincount(places, num_bytes, pairs.size))
 
 
 class _FedAvg(_Gossip):
@@ -226,7 +260,58 @@ class _Local(_Gossip):
         return []
 
 
-_EXCHANGES: dict[str, type[_Gossip]] = {"gossip": _Gossip, "fedavg": _FedAvg, "local": _Local}
+class _Scheduled(_Gossip):
+    """Who sends to whom is drawn for everybody at once, as the run draws it. `received`, `sent`: what is expected."""
+
+    def __init__(self, scenario: Scenario, topology: Topology, segment_bytes: np.ndarray) -> None:
+        self.scenario, self.segment_bytes = scenario, segment_bytes
+        machine = PROTOCOLS.get(scenario.gossip.protocol)
+        assert isinstance(machine, type) and issubclass(machine, Scheduled)
+        self._schedule = machine._schedule
+        copies = np.mean([len(senders) for senders in self._drawn(1).values()])  # of all peers it is the same in each round
+        self.received = self.sent = np.full(scenario.peers, copies * segment_bytes.sum())
+        self.max_flows = float(scenario.peers * copies * len(segment_bytes))
+
+    def flows(self, round_: int) -> list[_Flows]:
+        rng = generator(self.scenario.protocol_seed, "schedule", round=round_)
+        names = sorted(self.scenario.peer_names)
+        pairs = [
+            (int(sender[1:]), int(receiver[1:]), float(size))
+            for size in self.segment_bytes
+            for receiver, senders in self._schedule(names, self.scenario.gossip.replicas, rng).items()
+            for sender in senders
+        ]
+        return [_summed(pairs, self.scenario.peers)]
+
+    def _drawn(self, round_: int) -> Senders:
+        """For the first segment."""
+        rng = generator(self.scenario.protocol_seed, "schedule", round=round_)
+        return self._schedule(sorted(self.scenario.peer_names), self.scenario.gossip.replicas, rng)
+
+
+class _Fragments(_Gossip):
+    """What comes while a peer trains is mixed, and nobody waits: at most this much, from the second round on."""
+
+    is_waited_for = False
+
+    def __init__(self, scenario: Scenario, topology: Topology, segment_bytes: np.ndarray) -> None:
+        super().__init__(scenario, topology, segment_bytes)
+        share = (scenario.rounds - 1) / scenario.rounds
+        self.received, self.sent = self.received * share, self.sent * share
+
+    def flows(self, round_: int) -> list[_Flows]:
+        return []
+
+
+_EXCHANGES: dict[str, type[_Gossip]] = {
+    "gossip": _Gossip,
+    "fedavg": _FedAvg,
+    "local": _Local,
+    "epidemic": _Scheduled,
+    "epidemic_oracle": _Scheduled,
+    "pairs": _Scheduled,
+    "fragments": _Fragments,
+}
 
 
 # -------------------------------------------------------------------------------------------------------------------- time
@@ -245,7 +330,7 @@ class _Clockwork:
         end_s = self._follow()
         round_s = end_s / self.num_rounds if self.num_rounds else None
         costs = self._costs()
-        cause = max(costs, key=lambda name: costs[name].seconds)
+        cause = max(costs, key=lambda name: costs[name].seconds) if self.exchange.is_waited_for else "compute"
         peer = costs[cause].peer
         return Timing(
             least_s=min(self._least_s(), round_s or math.inf),
@@ -313,8 +398,11 @@ class _Clockwork:
         return self.devices.step_s * self.num_steps
 
     def _least_s(self) -> float:
-        """A peer trains, then receives, and may send all the while."""
-        own_s = self._median_train_s + self.exchange.received / self.links.downlink
+        """A peer trains, then asks and receives, and may send all the while."""
+        if not self.exchange.is_waited_for:
+            return float(self._median_train_s.max())
+        latency_s = self._slowest_pairs[1] / max(1, self.num_rounds) - 2 * LAST_OF_SEVERAL * self.links.jitter_s
+        own_s = self._median_train_s + np.maximum(self.exchange.received / self.links.downlink, latency_s)
         return float(max(own_s.max(), (self.exchange.sent / self.links.uplink).max()))
 
 
@@ -354,15 +442,35 @@ def _cost(seconds: np.ndarray, alike: float = ALIKE) -> Cost:
 # ------------------------------------------------------------------------------------------------------------------- notes
 
 
+def _warnings(scenario: Scenario, exchange: _Gossip) -> Iterator[str]:
+    """What makes the figures far too low."""
+    loss = scenario.network.loss
+    if loss and exchange.max_flows:
+        messages = 2 * sum(len(flows.senders) for flows in exchange.flows(1)) if exchange.max_flows <= MAX_FLOWS else 0
+        lost = f", here about {loss * messages:,.3g} of {messages:,} messages a round" if messages else ""
+        patience = scenario.gossip.patience
+        wait = f"the patience, {patience:g} s" if isinstance(patience, (int, float)) else "the patience, 10 s or 4 trainings"
+        yield (
+            f"network.loss = {loss:g} is left out, and may take longer than all else: a peer finds out that a message was lost "
+            f"only after {MIN_ANSWER_S:g} s or more, up to {wait}{lost}"
+        )
+
+
 def _notes(scenario: Scenario) -> Iterator[str]:
     """What the figures leave out."""
-    if scenario.resolved_clock != "virtual":
+    if scenario.resolved_clock == "netns":
+        yield "clock = 'netns' needs root, Linux and iproute2"
+    if not _has_time(scenario):
         yield "how long it takes on this machine shows only when it runs; --clock virtual plans the emulated network"
         return
+    if scenario.resolved_clock != "virtual":
+        yield "the time is that of the emulated network and devices; what this machine is too slow for comes on top"
+        if not scenario.compute.model_fields_set:
+            yield "[compute] says nothing: training takes as long as this machine needs, and is counted with 10 ms a step"
     if not scenario.build_churn().is_empty:
         yield "[churn] is left out: the figures are for peers that stay"
-    if scenario.network.loss:
-        yield f"network.loss = {scenario.network.loss:g} is left out: what is lost is asked for again, after a deadline"
+    if scenario.gossip.protocol == "fragments":
+        yield "the bytes are the most there can be: a neighbour that still sends is asked for no more"
     if scenario.gossip.selection not in ("uniform", "all"):
         yield f"gossip.selection = {scenario.gossip.selection!r} depends on what peers see; the time is for uniform draws"
     if math.isinf(scenario.gossip.max_staleness):

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.text import Text
 
 from gossipfl.scenario.plan import Plan, Spread
 from gossipfl.scenario.terminal import print_figures, size_text
-from gossipfl.scenario.topology_view import explain
+from gossipfl.scenario.topology_view import explain, gap_text
 
 _ALONE = {
     "compute": "training",
@@ -23,6 +24,8 @@ _ALONE = {
 def print_plan(console: Console, plan: Plan) -> None:
     """The plan as a table, and what it leaves out."""
     print_figures(console, f"{plan.scenario}: {plan.peers:,} peers, {plan.rounds:,} rounds, {plan.protocol}", _rows(plan))
+    for warning in plan.warnings:
+        console.print(Text(f"WARNING: {warning}", style="bold red"), highlight=False, soft_wrap=True)
     console.print(explain(plan.topology), highlight=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
@@ -35,7 +38,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "a peer sends per round, expected", _spread_text(plan.sent_bytes)
     yield "payload, all", size_text(plan.total_bytes)
     yield "memory needed / free", f"{size_text(plan.memory_bytes)} / {size_text(plan.available_bytes)}"
-    yield "spectral gap", f"{plan.topology.spectral_gap:.4g}"
+    yield "spectral gap", gap_text(plan.topology)
     if plan.timing is None:
         return
     for name, cost in plan.timing.costs.items():
@@ -44,8 +47,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "bottleneck", plan.timing.bottleneck
     yield "a round, at least", _seconds_text(plan.timing.least_s)
     if plan.timing.round_s is not None and plan.timing.total_s is not None:
-        yield "a round, expected", _seconds_text(plan.timing.round_s)
-        yield "all rounds, expected", _seconds_text(plan.timing.total_s)
+        without = ", were nothing lost" if plan.warnings else ""
+        yield f"a round, expected{without}", _seconds_text(plan.timing.round_s)
+        yield f"all rounds, expected{without}", _seconds_text(plan.timing.total_s)
 
 
 def _spread_text(spread: Spread) -> str:

@@ -2,7 +2,8 @@
 
 runs/<name>/scenario.toml   resolved: every default, and the engine, memory layout and threads that were used
            /roster.toml     who listened where
-           /events.jsonl    a line per peer and round, per fault, per peer that ended, that came or went as planned
+           /events.jsonl    a line per peer and round, per fault, per peer that ended, that came or went as planned; under
+                            virtual time, per peer that was in a round when the run ended
            /summary.json    the figures (`summarize` says what each is)
            /models/         <peer>.safetensors and average.safetensors
            /log/            what each process logged
@@ -178,9 +179,10 @@ def summarize(
     """The contents of summary.json.
 
     Accuracies are on the common test set, after the last merge of each peer that has finished (of all, where none has);
-    bytes are summed over all that was received; train, wait and merge seconds are summed over peers and rounds; `exit_code` is
-    made from the scenario's `min_peers` where it is not given. Seconds are real ones but, under virtual time, those of the
-    table `virtual` and the `train` and `wait` beside it, which repeat it.
+    payload is all that was received, also where no round came of it, other bytes are those of the rounds; train, wait and
+    merge seconds are summed over peers and rounds; `exit_code` is made from the scenario's `min_peers` where it is not given.
+    Seconds are real ones but, under virtual time, those of the table `virtual` and the `train` and `wait` beside it, which
+    repeat it, and those of `to_target`.
     """
     rounds = [event for event in events if event["event"] == "round"]
     finished = {event["peer"] for event in events if event["event"] == "finished" and event["error"] is None}
@@ -191,6 +193,7 @@ def summarize(
     def total(key: str) -> Any:
         return sum(event[key] for event in rounds)
 
+    outside_rounds = sum(sum(event.get("received_from", {}).values()) for event in events if event["event"] != "round")
     if exit_code is None:
         exit_code = 0 if len(finished) >= scenario.min_peers else 1
     num_rounds = max((event["round"] for event in rounds), default=0)
@@ -216,9 +219,10 @@ def summarize(
             "before_merge_mean": _rounded(statistics.fmean(before) if before else None),
             "central": _rounded(central_accuracy),
         },
+        "to_target": to_target(rounds, scenario),
         "consensus_distance": {"first": figures["first"], "last": figures["last"]},
         "bytes": {
-            "payload": total("payload_bytes"),
+            "payload": total("payload_bytes") + outside_rounds,
             "wire": total("wire_bytes"),
             "control": total("control_bytes"),
             "repeated": total("repeated_bytes"),
@@ -253,6 +257,27 @@ def summarize(
         "machine": machine(),
         "exit_code": exit_code,
     }
+
+
+def to_target(rounds: Sequence[Event], scenario: Scenario) -> dict[str, Any] | None:
+    """What it took to `stop.target_accuracy`; None where there is none to reach, and within it where it was not reached.
+
+    It is reached after the first round of at least `min_peers` evaluated peers whose mean accuracy is on target, when the last
+    of them has merged; the payload is that of all peers and rounds up to it.
+    """
+    target = scenario.stop.target_accuracy
+    if target is None:
+        return None
+    evaluated: dict[int, list[Event]] = {}
+    for event in rounds:
+        if event["accuracy_after"] is not None:
+            evaluated.setdefault(event["round"], []).append(event)
+    for round_, its in sorted(evaluated.items()):
+        if len(its) >= scenario.min_peers and statistics.fmean(event["accuracy_after"] for event in its) >= target:
+            payload = sum(event["payload_bytes"] for event in rounds if event["round"] <= round_)
+            time_s = max(event["time_s"] for event in its)
+            return {"accuracy": target, "round": round_, "seconds": time_s, "payload_bytes": payload}
+    return {"accuracy": target, "round": None, "seconds": None, "payload_bytes": None}
 
 
 def _virtual_seconds(run_s: float, num_rounds: int, train_s: float, wait_s: float) -> dict[str, float | None]:

@@ -245,10 +245,8 @@ class _Simulation(Watcher):
             report,
             time_s=self.simulator.clock.now,
             train_loss=peer.loss,
-            train_s=0.0 if report.adopted else report.train_s,
-            merge_s=0.0,
-            wire_bytes=traffic.wire_bytes,
-            control_bytes=traffic.control_bytes,
+            train_s=report.train_s,
+            traffic=traffic,
             accuracy_before=self._before.pop(peer.name, None) if self._is_evaluated(report.round) else None,
             accuracy_after=None,
         )
@@ -267,7 +265,7 @@ class _Simulation(Watcher):
                 "round": peer.machine.round,
                 "time_s": round(self.simulator.clock.now, 4),
                 "error": peer.error,
-                "received_from": peer.received_from,
+                "received_from": peer.traffic.received_from,
             }
         )
 
@@ -290,6 +288,8 @@ class _Simulation(Watcher):
 
     def _add(self, event: Event) -> None:
         self.record.add(event)
+        if event["event"] == "round":
+            del event["received_from"]  # it is written; kept, a million of them would take a gigabyte
         self.observer.event(event, self.simulator.num_alive)
 
     def _add_to_round(self, event: Event, vector: np.ndarray) -> None:
@@ -322,6 +322,9 @@ class _Simulation(Watcher):
 
     def _conclude(self, startup_s: float, wall_s: float, engine: dict[str, Any], is_interrupted: bool) -> RunResult:
         scenario, folder = self.scenario, self.record.folder
+        for peer in self.simulator.peers.values():
+            if not peer.is_finished and peer.traffic.received_from:
+                self.record.add({"event": "unfinished", "peer": peer.name, "received_from": peer.traffic.received_from})
         peers = [peer for peer in self.simulator.peers.values() if peer.is_finished and peer.error is None]
         figures: dict[str, Any] = {"first": self._first_distance, "last": None, "models_sha256": None}
         average_accuracy = central = None

@@ -20,7 +20,7 @@ from gossipfl.errors import ConfigError
 from gossipfl.learning.checkpoint import write_atomically
 from gossipfl.overlay.graph_figures import GraphFigures
 from gossipfl.overlay.graph_files import Link
-from gossipfl.overlay.graphs import FullTopology, Topology
+from gossipfl.overlay.graphs import FullTopology, RedrawnTopology, Topology
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.terminal import print_figures
 
@@ -45,6 +45,7 @@ def print_topology(console: Console, scenario: Scenario, topology: Topology, fig
     console.print(explain(figures), highlight=False, soft_wrap=True)
     if isinstance(topology, FullTopology):
         return
+    topology = of_one_round(topology)
     if topology.num_peers <= MAX_MATRIX:
         console.print(adjacency(topology))
     else:
@@ -54,9 +55,11 @@ def print_topology(console: Console, scenario: Scenario, topology: Topology, fig
 def explain(figures: GraphFigures) -> str:
     """What the spectral gap means, in words."""
     rounds = figures.rounds_to_tenth
-    about = "about" if figures.is_gap_exact else "at least"
+    about = "at most" if figures.rounds else "about" if figures.is_gap_exact else "at least"
     taken = "one round" if rounds <= 1 else f"{about} {rounds:,.{1 if rounds < 10 else 0}f} rounds"
     text = f"Averaging with all neighbours shrinks the peers' disagreement tenfold in {taken}."
+    if figures.rounds:
+        text = f"Each round has a graph of its own; this is round 1's. {text}"
     if figures.is_sampled:
         text += f" Distances and clustering are those of {figures.num_sampled} sampled peers."
     return text
@@ -100,20 +103,36 @@ def _rows(figures: GraphFigures) -> Iterator[tuple[str, str]]:
     yield "diameter", f"{least}{figures.diameter:,}"
     yield "shortest path, mean", f"{about}{figures.path_mean:.4g}"
     yield "clustering", f"{about}{figures.clustering:.3f}"
-    yield "spectral gap", f"{'' if figures.is_gap_exact else 'at most '}{figures.spectral_gap:.4g}"
+    yield "spectral gap", gap_text(figures)
+
+
+def gap_text(figures: GraphFigures) -> str:
+    about = "" if figures.is_gap_exact else "at most "
+    mean = f" (mean of {len(figures.rounds)} rounds: {figures.spectral_gap_mean:.4g})" if figures.rounds else ""
+    return f"{about}{figures.spectral_gap:.4g}{mean}"
+
+
+def of_one_round(topology: Topology) -> Topology:
+    """The topology itself, or the graph of round 1 where each round has its own."""
+    return topology.rounds[0] if isinstance(topology, RedrawnTopology) else topology
 
 
 def _kind(scenario: Scenario) -> str:
     args = ", ".join(f"{key} {value}" for key, value in scenario.topology.args.items())
-    return f"{scenario.topology.kind}{', ' if args else ''}{args}"
+    redrawn = ", redrawn in each round" if scenario.topology.dynamic else ""
+    return f"{scenario.topology.kind}{', ' if args else ''}{args}{redrawn}"
 
 
 # ------------------------------------------------------------------------------------------------------------ in a file
 
 
 def write_topology(topology: Topology, path: Path) -> None:
-    """Write the graph in the form that the name of `path` ends with. ConfigError for another ending or too many links."""
+    """Write the graph, or round 1's where it is redrawn, in the form that the name of `path` ends with.
+
+    ConfigError for another ending or too many links.
+    """
     check_path(path)
+    topology = of_one_round(topology)
     num_links = sum(topology.degree(index) for index in range(topology.num_peers)) // 2
     if num_links > MAX_WRITTEN:
         raise ConfigError(

@@ -109,7 +109,6 @@ class SimulatedPeer:
     is_finished: bool = False
     error: str | None = None
     traffic: Traffic = field(default_factory=Traffic)
-    received_from: dict[PeerId, int] = field(default_factory=dict)
     decoded: dict[tuple[int, Range], Decoded] = field(default_factory=dict)
 
 
@@ -339,7 +338,7 @@ class Simulator:
         traffic = receiver.traffic
         traffic.wire_bytes += num_bytes
         if type(message) is Data:
-            received_from = receiver.received_from
+            received_from = traffic.received_from
             received_from[sender.name] = received_from.get(sender.name, 0) + message.num_bytes
         else:
             traffic.control_bytes += num_bytes

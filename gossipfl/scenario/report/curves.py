@@ -9,11 +9,28 @@ from typing import Any
 
 import numpy as np
 
-from gossipfl.scenario.report.plots import COLOURS, MIB, Plot, Trace, axis, faint, short
+from gossipfl.scenario.report.plots import COLOURS, MIB, SCALE, Plot, Trace, axis, colourbar, faint, log_scale, short
 from gossipfl.scenario.report.reading import Columns, Run, number
 
-DASHES = ("solid", "dash", "dashdot")
-"""Of further runs, when the colours are used up; dotted is the average model."""
+DASHES = {"solid": "none", "dash": "9 5", "dashdot": "9 4 3 4"}
+"""Of further runs, when the colours are used up, and what SVG calls them; dotted is the average model."""
+
+
+MAX_SEGMENT_LABELS = 12
+
+
+@dataclass(frozen=True)
+class Key:
+    """How a run is drawn in all plots that it shares with others: for one legend beside them."""
+
+    name: str
+    colour: str
+    dashes: str
+
+
+def run_keys(runs: Sequence[Run]) -> list[Key]:
+    lines = [_line(index) for index in range(len(runs))]
+    return [Key(run.name, line["color"], DASHES[line["dash"]]) for run, line in zip(runs, lines, strict=True)]
 
 
 def plot_curves(runs: Sequence[Run]) -> list[Plot]:
@@ -89,7 +106,11 @@ def _accuracy_over(
         f"Accuracy over {name}",
         about,
         [trace for index, (run, curve) in numbered for trace in _accuracy_traces(run, curve, x_name, index, len(runs) == 1)],
-        {"xaxis": axis(label, rangemode="tozero"), "yaxis": axis("test accuracy", tickformat=".2f")},
+        {
+            "xaxis": axis(label, rangemode="tozero"),
+            "yaxis": axis("test accuracy", tickformat=".2f"),
+            "showlegend": len(runs) == 1,
+        },
         _accuracy_columns(runs, curves, x_name),
     )
 
@@ -133,24 +154,42 @@ def _accuracy_columns(runs: Sequence[Run], curves: Sequence[AccuracyCurve], x_na
 
 def _consensus(runs: Sequence[Run]) -> Plot:
     key, title = "consensus-distance", "Consensus distance"
-    known = [(index, run) for index, run in enumerate(runs) if np.isfinite(run.states["consensus_distance"]).any()]
+    known = [(index, run, _distances(run)) for index, run in enumerate(runs)]
+    known = [(index, run, curve) for index, run, curve in known if np.isfinite(curve["consensus_distance"]).any()]
     if not known:
-        ends = [[number(run.figure("consensus_distance", end)) for end in ("first", "last")] for run in runs]
-        texts = [f"{first:.4g} and {last:.4g}" for first, last in ends if np.isfinite([first, last]).all()]
-        only = f", only those after the first and the last merge: {'; '.join(texts)}." if texts else "."
-        return Plot(key, title, missing=f"The record has no distances by round{only}")
-    columns = ("round", "time_s", "consensus_distance")
-    return Plot(
-        key,
-        title,
-        "Mean squared distance of the peers' models from their average: how far the peers are from agreeing.",
-        [_line_trace(index, run, run.states, "consensus_distance", len(runs) == 1) for index, run in known],
-        {
-            "xaxis": axis("round", rangemode="tozero"),
-            "yaxis": axis("mean squared distance", type="log", exponentformat="none", minorloglabels="complete"),
-        },
-        _stacked((run.name, {name: run.states[name] for name in columns}) for _, run in known),
-    )
+        return Plot(key, title, missing="The record has no distances.")
+    traces = []
+    about = "Mean squared distance of the peers' models from their average: how far the peers are from agreeing."
+    if any(not len(run.states["round"]) for _, run, _ in known):
+        about += " Circles: only the distances after the first and the last merge are known, as always on this machine's clock."
+    for index, run, curve in known:
+        trace = _line_trace(index, run, curve, "consensus_distance", len(runs) == 1)
+        if not len(run.states["round"]):
+            trace |= {"mode": "markers", "marker": {"symbol": "circle-open", "size": 9, "color": trace["line"]["color"]}}
+        traces.append(trace)
+    every = np.concatenate([curve["consensus_distance"] for _, _, curve in known])
+    layout = {
+        "xaxis": axis("round", rangemode="tozero"),
+        "yaxis": axis("mean squared distance", **log_scale(every)),
+        "showlegend": False,
+    }
+    return Plot(key, title, about, traces, layout, _stacked((run.name, curve) for _, run, curve in known))
+
+
+def _distances(run: Run) -> Columns:
+    """By round, or where the record has none by round, of the first and the last one."""
+    if len(run.states["round"]):
+        return {name: run.states[name] for name in ("round", "time_s", "consensus_distance")}
+    rounds, times_s = run.rounds["round"], run.rounds["time_s"]
+    ends = np.array([number(run.figure("consensus_distance", end)) for end in ("first", "last")])
+    if not len(rounds):
+        return {name: np.empty(0) for name in ("round", "time_s", "consensus_distance")}
+    first, last = rounds == rounds.min(), rounds == rounds.max()
+    return {
+        "round": np.array([rounds.min(), rounds.max()]),
+        "time_s": np.array([times_s[first].max(), times_s[last].max()]),
+        "consensus_distance": ends,
+    }
 
 
 def _staleness(runs: Sequence[Run]) -> Plot:
@@ -167,7 +206,11 @@ def _staleness(runs: Sequence[Run]) -> Plot:
             for index, (run, curve) in enumerate(zip(runs, curves, strict=True))
             for trace in _staleness_traces(run, curve, index, len(runs) == 1)
         ],
-        {"xaxis": axis("round", rangemode="tozero"), "yaxis": axis("rounds behind", rangemode="tozero")},
+        {
+            "xaxis": axis("round", rangemode="tozero"),
+            "yaxis": axis("rounds behind", rangemode="tozero"),
+            "showlegend": len(runs) == 1,
+        },
         _stacked((run.name, curve) for run, curve in zip(runs, curves, strict=True)),
     )
 
@@ -186,6 +229,42 @@ def _staleness_traces(run: Run, curve: Columns, index: int, single: bool) -> lis
     if single:
         mean |= {"name": "mean", "showlegend": True}
     return [mean, greatest | _group(index, single)]
+
+
+def plot_segment_staleness(run: Run) -> list[Plot]:
+    """Rounds behind by segment and round, mean over the peers; none where the record has no stale segment."""
+    if not run.staleness:
+        return []
+    num_segments = 1 + max(segment for segment, _ in run.staleness)
+    rounds, counts = np.unique(run.rounds["round"], return_counts=True)
+    place = {int(round_): index for index, round_ in enumerate(rounds)}
+    behind, known = np.zeros((num_segments, len(rounds))), np.zeros((num_segments, len(rounds)))
+    stale_peers = np.zeros(len(rounds))
+    for (segment, round_), (total, num_peers) in run.staleness.items():
+        behind[segment, place[round_]], known[segment, place[round_]] = total, num_peers
+        stale_peers[place[round_]] = max(stale_peers[place[round_]], num_peers)
+    means = behind / np.maximum(known + counts - stale_peers, 1)  # the other peers' copies were all of the round's own version
+    columns = {
+        "round": np.tile(rounds, num_segments),
+        "segment": np.repeat(np.arange(num_segments), len(rounds)),
+        "staleness_mean": means.ravel(),
+    }
+    trace = {
+        "type": "heatmap",
+        "x": short(rounds),
+        "z": [short(row) for row in means],
+        "colorscale": SCALE,
+        "colorbar": colourbar("rounds"),
+        "hovertemplate": "segment %{y}, round %{x}: %{z:.4g} behind<extra></extra>",
+    }
+    layout = {
+        "xaxis": axis("round"),
+        "yaxis": axis("segment", dtick=-(-num_segments // MAX_SEGMENT_LABELS)),
+        "hovermode": "closest",
+        "showlegend": False,
+    }
+    about = "Rounds that the copies mixed into each segment were behind: mean over the peers."
+    return [Plot("staleness-by-segment", "Staleness per segment", about, [trace], layout, columns)]
 
 
 def staleness_by_round(run: Run) -> Columns:
@@ -224,7 +303,7 @@ def _line_trace(index: int, run: Run, columns: Columns, name: str, single: bool)
 
 
 def _line(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "dash": DASHES[index // len(COLOURS) % len(DASHES)], "width": 2}
+    return {"color": COLOURS[index % len(COLOURS)], "dash": tuple(DASHES)[index // len(COLOURS) % len(DASHES)], "width": 2}
 
 
 def _group(index: int, single: bool) -> Trace:

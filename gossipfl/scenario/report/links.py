@@ -10,9 +10,10 @@ import numpy as np
 from gossipfl.errors import GossipflError
 from gossipfl.overlay.graph_files import Link
 from gossipfl.overlay.graphs import Topology
-from gossipfl.overlay.topology import build_topology
+from gossipfl.overlay.topology import build_topology, topology_of_round
 from gossipfl.scenario.report.plots import MIB, SCALE, Plot, Trace, axis, colourbar, short
 from gossipfl.scenario.report.reading import Run
+from gossipfl.scenario.tables import Topology as TopologyTable
 
 MAX_CELLS = 100
 """Rows and columns of the traffic; of more peers, neighbours in the list share a row."""
@@ -21,6 +22,8 @@ MAX_NAMED = 40
 MAX_LABELS = 24
 MAX_EXACT = 100
 """Up to here peers are placed by the lengths of all paths (T. Kamada and S. Kawai, 1989), which is slow; then by springs."""
+DRAWN_ROUND = 1
+"""Of a topology that is redrawn in each."""
 CIRCULAR = ("full", "ring", "exponential")
 
 Points = dict[int, np.ndarray]
@@ -54,9 +57,12 @@ def plot_traffic(run: Run) -> Plot:
         "xaxis": axis("sender", showgrid=False, zeroline=False, **ticks),
         "yaxis": axis("receiver", autorange="reversed", showgrid=False, zeroline=False, **ticks),
         "height": 440,
+        "showlegend": False,
         "hovermode": "closest",
     }
-    about = "Encoded payload that each peer (row) received from each other (column). Blank: nothing."
+    about = "Encoded payload that each peer (row) received from each other (column), repeats included. Blank: nothing."
+    if run.planned and not run.is_virtual:
+        about += " What a peer was in the middle of receiving when it was killed is not known."
     if group > 1:
         about += f" Thinned: each cell sums {group} by {group} peers."
     columns = dict(zip(("receiver", "sender", "payload_bytes"), zip(*known, strict=True), strict=True))
@@ -67,14 +73,14 @@ def plot_topology(run: Run) -> Plot:
     """Of many peers, those nearest to p0 are drawn, and of many links some."""
     key, title = "topology", "Topology"
     try:
-        topology = _rebuilt(run)
+        table = TopologyTable(**run.scenario["topology"])
+        topology = _rebuilt(run, table)
     except (GossipflError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         return Plot(key, title, missing=f"The graph cannot be rebuilt from scenario.toml: {error}")
-    kind = str(run.scenario["topology"]["kind"])
     shown = _nearest(topology, MAX_DRAWN_PEERS)
     links = [(one, other) for one in shown for other in topology.neighbours(one) if one < other and other in shown]
     drawn = links[:: max(-(-len(links) // MAX_DRAWN_LINKS), 1)]
-    at = _positions(kind, list(shown), links)
+    at = _positions(table.kind, list(shown), links)
     names = [f"p{peer}" for peer in shown]
     known = dict(zip(run.peers, run.last_accuracy().tolist(), strict=True))
     accuracy = np.array([known.get(name, np.nan) for name in names])
@@ -83,12 +89,14 @@ def plot_topology(run: Run) -> Plot:
     layout = {
         "xaxis": bare,
         "yaxis": bare | {"scaleanchor": "x"},
-        "margin": {"l": 12, "r": 12, "t": 24, "b": 12},
+        "margin": {"l": 12, "r": 12, "t": 36, "b": 12},
         "height": 440,
         "hovermode": "closest",
         "showlegend": False,
     }
-    about = [f"{kind}: peers coloured by their last accuracy. A cross: did not finish."]
+    about = [f"{html.escape(table.kind)}: peers coloured by their last accuracy. A cross: did not finish."]
+    if table.dynamic:
+        about.insert(0, f"The graph of round {DRAWN_ROUND}; each round has one of its own.")
     if len(shown) < topology.num_peers:
         about.append(f"Thinned: {len(shown)} of {topology.num_peers:,} peers, those nearest to p0.")
     if len(drawn) < len(links):
@@ -140,13 +148,15 @@ def _drawn_peers(run: Run, at: Points, names: list[str], accuracy: np.ndarray, d
     }
 
 
-def _rebuilt(run: Run) -> Topology:
-    """The graph of the run, built again from its scenario. A function of the user's own is not run for a report."""
-    args = dict(run.scenario["topology"])
-    kind, seed = str(args.pop("kind")), run.scenario.get("seed", 0)
-    if ":" in kind:
-        raise ValueError(f"it comes from {kind}, which a report does not run.")
-    return build_topology(kind, int(run.scenario["peers"]), seed["protocol"] if isinstance(seed, dict) else seed, args)
+def _rebuilt(run: Run, table: TopologyTable) -> Topology:
+    """The graph of the run, or of one round of it, built again. A function of the user's own is not run for a report."""
+    if ":" in table.kind:
+        raise ValueError(f"it comes from {table.kind}, which a report does not run.")
+    peers, seed = int(run.scenario["peers"]), run.scenario.get("seed", 0)
+    seed = seed["protocol"] if isinstance(seed, dict) else seed
+    if table.dynamic:
+        return topology_of_round(table.kind, peers, seed, table.args, DRAWN_ROUND)
+    return build_topology(table.kind, peers, seed, table.args)
 
 
 def _nearest(topology: Topology, limit: int) -> dict[int, None]:

@@ -15,7 +15,7 @@ function colours() {
 function layoutOf(spec) {
   const { ink, card, axis } = colours();
   return {
-    margin: { l: 48, r: 12, t: 12, b: 44 },
+    margin: { l: 48, r: 12, t: (narrow() ? 12 : 30) + (spec.layout.showlegend ? 22 : 0), b: 44 }, // the icons are above all
     height: 320,
     hovermode: "x unified",
     legend: { orientation: "h", traceorder: "normal", y: 1.02, yanchor: "bottom", x: 0 },
@@ -37,10 +37,12 @@ const settings = {
   modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
 };
 const drawn = new Set();
+const hidden = new Set(); // runs, by the place in the legend
 const draw = (element) => {
   const spec = plots[element.dataset.plot];
   drawn.add(element);
-  Plotly.react(element, spec.data, layoutOf(spec), settings);
+  const data = spec.data.map((trace) => ({ ...trace, visible: !hidden.has(trace.legendgroup) }));
+  Plotly.react(element, data, layoutOf(spec), settings);
 };
 const watcher = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
@@ -58,5 +60,11 @@ function setTheme(theme) {
 setTheme(dark.matches ? "dark" : "light");
 dark.addEventListener("change", () => setTheme(dark.matches ? "dark" : "light"));
 document.getElementById("theme").addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
+document.querySelectorAll("[data-group]").forEach((button) => button.addEventListener("click", () => {
+  const shown = button.getAttribute("aria-pressed") === "true";
+  button.setAttribute("aria-pressed", String(!shown));
+  hidden[shown ? "add" : "delete"](button.dataset.group);
+  drawn.forEach(draw);
+}));
 addEventListener("beforeprint", () => document.querySelectorAll(".plot").forEach(draw));
 document.querySelectorAll(".plot").forEach((element) => watcher.observe(element));

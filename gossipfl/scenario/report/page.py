@@ -14,10 +14,10 @@ from typing import Any
 from gossipfl._version import __version__
 from gossipfl.errors import ConfigError
 from gossipfl.scenario.report import tables
-from gossipfl.scenario.report.curves import plot_curves
+from gossipfl.scenario.report.curves import plot_curves, plot_segment_staleness, run_keys
 from gossipfl.scenario.report.links import plot_topology, plot_traffic
 from gossipfl.scenario.report.plots import Plot
-from gossipfl.scenario.report.reading import Run, read_runs
+from gossipfl.scenario.report.reading import Run, read_runs, title
 from gossipfl.scenario.report.timeline import plot_timeline
 
 
@@ -33,7 +33,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     template, plotly = _template_and_plotly()  # before a long record is read
     runs = read_runs(folders)
     shared = plot_curves(runs)
-    own = [[plot_timeline(run), plot_traffic(run), plot_topology(run)] for run in runs]
+    own = [[plot_timeline(run), plot_traffic(run), plot_topology(run), *plot_segment_staleness(run)] for run in runs]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(_page(template, plotly, runs, shared, own), encoding="utf-8")
@@ -48,7 +48,9 @@ def _page(template: Any, plotly: str, runs: Sequence[Run], shared: Sequence[Plot
     drawn = {_id(plot): plot for plot in shared} | {_id(plot, place): plot for place, plots in enumerate(own) for plot in plots}
     specs = {key: {"data": plot.traces, "layout": plot.layout} for key, plot in drawn.items() if not plot.missing}
     return template.render(
+        title=title(runs),
         runs=runs,
+        keys=run_keys(runs) if len(runs) > 1 else [],
         shared=shared,
         own=own,
         id=_id,

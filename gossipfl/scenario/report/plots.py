@@ -6,6 +6,7 @@ The colours of the runs are those of M. Okabe and K. Ito, "Color Universal Desig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,16 @@ def short(values: np.ndarray) -> list[float | None]:
 
 def axis(title: str, **settings: Any) -> dict[str, Any]:
     return {"title": {"text": title}, "automargin": True} | settings
+
+
+def log_scale(values: np.ndarray) -> dict[str, Any]:
+    """Settings of a logarithmic axis whose labels keep apart on 220 pixels; of a plain one where values hardly differ."""
+    values = values[np.isfinite(values) & (values > 0)]
+    decades = float(np.log10(values.max() / values.min())) if len(values) else 0.0
+    if decades < 0.7:
+        return {"rangemode": "tozero"}
+    dtick = "D2" if decades < 4 else math.ceil(decades / 12)  # at 1, 2 and 5 of each decade, or at decades
+    return {"type": "log", "dtick": dtick, "exponentformat": "none", "minorloglabels": "complete"}
 
 
 def colourbar(title: str) -> dict[str, Any]:

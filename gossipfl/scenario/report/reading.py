@@ -24,6 +24,8 @@ Event = dict[str, Any]
 Columns = dict[str, np.ndarray]
 """Equally long f64 columns by name; NaN where an event does not say."""
 
+MAX_IN_TITLE = 3
+"""Runs that are named in the title; more are counted."""
 COUNTERS = ("missing", "late", "refused", "rejected", "timeouts")
 ROUND_FIELDS = (
     *("round", "time_s", "train_loss", "accuracy_before", "accuracy_after", "train_s", "wait_s", "merge_s"),
@@ -59,7 +61,7 @@ class Run:
     """The record of one run."""
 
     name: str
-    """The folder's name; its path where runs that are compared share the name."""
+    """The folder's name, a sweep's in short; its path where runs that are compared share the name."""
     folder: Path
     summary: dict[str, Any]
     """summary.json; empty where the run was cut short."""
@@ -74,6 +76,9 @@ class Run:
     planned: list[Planned]
     finished: dict[str, str | None]
     """The peers that ended, with the error of those that did not finish."""
+    staleness: dict[tuple[int, int], tuple[float, int]]
+    """By (segment, round): the sum over the peers that mixed a stale copy in the round, each one's mean over its copies of
+    the segment, and how many such peers mixed the segment."""
     received_from: dict[tuple[str, str], float]
     """Payload bytes by (receiver, sender), where the record says."""
     notes: list[str]
@@ -105,10 +110,29 @@ class Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in these folders; that of a sweep stands for those within it. ConfigError where there is none."""
     folders = [run for folder in folders for run in run_folders(folder)]
-    names = [folder.resolve().name for folder in folders]
+    names = [short_name(folder.resolve().name) for folder in folders]
     return [
         read_run(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names, strict=True)
     ]
+
+
+def short_name(folder: str) -> str:
+    """Of a sweep's run: gossip.segments=1,gossip.replicas=2 -> segments=1 replicas=2. Another name stays as it is."""
+    settings = [setting.partition("=") for setting in re.split(r",(?=[\w.]+=)", folder)]
+    if not all(key and equals for key, equals, _ in settings):
+        return folder
+    lasts = [key.rpartition(".")[2] for key, _, _ in settings]
+    keys = [last if lasts.count(last) == 1 else key for last, (key, _, _) in zip(lasts, settings, strict=True)]
+    return " ".join(f"{key}={value}" for key, (_, _, value) in zip(keys, settings, strict=True))
+
+
+def title(runs: Sequence[Run]) -> str:
+    """What the report of these runs is called."""
+    if len(runs) <= MAX_IN_TITLE:
+        return ", ".join(run.name for run in runs)
+    parents = {run.folder.resolve().parent for run in runs}
+    where = f"{parents.pop().name}: " if len(parents) == 1 else ""
+    return f"{where}{len(runs)} runs"
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -148,6 +172,7 @@ def read_run(folder: Path, name: str) -> Run:
         faults=sorted(reader.faults.values(), key=lambda faults: -faults.count),
         planned=list(reader.planned.values()),
         finished=reader.finished,
+        staleness=reader.staleness,
         received_from=dict(reader.received_from),
         notes=notes,
     )
@@ -163,6 +188,7 @@ class _Reader:
         self.faults: dict[tuple[str, str], Faults] = {}
         self.planned: dict[tuple[str, str], Planned] = {}
         self.finished: dict[str, str | None] = {}
+        self.staleness: dict[tuple[int, int], tuple[float, int]] = {}
         self.received_from: defaultdict[tuple[str, str], float] = defaultdict(float)
 
     def add(self, event: Event) -> None:
@@ -171,6 +197,8 @@ class _Reader:
                 self.rounds["peer"].append(self._index(str(event.get("peer"))))
                 for key in ROUND_FIELDS:
                     self.rounds[key].append(number(event.get(key)))
+                self._add_received(event)
+                self._add_staleness(event)
             case "state":
                 for key in STATE_FIELDS:
                     self.states[key].append(number(event.get(key)))
@@ -181,11 +209,27 @@ class _Reader:
                 planned = self.planned.setdefault((change, peer), Planned(change, peer))
                 planned.times_s.append(number(event.get("time_s")))
             case "finished":
-                peer, error, senders = str(event.get("peer")), event.get("error"), event.get("received_from")
+                peer, error = str(event.get("peer")), event.get("error")
                 self._index(peer)
                 self.finished[peer] = None if error is None else str(error)
-                for sender, num_bytes in senders.items() if isinstance(senders, Mapping) else ():
-                    self.received_from[peer, str(sender)] += max(number(num_bytes), 0.0)
+                self._add_received(event)
+            case "unfinished":
+                self._add_received(event)
+
+    def _add_received(self, event: Event) -> None:
+        """What came in since the peer's last event; older records have it all in the last one."""
+        peer, senders = str(event.get("peer")), event.get("received_from")
+        for sender, num_bytes in senders.items() if isinstance(senders, Mapping) else ():
+            self.received_from[peer, str(sender)] += np.fmax(number(num_bytes), 0.0)
+
+    def _add_staleness(self, event: Event) -> None:
+        round_, means = number(event.get("round")), event.get("staleness_by_segment")
+        if math.isnan(round_) or not isinstance(means, list):
+            return
+        for segment, mean in enumerate(map(number, means)):
+            if not math.isnan(mean):
+                total, num_peers = self.staleness.get((segment, int(round_)), (0.0, 0))
+                self.staleness[segment, int(round_)] = total + mean, num_peers + 1
 
     def _add_fault(self, event: Event) -> None:
         kind, peer = str(event.get("kind")), str(event.get("peer"))

@@ -16,11 +16,18 @@ MAX_FAULTS = 200
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a run: its name, its value (NaN where unknown) and how it is written."""
+    """One figure of a run: its name, its value (NaN where unknown) and how it is written.
+
+    `is_emulated`: of the scenario's own clock, so that virtual seconds stand beside real ones and say which they are.
+    """
 
     name: str
     of: Callable[[Run], float]
     write: Callable[[float], str]
+    is_emulated: bool = False
+
+    def text(self, run: Run) -> str:
+        return self.write(self.of(run)) + " virtual" * (self.is_emulated and run.is_virtual)
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,22 @@ def _over_rounds(key: str, reduce: Callable[[np.ndarray], Any] = np.nansum) -> C
     return lambda run: float(reduce(run.rounds[key])) if np.isfinite(run.rounds[key]).any() else np.nan
 
 
-def _real(of: Callable[[Run], float]) -> Callable[[Run], float]:
-    return lambda run: np.nan if run.is_virtual else of(run)
+def _run_s(run: Run) -> float:
+    """On the clock of the scenario."""
+    keys = ("virtual_seconds",) if run.is_virtual else ("seconds", "wall")
+    return _known(*keys, otherwise=_over_rounds("time_s", np.nanmax))(run)
 
 
-def _virtual(of: Callable[[Run], float]) -> Callable[[Run], float]:
-    return lambda run: of(run) if run.is_virtual else np.nan
+def _target(was_reached: bool) -> Callable[[Run], float]:
+    def value(run: Run) -> float:
+        is_reached = np.isfinite(number(run.figure("to_target", "round")))
+        return number(run.figure("to_target", "accuracy")) if is_reached == was_reached else np.nan
+
+    return value
+
+
+def _simulation_s(run: Run) -> float:
+    return number(run.figure("seconds", "wall")) if run.is_virtual else np.nan
 
 
 def _payload_per_peer_round(run: Run) -> float:
@@ -90,6 +107,14 @@ FIGURES = (
     Figure("accuracy before the last merge", _known("accuracy", "before_merge_mean"), percent),
     Figure("accuracy of the average model", _known("accuracy", "average_model"), percent),
     Figure("accuracy of central training", _known("accuracy", "central"), percent),
+    Figure("time to run", _run_s, seconds, is_emulated=True),
+    Figure("target accuracy, reached", _target(was_reached=True), percent),
+    Figure("target accuracy, not reached", _target(was_reached=False), percent),
+    Figure("round of the target", _known("to_target", "round"), lambda value: f"{value:,.0f}"),
+    Figure("time to the target", _known("to_target", "seconds"), seconds, is_emulated=True),
+    Figure("payload to the target, all", _known("to_target", "payload_bytes"), size),
+    Figure("training, all peers", _known("seconds", "train", otherwise=_over_rounds("train_s")), seconds, is_emulated=True),
+    Figure("waiting, all peers", _known("seconds", "wait", otherwise=_over_rounds("wait_s")), seconds, is_emulated=True),
     Figure("consensus distance, last", _known("consensus_distance", "last"), lambda value: f"{value:.4g}"),
     Figure(
         "payload, peer and round",
@@ -99,12 +124,7 @@ FIGURES = (
     Figure("payload, all", _known("bytes", "payload", otherwise=_over_rounds("payload_bytes")), size),
     Figure("on the wire, all", _known("bytes", "wire", otherwise=_over_rounds("wire_bytes")), size),
     Figure("time to start", _known("seconds", "startup"), seconds),
-    Figure("time to run", _known("seconds", "wall", otherwise=_over_rounds("time_s", np.nanmax)), seconds),
-    Figure("training, all peers", _real(_known("seconds", "train", otherwise=_over_rounds("train_s"))), seconds),
-    Figure("waiting, all peers", _real(_known("seconds", "wait", otherwise=_over_rounds("wait_s"))), seconds),
-    Figure("virtual time to run", _known("virtual_seconds"), seconds),
-    Figure("virtual time of training, all peers", _virtual(_known("seconds", "train")), seconds),
-    Figure("virtual time of waiting, all peers", _virtual(_known("seconds", "wait")), seconds),
+    Figure("time to simulate", _simulation_s, seconds),
     Figure("memory at the peak", _known("memory_mib", "peak_total"), lambda value: size(value * 2**20)),
     Figure("peers", lambda run: float(number(run.figure("peers")) or len(run.peers)), lambda value: f"{value:,.0f}"),
     Figure("rounds", _known("rounds", otherwise=_over_rounds("round", np.nanmax)), lambda value: f"{value:,.0f}"),
@@ -114,8 +134,7 @@ FIGURES = (
 
 def figures(run: Run) -> list[tuple[str, str]]:
     """Name and value of all that is known of one run."""
-    values = [(figure, figure.of(run)) for figure in FIGURES]
-    return [(figure.name, figure.write(value)) for figure, value in values if np.isfinite(value)]
+    return [(figure.name, figure.text(run)) for figure in FIGURES if np.isfinite(figure.of(run))]
 
 
 def origin(run: Run) -> list[tuple[str, str]]:
@@ -147,7 +166,8 @@ def compared(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
         values = [figure.of(run) for run in runs]
         if np.isfinite(values).any():
             cells = [
-                Cell(figure.write(value), _ratio(value, values[0])) if np.isfinite(value) else Cell("–") for value in values
+                Cell(figure.text(run), _ratio(value, values[0])) if np.isfinite(value) else Cell("–")
+                for run, value in zip(runs, values, strict=True)
             ]
             rows.append((figure.name, [Cell(cells[0].text), *cells[1:]]))
     return rows

@@ -35,6 +35,7 @@ def plot_timeline(run: Run) -> Plot:
         "xaxis": axis(run.time_unit, range=[0, float(bars["end_s"].max()) * 1.01]),
         "yaxis": axis("", autorange="reversed", showgrid=False, zeroline=False, **ticks),
         "height": 170 + 15 * len(shown),
+        "showlegend": True,
         "hovermode": "closest",
     }
     names = [run.peers[peer] for peer in bars["peer"].astype(int)]
