@@ -137,8 +137,8 @@ def print_summary(console: Console, result: RunResult) -> None:
 class ArmsProgress:
     """How many of the arms of a comparison have run, and which came last."""
 
-    def __init__(self, console: Console, num_arms: int) -> None:
-        self._console, self._num_arms, self._num_done = console, num_arms, 0
+    def __init__(self, console: Console, num_arms: int, jobs: int, folder: Path) -> None:
+        self._console, self._num_arms, self._jobs, self._folder, self._num_done = console, num_arms, jobs, folder, 0
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -149,6 +149,7 @@ class ArmsProgress:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
 
     def __enter__(self) -> ArmsProgress:
+        self._print(f"{self._num_arms} arms, {self._jobs} at once, records in {self._folder}/")
         self._progress.start()
         self._progress.add_task("running", total=self._num_arms)
         return self
@@ -156,11 +157,19 @@ class ArmsProgress:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
+    def interrupted(self) -> None:
+        """Ctrl-C, in the middle of it."""
+        done = f"{self._num_done} of {self._num_arms} arms {'is' if self._num_done == 1 else 'are'} done"
+        self._print(f"interrupted: {done}, with records in {self._folder}/; the same command begins again")
+
     def done(self, name: str, outcome: object) -> None:
         self._num_done += 1
         self._progress.update(self._progress.task_ids[0], completed=self._num_done, description=name)
         if not self._console.is_terminal:
-            self._console.print(f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}", highlight=False)
+            self._print(f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_tables(console: Console, tables: Sequence[Comparison]) -> None:
