@@ -199,6 +199,8 @@ def load_scenario(source: str | Path | Mapping[str, Any] | Scenario, overrides: 
     the file first, then in the current folder. ScenarioError tells every problem, with its line in the file.
     """
     path, text = None, ""
+    if not isinstance(source, str | Path | Mapping | Scenario):
+        raise ConfigError(f"scenario = {source!r} must be a file, the name of a built-in one, a dictionary or a Scenario")
     if isinstance(source, Scenario):
         values = source.model_dump(exclude_unset=True)  # a default that follows from another key follows its override
     elif isinstance(source, Mapping):

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from gossipfl.errors import ConfigError
+from gossipfl.errors import ConfigError, RunError
 from gossipfl.learning.datasets import open_dataset
 from gossipfl.overlay.churn import Change
 from gossipfl.overlay.links import check_links
@@ -91,8 +91,12 @@ class Launcher:
             check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
         allow_file_descriptors(self.scenario.peers)
         folder = RunFolder(out, self.scenario.name, force)
-        record = RunRecord(folder.path)
-        record.write("scenario.toml", self.scenario.to_toml())
+        try:
+            record = RunRecord(folder.path)
+            record.write("scenario.toml", self.scenario.to_toml())
+        except RunError:
+            folder.give_up()
+            raise
         handlers = self._catch_signals()
         try:
             with temporary_folder() as self.sockets:
@@ -104,6 +108,8 @@ class Launcher:
         finally:
             self.crew.stop()
             folder.keep()
+            for leftover in ("first", "shards"):
+                remove_files(folder.path / leftover)
             if self.namespaces is not None:
                 self.namespaces.close()
             for number, handler in handlers.items():
@@ -307,8 +313,6 @@ class Launcher:
                 self.observer.note("training one model on all the data, for comparison")
                 num_rounds = max((event["round"] for event in record.events if event["event"] == "round"), default=0)
                 central = self.crew.ask({"do": "central", "rounds": num_rounds, "peers": scenario.peers}, "central")
-        for leftover in ("first", "shards"):
-            remove_files(record.folder / leftover)
         summary = summarize(
             record.events,
             scenario,

@@ -26,7 +26,7 @@ import numpy as np
 
 from gossipfl._version import __version__
 from gossipfl.errors import ConfigError
-from gossipfl.learning.checkpoint import load_model, save_model, write_atomically
+from gossipfl.learning.checkpoint import load_model, save_model, write_atomically, writing
 from gossipfl.scenario.config import Scenario
 
 Event = dict[str, Any]
@@ -38,19 +38,23 @@ class RunRecord:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.events: list[Event] = []
-        (folder / "log").mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "events.jsonl").open("w", encoding="utf-8")
+        with writing(folder / "events.jsonl"):
+            (folder / "log").mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "events.jsonl").open("w", encoding="utf-8")
 
     def add(self, event: Event) -> None:
         self.events.append(event)
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+        with writing(self.folder / "events.jsonl"):
+            self._file.write(json.dumps(event) + "\n")
+            self._file.flush()
 
     def write(self, name: str, text: str) -> None:
-        write_atomically(self.folder / name, text.encode())
+        with writing(self.folder / name):
+            write_atomically(self.folder / name, text.encode())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # only what `add` has failed to write, and told
+            self._file.close()
 
 
 def planned_event(change: str, peer: str, time_s: float) -> Event:
@@ -112,7 +116,10 @@ def _moved_aside(folder: Path) -> Path:
     """Where the record of a run now is; nothing else is moved."""
     if not (folder / "scenario.toml").exists() and not (folder / "events.jsonl").exists():
         raise ConfigError(f"--out {folder} is not the folder of a run, so --force does not replace it; choose another folder")
-    return folder.rename(folder.with_name(f".{folder.name}-replaced-{os.getpid()}"))
+    try:
+        return folder.rename(folder.with_name(f".{folder.name}-replaced-{os.getpid()}"))
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be replaced: {error.strerror}; choose another folder") from error
 
 
 def final_models(folder: Path, names: Sequence[str]) -> dict[str, Any]:

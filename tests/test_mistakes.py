@@ -1,0 +1,83 @@
+"""What a user or a machine gets wrong ends with one message that names it, and leaves nothing in the way of the next try."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import gossipfl
+from gossipfl.cli import main
+from gossipfl.errors import ConfigError
+
+SMALL = [word for key in ("peers=4", "rounds=3", "central=false") for word in ("--set", key)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Makes a file system of so many bytes."""
+    folder = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("a small file system needs a user who may mount one")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
+
+
+def gossipfl_says(*words: str | Path) -> tuple[int, list[str]]:
+    """The exit code and the lines of stderr; anything but an exit is raised."""
+    result = CliRunner().invoke(main, list(map(str, words)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stderr.splitlines()
+
+
+# ---------------------------------------------------------------------------------------------------------------- disks
+
+
+@pytest.mark.parametrize("clock", ["virtual", pytest.param("local", marks=pytest.mark.processes)])
+@pytest.mark.parametrize("size", ["40k", "200k"])
+def test_a_full_disk_ends_a_run_with_the_file_that_could_not_be_written(clock, size, small_disk):
+    out = small_disk(size) / "run"
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, "--set", "rounds=20", "--clock", clock, "--quiet", "--out", out)
+    assert code == 1 and len(lines) == 1, lines
+    assert lines[0].startswith(f"gossipfl: {out}/") and "cannot be written: " in lines[0]
+    assert not (out / "first").exists() and not (out / "shards").exists()
+
+
+def test_a_record_that_cannot_be_moved_away_is_not_replaced(small_disk):
+    out = small_disk("1m")  # where something is mounted, nothing can be renamed
+    (out / "events.jsonl").touch()
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, "--clock", "virtual", "--quiet", "--force", "--out", out)
+    assert code == 2 and lines[0].startswith(f"gossipfl: --out {out} cannot be replaced: ") and len(lines) == 1
+
+
+def test_a_sweep_that_cannot_keep_its_table_does_not_begin(tmp_path):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "sweep"
+    code, lines = gossipfl_says("sweep", "quickstart", *SMALL, "--clock", "virtual", "--seeds", "0,1", "--out", out)
+    assert (code, lines) == (2, [f"gossipfl: --out {out} cannot be written to: Not a directory; choose another folder"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- inputs
+
+
+def test_a_graph_file_without_a_graph_is_named(tmp_path):
+    path = tmp_path / "e.graphml"
+    path.write_text("<graphml></graphml>")
+    code, lines = gossipfl_says("topology", "quickstart", "--set", "topology.kind=file", "--set", f"topology.path={path}")
+    assert code == 2 and len(lines) == 1 and f"{str(path)!r} cannot be read (" in lines[0]
+
+
+def test_what_is_no_scenario_is_named():
+    with pytest.raises(ConfigError, match="scenario = None must be a file, the name of a built-in one, a dictionary"):
+        gossipfl.run(None)
