@@ -78,6 +78,11 @@ def test_a_graph_file_without_a_graph_is_named(tmp_path):
     assert code == 2 and len(lines) == 1 and f"{str(path)!r} cannot be read (" in lines[0]
 
 
+def test_more_peers_than_anybody_could_hold_are_refused_at_once():
+    code, lines = gossipfl_says("plan", "quickstart", "--set", "peers=100000000")
+    assert code == 2 and "peers = 100000000 must be at most 1000000" in lines[0]
+
+
 def test_what_is_no_scenario_is_named():
     with pytest.raises(ConfigError, match="scenario = None must be a file, the name of a built-in one, a dictionary"):
         gossipfl.run(None)

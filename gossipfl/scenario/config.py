@@ -39,6 +39,8 @@ from gossipfl.scenario.tables import Data, Gossip, Inference, Seeds, Stop, Topol
 from gossipfl.scenario.values import Arguments, Table, Text, three_seeds
 
 BUILT_IN_MODELS = ("cnn", "gpt", "lenet5", "mlp", "resnet20")
+MOST_PEERS = 1_000_000
+"""Far beyond what any memory holds; the tables of so many are made in seconds, before that is known."""
 BUILT_IN_CODECS = ("bfloat16", "float16", "float32", "int4", "int8", "randomk", "topk")
 
 
@@ -47,7 +49,7 @@ class Scenario(Table):
 
     name: str = Field(default="scenario", description="letters, digits, '.', '_' and '-' (default: the file's name)")
     seed: Annotated[Seeds, BeforeValidator(three_seeds)] = Field(default=Seeds(), description="a number, or [seed]")
-    peers: int = Field(default=8, ge=1, description="number of peers, p0, p1, ...")
+    peers: int = Field(default=8, ge=1, le=MOST_PEERS, description="number of peers, p0, p1, ...")
     rounds: int = Field(default=20, ge=1, description="rounds of training and exchange")
     min_peers: int = Field(
         default=cast(int, None), ge=1, description="peers that must finish for a run to count (default: half, rounded up)"
