@@ -86,3 +86,35 @@ def test_more_peers_than_anybody_could_hold_are_refused_at_once():
 def test_what_is_no_scenario_is_named():
     with pytest.raises(ConfigError, match="scenario = None must be a file, the name of a built-in one, a dictionary"):
         gossipfl.run(None)
+
+
+# ---------------------------------------------------------------------------------------------------- runs that end badly
+
+
+def test_a_failed_run_says_why(tmp_path):
+    words = ["--clock", "virtual", "--quiet", "--set", "network.latency=1e300h", "--out", tmp_path / "run"]
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, *words)
+    assert code == 1
+    assert lines[-1].startswith(
+        "gossipfl: the run failed, for 0 of 4 peers finished; p0: no answer from p1, p2, p3 within 30 s; "
+    )
+    assert lines[-1].endswith("; 1 more reasons in events.jsonl")
+
+
+def test_a_run_that_too_many_have_left_says_so(tmp_path):
+    kill = "churn.kill=[{peer='p1', at='0.01s'}, {peer='p2', at='0.01s'}, {peer='p3', at='0.01s'}]"
+    words = ["--clock", "virtual", "--quiet", "--set", kill, "--out", tmp_path / "run"]
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, *words)
+    assert code == 1
+    assert "for 1 of 4 peers finished; p1, p2, p3: was away, as [churn] has it" in lines[-1]
+
+
+def test_a_run_in_which_nobody_is_ever_there_is_refused(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("time_s,peer,online\n" + "".join(f"0,p{index},0\n" for index in range(4)))
+    words = ["run", "quickstart", *SMALL, "--quiet", "--set", f"churn.trace={trace}", "--out", tmp_path / "run"]
+    code, lines = gossipfl_says(*words)
+    assert code == 2 and "[churn] lets nobody be there at any time; have somebody be there" in lines[0]
+    with trace.open("a") as file:
+        file.write("1,p0,1\n1,p1,1\n2,p2,1\n2,p3,1\n")
+    assert gossipfl_says(*words)[0] == 0

@@ -347,6 +347,8 @@ def _end(result: RunResult, as_json: bool) -> NoReturn:
         click.echo(json.dumps(result.summary))
     else:
         print_summary(Console(), result)
+    if result.ending is not None:
+        click.echo(f"gossipfl: {result.ending}", err=True)
     sys.exit(result.exit_code)
 
 

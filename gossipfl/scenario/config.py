@@ -314,7 +314,7 @@ def _check_emulation(scenario: Scenario, topology: PeerTopology) -> None:
     problems = []
     for table, check in (
         ("network", lambda: check_links(scenario.build_links(), topology)),
-        ("churn", scenario.build_churn),
+        ("churn", lambda: _check_somebody_is_there(scenario)),
     ):
         try:
             check()
@@ -322,6 +322,11 @@ def _check_emulation(scenario: Scenario, topology: PeerTopology) -> None:
             problems.append(Problem(table, str(error)))
     if problems:
         raise ScenarioError(problems)
+
+
+def _check_somebody_is_there(scenario: Scenario) -> None:
+    if not scenario.build_churn().is_ever_online():
+        raise ConfigError("[churn] lets nobody be there at any time; have somebody be there at the start, or come later")
 
 
 def _located(problems: Sequence[Problem], path: Path, text: str, overridden: set[str]) -> list[Problem]:

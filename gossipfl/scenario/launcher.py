@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from gossipfl.errors import ConfigError, RunError
+from gossipfl.errors import ConfigError
 from gossipfl.learning.datasets import open_dataset
 from gossipfl.overlay.churn import Change
 from gossipfl.overlay.links import check_links
@@ -91,12 +91,7 @@ class Launcher:
             check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
         allow_file_descriptors(self.scenario.peers)
         folder = RunFolder(out, self.scenario.name, force)
-        try:
-            record = RunRecord(folder.path)
-            record.write("scenario.toml", self.scenario.to_toml())
-        except RunError:
-            folder.give_up()
-            raise
+        record = folder.record(self.scenario)
         handlers = self._catch_signals()
         try:
             with temporary_folder() as self.sockets:

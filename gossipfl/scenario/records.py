@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from gossipfl._version import __version__
-from gossipfl.errors import ConfigError
+from gossipfl.errors import ConfigError, GossipflError
 from gossipfl.learning.checkpoint import load_model, save_model, write_atomically, writing
 from gossipfl.scenario.config import Scenario
 
@@ -35,9 +35,10 @@ Event = dict[str, Any]
 class RunRecord:
     """Writes the folder of one run, as it goes; what is there when a run is cut short can be read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, scenario: Scenario) -> None:
         self.folder = folder
         self.events: list[Event] = []
+        self.write("scenario.toml", scenario.to_toml())
         with writing(folder / "events.jsonl"):
             (folder / "log").mkdir(parents=True, exist_ok=True)
             self._file = (folder / "events.jsonl").open("w", encoding="utf-8")
@@ -88,6 +89,14 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out {folder} cannot be made: {error.strerror}; choose another folder") from error
+
+    def record(self, scenario: Scenario) -> RunRecord:
+        """The record of the run, begun. RunError where it cannot be written; all is as it was then."""
+        try:
+            return RunRecord(self.path, scenario)
+        except GossipflError:
+            self.give_up()
+            raise
 
     def keep(self) -> None:
         """The run begins: what it replaces goes."""

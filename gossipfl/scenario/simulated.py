@@ -58,12 +58,12 @@ def simulate(
     check_links(links, topology)
     dataset = objects["dataset"] or open_dataset(prepare(scenario))
     folder = RunFolder(out, scenario.name, force)
+    record = folder.record(scenario)
     try:
-        record = RunRecord(folder.path)
-        record.write("scenario.toml", scenario.to_toml())
         simulation = _Simulation(scenario, record, observer, dataset, objects, began, links)
         simulation.plan_presence()
     except BaseException:
+        record.close()
         folder.give_up()
         raise
     folder.keep()
