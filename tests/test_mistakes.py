@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 import gossipfl
 from gossipfl.cli import main
 from gossipfl.errors import ConfigError
+from gossipfl.scenario.config import load_scenario
+from gossipfl.scenario.display import Display
 
 SMALL = [word for key in ("peers=4", "rounds=3", "central=false") for word in ("--set", key)]
 
@@ -118,3 +123,20 @@ def test_a_run_in_which_nobody_is_ever_there_is_refused(tmp_path):
     with trace.open("a") as file:
         file.write("1,p0,1\n1,p1,1\n2,p2,1\n2,p3,1\n")
     assert gossipfl_says(*words)[0] == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- progress
+
+
+def test_a_terminal_of_80_columns_shows_round_accuracy_rate_and_time_left():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    display = Display(console)
+    display.data_ready(load_scenario({"peers": 20, "rounds": 1000}), None)
+    display.started(Path("run"), 1000)
+    for peer in range(20):
+        event = {"event": "round", "peer": f"p{peer}", "round": 990, "payload_bytes": 1, "accuracy_after": 0.5}
+        display.event(event, 19)
+    display.close()
+    frames = re.split(r"[\r\n]", re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", console.file.getvalue()))
+    last = [frame for frame in frames if frame.startswith("round ")][-1]
+    assert re.fullmatch(r"round 990/1000 +accuracy 0\.500  \S+ rounds/s  0:00:\d\d left  peers 19/20", last.rstrip())
