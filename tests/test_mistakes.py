@@ -140,3 +140,24 @@ def test_a_terminal_of_80_columns_shows_round_accuracy_rate_and_time_left():
     frames = re.split(r"[\r\n]", re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", console.file.getvalue()))
     last = [frame for frame in frames if frame.startswith("round ")][-1]
     assert re.fullmatch(r"round 990/1000 +accuracy 0\.500  \S+ rounds/s  0:00:\d\d left  peers 19/20", last.rstrip())
+
+
+# ---------------------------------------------------------------------------------------------------------------- traces
+
+
+@pytest.mark.parametrize("repeats", ["false", "true"])
+def test_a_run_that_outlasts_its_trace_says_that_the_last_rates_held(repeats, tmp_path):
+    trace = tmp_path / "rates.csv"
+    trace.write_text("time_s,peer,uplink,downlink\n0,p0,1,1\n0.125,p0,2,2\n")
+    words = ["--set", f"network.trace={trace}", "--set", f"network.trace_repeat={repeats}", "--out", tmp_path / "run"]
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, *words)
+    told = [line for line in lines if line.startswith("network.trace ends at 0.125 s: its last rates held from then until ")]
+    assert code == 0 and len(told) == (repeats == "false")
+
+
+def test_two_overrides_that_exclude_each_other_are_refused(tmp_path):
+    matrix = tmp_path / "rates.csv"
+    matrix.write_text("0,1\n1,0\n")
+    words = ["--set", "network.pair=1Mbit", "--set", f"network.pair_matrix={matrix}", "--set", "peers=2"]
+    code, lines = gossipfl_says("plan", "quickstart", "--set", "gossip.replicas=1", *words)
+    assert code == 2 and "network.pair and network.pair_matrix exclude each other; remove one" in lines[0]

@@ -33,6 +33,7 @@ from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.crew import Crew
 from gossipfl.scenario.hosting import (
     about_statistics,
+    about_trace,
     allow_file_descriptors,
     check_namespaces,
     device_address,
@@ -164,6 +165,8 @@ class Launcher:
         self.observer.started(folder, first["parameters"])
         self._follow(record)
         wall_s = time.monotonic() - self.started_at
+        for line in about_trace(scenario, wall_s):
+            self.observer.note(line)
         result = self._conclude(record, first, wall_s)
         self.observer.ended(result)
         return result

@@ -32,7 +32,7 @@ from gossipfl.protocol.messages import Fault, RoundReport, Traffic
 from gossipfl.runtime.events import round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
-from gossipfl.scenario.hosting import about_statistics, peer_settings
+from gossipfl.scenario.hosting import about_statistics, about_trace, peer_settings
 from gossipfl.scenario.interrupts import terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
@@ -196,6 +196,8 @@ class _Simulation(Watcher):
                 self._tell()
         except KeyboardInterrupt:
             is_interrupted = True
+        for line in about_trace(scenario, simulator.clock.now):
+            self.observer.note(line)
         result = self._conclude(startup_s, time.monotonic() - started, engine, is_interrupted)
         self.observer.ended(result)
         return result
