@@ -6,6 +6,7 @@ import io
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -161,3 +162,36 @@ def test_two_overrides_that_exclude_each_other_are_refused(tmp_path):
     words = ["--set", "network.pair=1Mbit", "--set", f"network.pair_matrix={matrix}", "--set", "peers=2"]
     code, lines = gossipfl_says("plan", "quickstart", "--set", "gossip.replicas=1", *words)
     assert code == 2 and "network.pair and network.pair_matrix exclude each other; remove one" in lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- others
+
+
+def test_a_scenario_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "scenario.toml"
+    path.write_text("peers = 5\n", encoding="utf-8-sig")
+    assert load_scenario(path).peers == 5
+
+
+@pytest.mark.parametrize("rate", ["1e30", "0.1"])
+def test_a_run_that_diverges_is_remarked_upon_once(rate, tmp_path):
+    words = ["--clock", "virtual", "--set", f"training.learning_rate={rate}", "--out", tmp_path / "run"]
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, *words)
+    told = [line for line in lines if line.startswith("training diverges: the loss of p")]
+    assert code == 0 and len(told) == (rate == "1e30")
+
+
+def test_a_folder_that_is_taken_is_told_before_torch_is_loaded(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
+    lines = (
+        f"import sys, gossipfl\ntry: gossipfl.run('quickstart', out={str(tmp_path / 'run')!r})\nexcept gossipfl.ConfigError:"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{lines} print('torch' in sys.modules)"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False\n"

@@ -42,7 +42,7 @@ def scenario_file(source: str | Path) -> Path:
 def read_toml(path: Path) -> tuple[Values, str]:
     """The settings in a file, and its text."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as error:
         message, _, place = str(error).partition(" (at ")
