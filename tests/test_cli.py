@@ -351,7 +351,8 @@ def test_json_is_the_one_thing_on_stdout_and_progress_plain_lines_on_stderr(tmp_
     lines = done.stderr.splitlines()
     assert "4 peers, 9,610 parameters, writing to record" in lines
     (last,) = [line for line in lines if line.startswith("round    3/3")]
-    assert re.fullmatch(r"round    3/3  accuracy 0\.\d{3} \(worst 0\.\d{3}\)  pulled [\d.]+ KiB  peers alive 4/4", last)
+    figures = r"accuracy 0\.\d{3} \(worst 0\.\d{3}\)  pulled [\d.]+ KiB  peers alive 4/4  [\d.]+ rounds/s  0:00:00 left"
+    assert re.fullmatch(rf"round    3/3  {figures}", last)
 
 
 @pytest.mark.processes

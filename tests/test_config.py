@@ -514,6 +514,8 @@ def test_an_override_of_a_matrix_takes_the_place_of_the_rate_of_pairs_and_back(t
         ),
         ({"pair": "1Mbit", "pair_matrix": __file__}, "network.pair and network.pair_matrix exclude each other; remove one"),
         ({"trace": "no.csv"}, "network.trace = 'no.csv' does not exist; give a CSV file, relative to the scenario file"),
+        ({"trace": "."}, "is a folder; give a CSV file, relative to the scenario file"),
+        ({"uplink": "1e400Mbit"}, "network.uplink = '1e400Mbit' must be finite; say 'unlimited' where there is no limit"),
         ({"trace_repeat": True}, "network.trace_repeat = True has no network.trace to repeat"),
         ({"peers": {"p8": {}}}, "network.peers.p8: there is no peer 'p8'; peers are p0 to p7"),
         ({"peers": {"p1": {"uplink": 3}}}, "network.peers.p1.uplink = 3 has no unit"),
@@ -541,6 +543,16 @@ def test_a_network_that_cannot_be_right_is_refused_with_a_remedy(network, messag
 )
 def test_devices_that_cannot_be_right_are_refused_with_a_remedy(compute, message):
     assert message in message_of({"compute": compute})
+
+
+def test_a_message_that_names_its_key_does_not_name_it_twice():
+    message = message_of({"compute": {"stragglers": {"slowdown": 2}}})
+    assert message == "compute.stragglers needs either fraction or peers to tell who they are; give one of them"
+
+
+def test_a_key_that_is_like_no_other_is_told_those_of_its_table():
+    message = message_of({"gossip": {"nope": 3}})
+    assert message.startswith("unknown key 'gossip.nope'; known in [gossip]: protocol, segments, ")
 
 
 P3_AT_20 = [{"peer": "p3", "at": "20s"}]

@@ -233,6 +233,7 @@ def test_a_trace_without_a_period_cannot_repeat(tmp_path):
         ("5,p0,1,1\n4,p0,1,1", "line 3: time_s = 4 comes after 5; sort the rows by time"),
         ("0,p2,1,1", "line 2: there is no peer 'p2'; peers are p0 to p1"),
         ("0,0,1,1", "line 2: there is no peer '0'; peers are p0 to p1"),
+        ("1,p0,1,1\n1,p0,2,1", "line 3: p0 has a row at 1 s already; remove one of them"),
         ("0,p0,0,1", "line 2: uplink = 0, downlink = 1 must be above 0 Mbit/s; a peer that is away belongs into churn.trace"),
         ("0,p0,1,nan", "line 2: uplink = 1, downlink = nan must be above 0 Mbit/s"),
     ],

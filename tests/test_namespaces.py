@@ -224,3 +224,22 @@ def test_what_a_killed_launcher_left_behind_is_removed_by_the_next():
     subprocess.run(["ip", "netns", "add", stale], check=True)
     with Namespaces(["p0"], build_links(LinksConfig(), 1, 0), [[]]):
         assert not Path(namespaces.FOLDER, stale).exists()
+
+
+@pytest.mark.processes
+@needs_root
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
+def test_root_without_capabilities_is_told_and_leaves_nothing_in_the_way(tmp_path):
+    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-m", "gossipfl.cli", "run", "quickstart"]
+    out = tmp_path / "run"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [*command, "--clock", "netns", "--set", "peers=2", "--set", "gossip.replicas=1", "--quiet", "--out", str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "the kernel refuses `ip netns add " in done.stderr
+    assert done.stderr.endswith("use --clock local\n") and not out.exists()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -40,3 +43,61 @@ def test_no_process_of_a_pool_outlives_its_parent(number, tmp_path):
     finally:
         parent.kill()
         parent.stdout.close()
+
+
+RUNS = """
+import os, sys
+from gossipfl import run
+from gossipfl.scenario.pool import processes
+from gossipfl.scenario.results import Observer
+
+class Tells(Observer):
+    def event(self, event, alive):
+        if event["event"] == "round" and event["round"] == 1:
+            print("ready", flush=True)
+
+def run_long(folder):
+    run("quickstart", overrides=["rounds=1000000", "evaluate_every=0"], clock="virtual", out=folder, observer=Tells())
+
+if __name__ == "__main__":
+    with processes(1) as pool:
+        pool.submit(run_long, sys.argv[1]).result()
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_runs_of_a_pool_end_with_a_signal_to_all_as_a_terminal_sends_it(number, tmp_path):
+    script = tmp_path / "runs.py"
+    script.write_text(RUNS)
+    command = [sys.executable, str(script), str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment) as parent:
+        try:
+            assert parent.stdout is not None
+            assert parent.stdout.readline() == "ready\n"
+            children = psutil.Process(parent.pid).children(recursive=True)
+            os.killpg(parent.pid, number)
+            parent.wait(20)
+            assert psutil.wait_procs(children, timeout=20)[1] == []
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_reproduction_says_so_and_ends(number, tmp_path):
+    command = [sys.executable, "-m", "gossipfl.cli", "reproduce", "epidemic", "--jobs", "2", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "GOSSIPFL_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment) as parent:
+        try:
+            assert parent.stderr is not None
+            assert parent.stderr.readline() == f"18 arms, 2 at once, records in {tmp_path / 'out'}/\n"
+            os.killpg(parent.pid, number)
+            told = f"interrupted: 0 of 18 arms are done, with records in {tmp_path / 'out'}/; the same command begins again\n"
+            assert parent.stderr.read() == told
+            assert parent.wait(20) == 130
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)

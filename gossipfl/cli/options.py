@@ -16,16 +16,20 @@ F = Callable[..., Any]
 
 
 def errors_are_messages(command: F) -> F:
-    """A user's mistake ends with one clear message and its exit code, never a traceback."""
+    """A user's mistake, Ctrl-C and SIGTERM end with one clear message and an exit code, never a traceback."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from gossipfl.scenario.interrupts import terminate_is_interrupt
+
         try:
-            return command(*args, **kwargs)
+            with terminate_is_interrupt():
+                return command(*args, **kwargs)
         except GossipflError as error:
             click.echo(f"gossipfl: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
+            click.echo("gossipfl: interrupted", err=True)
             sys.exit(130)
 
     return wrapped

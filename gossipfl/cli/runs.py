@@ -206,14 +206,20 @@ def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: P
     """
     from gossipfl.scenario.display import ArmsProgress, print_tables
     from gossipfl.scenario.reproduce import REPRODUCTIONS, find_data, run_arms
+    from gossipfl.scenario.workers import num_cores
 
     reproduction = REPRODUCTIONS.get(name)()
     arms, missing = find_data(reproduction.arms(full), data)
     if missing:
         click.echo(f"left out, for want of them in {data}/: {', '.join(missing)}", err=True)
     folder = out or Path("runs") / f"reproduce-{name}"
-    with ArmsProgress(Console(stderr=True), len(arms)) as progress:
-        outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run)
+    jobs = min(jobs or num_cores(), len(arms))
+    with ArmsProgress(Console(stderr=True), len(arms), jobs, folder) as progress:
+        try:
+            outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run)
+        except KeyboardInterrupt:
+            progress.interrupted()
+            sys.exit(130)
     tables = reproduction.tables(outcomes, full)
     if as_json:
         click.echo(json.dumps([asdict(table) for table in tables]))
@@ -341,6 +347,8 @@ def _end(result: RunResult, as_json: bool) -> NoReturn:
         click.echo(json.dumps(result.summary))
     else:
         print_summary(Console(), result)
+    if result.ending is not None:
+        click.echo(f"gossipfl: {result.ending}", err=True)
     sys.exit(result.exit_code)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from gossipfl._version import __version__
-from gossipfl.errors import DataError
+from gossipfl.errors import DataError, RunError
 from gossipfl.segments.layout import Layout
 
 
@@ -24,8 +26,9 @@ def model_bytes(layout: Layout, vector: np.ndarray, **metadata: str) -> bytes:
 
 
 def save_model(path: Path, layout: Layout, vector: np.ndarray, **metadata: str) -> None:
-    """Write `vector` (f32[P]) to `path`, which is there whole or not at all."""
-    write_atomically(path, model_bytes(layout, vector, **metadata))
+    """Write `vector` (f32[P]) to `path`, which is there whole or not at all. RunError where that fails."""
+    with writing(path):
+        write_atomically(path, model_bytes(layout, vector, **metadata))
 
 
 def load_model(path: Path) -> tuple[Layout, np.ndarray]:
@@ -43,6 +46,16 @@ def load_model(path: Path) -> tuple[Layout, np.ndarray]:
             raise DataError(f"{path}: {name} is {tensor.dtype}; models are float32")
     layout = Layout.of((name, tensor.shape) for name, tensor in zip(names, tensors, strict=True))
     return layout, np.concatenate([np.empty(0, np.float32), *(tensor.reshape(-1) for tensor in tensors)])
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What fails within to be written to `path` is a RunError that names it: a full disk, say."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{path} cannot be written: {reason}; mend that, or choose another folder") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -68,6 +68,10 @@ class Churn:
         """Whether a peer is there when the run begins."""
         return bool(self._at_start[:, index].all())
 
+    def is_ever_online(self) -> bool:
+        """Whether anybody is there at any time."""
+        return bool(self._at_start.all(axis=0).any()) or any(change.online for change in self.changes(math.inf))
+
     def changes(self, duration_s: float) -> Iterator[Change]:
         """Every change until `duration_s`, in order. A drawn availability changes without end."""
         if not _after_all(self.planned, self.num_peers).any():  # no draw can bring anybody back

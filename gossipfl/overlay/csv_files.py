@@ -56,6 +56,7 @@ def read_trace(path: str, columns: Sequence[str], num_peers: int) -> Iterator[Ro
     """The rows of a trace with the columns `time_s`, `peer` and `columns`. ConfigError names the line that cannot be right."""
     header, time_s, has_rows = ["time_s", "peer", *columns], 0.0, False
     example = ",".join(["12.5", "p0", *("1" for _ in columns)])
+    last_of: dict[str, float] = {}
     lines = _lines(path)
     line, words = next(lines, (1, []))
     if words != header:
@@ -74,6 +75,9 @@ def read_trace(path: str, columns: Sequence[str], num_peers: int) -> Iterator[Ro
         number = words[1].removeprefix("p")
         if not words[1].startswith("p") or not number.isdecimal() or int(number) >= num_peers:
             raise ConfigError(f"{path} line {line}: there is no peer {words[1]!r}; peers are p0 to p{num_peers - 1}")
+        if last_of.get(number) == time_s:
+            raise ConfigError(f"{path} line {line}: {words[1]} has a row at {time_s:g} s already; remove one of them")
+        last_of[number] = time_s
         yield Row(line, time_s, int(number), values)
         has_rows = True
     if not has_rows:

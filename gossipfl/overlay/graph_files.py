@@ -73,7 +73,10 @@ def numbered(graph: networkx.Graph) -> networkx.Graph:
 def _from_graphml(source: Path) -> tuple[int, list[Link]]:
     import networkx
 
-    graph = numbered(networkx.read_graphml(source))
+    try:
+        graph = numbered(networkx.read_graphml(source))
+    except networkx.NetworkXError as error:  # well-formed XML without a graph
+        raise ValueError(error) from error
     return len(graph), list(graph.edges())
 
 

@@ -177,6 +177,13 @@ class Links:
         """That of all pairs, if they have one."""
         return None if self._peer_latency else self._latency.constant
 
+    @property
+    def settled_s(self) -> float:
+        """From when on no rate changes any more; inf where the changes repeat."""
+        if self.repeats:
+            return math.inf
+        return self.changes[-1].time_s if self.changes else 0.0
+
     def latency(self, sender: int, receiver: int) -> float:
         """Seconds that a message takes besides its transmission, without jitter."""
         if own := self._peer_latency:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from gossipfl.errors import RunError
-from gossipfl.learning.checkpoint import save_model
+from gossipfl.learning.checkpoint import save_model, writing
 from gossipfl.learning.datasets import open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
@@ -259,8 +259,9 @@ class PeerHost:
     def _keep_first(self, name: PeerId, mixed: np.ndarray) -> None:
         """Keep the first mixed vector, for the consensus distance at the start."""
         path = self._first_file(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, mixed)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, mixed)
 
     def _first_file(self, name: PeerId) -> Path:
         return Path(self.job.out) / "first" / f"{name}.npy"

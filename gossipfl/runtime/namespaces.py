@@ -209,7 +209,7 @@ def _run(command: Sequence[str], lines: Sequence[str]) -> None:
     if done.returncode:
         number = re.search(r":(\d+)", done.stderr)
         line = lines[int(number.group(1)) - 1] if number and int(number.group(1)) <= len(lines) else ""
-        raise RunError(f"the kernel refuses `{' '.join(command)} {line}`: {done.stderr.strip()}; use --clock local")
+        raise ConfigError(f"the kernel refuses `{' '.join(command)} {line}`: {done.stderr.strip()}; use --clock local")
 
 
 def _address(index: int) -> str:

@@ -39,7 +39,7 @@ from gossipfl.scenario.hosting import (
     tcp_address,
 )
 from gossipfl.scenario.preparation import deal, prepare
-from gossipfl.scenario.records import RunFolder, RunRecord, check_free, final_models, remove_files, summarize
+from gossipfl.scenario.records import RunFolder, check_free, final_models, remove_files, summarize
 from gossipfl.scenario.results import RunResult
 
 Say = Callable[[str], None]
@@ -115,8 +115,7 @@ def run_peer(
     dataset = open_dataset(prepared)
     indices = deal(scenario, dataset)[number]
     place = RunFolder(out, f"{scenario.name}-{name}", force)
-    folder, record = place.path, RunRecord(place.path)
-    record.write("scenario.toml", scenario.to_toml())
+    folder, record = place.path, place.record(scenario)
     shard = folder / "shard.npy"
     np.save(shard, indices)
     peer = PeerJob(**peer_job(scenario, scenario.build_topology(), number, shard))
@@ -219,8 +218,7 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
         )
     scenario = load_scenario(tomllib.loads(next(iter(gathered.values()))["scenario"].decode()))
     place = RunFolder(out, scenario.name, force)
-    folder, record = place.path, RunRecord(place.path)
-    record.write("scenario.toml", scenario.to_toml())
+    folder, record = place.path, place.record(scenario)
     record.write("roster.toml", roster_path.read_text())
     events = [json.loads(line) for items in gathered.values() for line in items["events"].decode().splitlines()]
     for event in sorted(events, key=lambda event: event.get("time_s") or float("inf")):

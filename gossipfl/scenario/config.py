@@ -39,6 +39,8 @@ from gossipfl.scenario.tables import Data, Gossip, Inference, Seeds, Stop, Topol
 from gossipfl.scenario.values import Arguments, Table, Text, three_seeds
 
 BUILT_IN_MODELS = ("cnn", "gpt", "lenet5", "mlp", "resnet20")
+MOST_PEERS = 1_000_000
+"""Far beyond what any memory holds; the tables of so many are made in seconds, before that is known."""
 BUILT_IN_CODECS = ("bfloat16", "float16", "float32", "int4", "int8", "randomk", "topk")
 
 
@@ -47,7 +49,7 @@ class Scenario(Table):
 
     name: str = Field(default="scenario", description="letters, digits, '.', '_' and '-' (default: the file's name)")
     seed: Annotated[Seeds, BeforeValidator(three_seeds)] = Field(default=Seeds(), description="a number, or [seed]")
-    peers: int = Field(default=8, ge=1, description="number of peers, p0, p1, ...")
+    peers: int = Field(default=8, ge=1, le=MOST_PEERS, description="number of peers, p0, p1, ...")
     rounds: int = Field(default=20, ge=1, description="rounds of training and exchange")
     min_peers: int = Field(
         default=cast(int, None), ge=1, description="peers that must finish for a run to count (default: half, rounded up)"
@@ -199,6 +201,8 @@ def load_scenario(source: str | Path | Mapping[str, Any] | Scenario, overrides: 
     the file first, then in the current folder. ScenarioError tells every problem, with its line in the file.
     """
     path, text = None, ""
+    if not isinstance(source, str | Path | Mapping | Scenario):
+        raise ConfigError(f"scenario = {source!r} must be a file, the name of a built-in one, a dictionary or a Scenario")
     if isinstance(source, Scenario):
         values = source.model_dump(exclude_unset=True)  # a default that follows from another key follows its override
     elif isinstance(source, Mapping):
@@ -310,7 +314,7 @@ def _check_emulation(scenario: Scenario, topology: PeerTopology) -> None:
     problems = []
     for table, check in (
         ("network", lambda: check_links(scenario.build_links(), topology)),
-        ("churn", scenario.build_churn),
+        ("churn", lambda: _check_somebody_is_there(scenario)),
     ):
         try:
             check()
@@ -318,6 +322,11 @@ def _check_emulation(scenario: Scenario, topology: PeerTopology) -> None:
             problems.append(Problem(table, str(error)))
     if problems:
         raise ScenarioError(problems)
+
+
+def _check_somebody_is_there(scenario: Scenario) -> None:
+    if not scenario.build_churn().is_ever_online():
+        raise ConfigError("[churn] lets nobody be there at any time; have somebody be there at the start, or come later")
 
 
 def _located(problems: Sequence[Problem], path: Path, text: str, overridden: set[str]) -> list[Problem]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from gossipfl.scenario.reproduce.figures import Table as Comparison
 
 MAX_ROWS = 32
+BAR_WIDTH = 6
+"""So that a line fits 80 columns."""
 LINE_S = 2.0
 """Where there is no terminal, seconds between two lines of progress."""
 
@@ -38,7 +42,9 @@ class Display(Observer):
         self._peers = 0
         self._counts: dict[int, list[Event]] = {}
         self._bytes = 0
-        self._shown_at = 0.0
+        self._shown_at = self._started_at = 0.0
+        self._has_diverged = False
+        self._shown_accuracy = "accuracy", "not evaluated yet"
 
     def data_ready(self, scenario: Scenario, table: np.ndarray | None) -> None:
         self._rounds, self._peers = scenario.rounds, scenario.peers
@@ -58,12 +64,13 @@ class Display(Observer):
         self._console.print(drawn)
 
     def started(self, folder: Path, parameters: int) -> None:
+        self._started_at = time.monotonic()
         self._console.print(f"{self._peers} peers, {parameters:,} parameters, writing to {folder}", highlight=False)
         if self._console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeElapsedColumn()
+            columns = TextColumn("{task.description}"), BarColumn(BAR_WIDTH), TextColumn("{task.fields[figures]}")
             self._progress = Progress(*columns, console=self._console)
             self._progress.start()
-            self._progress.add_task("round 0", total=self._rounds * self._peers, figures="")
+            self._progress.add_task(f"round 0/{self._rounds}", total=self._rounds * self._peers, figures="")
 
     def event(self, event: Event, alive: int) -> None:
         if event["event"] == "finished" and event["error"] is not None:
@@ -72,6 +79,12 @@ class Display(Observer):
             self.note(f"{event['peer']} {_PLANNED[event['change']]} as planned, at {event['time_s']:.3g} s")
         if event["event"] != "round":
             return
+        if not self._has_diverged and not math.isfinite(event.get("train_loss") or 0.0):
+            self._has_diverged = True
+            self.note(
+                f"training diverges: the loss of {event['peer']} in round {event['round']} is {event['train_loss']}; "
+                "lower training.learning_rate"
+            )
         self._counts.setdefault(event["round"], []).append(event)
         self._bytes += event["payload_bytes"]
         reported = self._counts[event["round"]]
@@ -80,12 +93,17 @@ class Display(Observer):
             self._progress.update(
                 self._progress.task_ids[0],
                 completed=done,
-                description=f"round {event['round']}",
-                figures=self._figures(reported, alive),
+                description=f"round {event['round']}/{self._rounds}",
+                figures=f"{self._accuracy(reported)[0]}  {self._pace(event['round'])}"
+                + ("" if alive == self._peers else f"  peers {alive}/{self._peers}"),
             )
         elif len(reported) >= alive and (time.monotonic() - self._shown_at > LINE_S or event["round"] == self._rounds):
             self._shown_at = time.monotonic()
-            self._console.print(f"round {event['round']:4d}/{self._rounds}  {self._figures(reported, alive)}", highlight=False)
+            figures = (
+                f"{' '.join(self._accuracy(reported))}  pulled {size_text(self._bytes)}  peers alive {alive}/{self._peers}"
+            )
+            text = f"round {event['round']:4d}/{self._rounds}  {figures}  {self._pace(event['round'])}"
+            self._console.print(text, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False)
@@ -98,10 +116,18 @@ class Display(Observer):
             self._progress.stop()
             self._progress = None
 
-    def _figures(self, reported: list[Event], alive: int) -> str:
+    def _accuracy(self, reported: list[Event]) -> tuple[str, str]:
+        """The mean and the worst of those that have reported this round, or of the last one evaluated."""
         accuracies = [event["accuracy_after"] for event in reported if event["accuracy_after"] is not None]
-        shown = f"accuracy {np.mean(accuracies):.3f} (worst {min(accuracies):.3f})  " if accuracies else ""
-        return f"{shown}pulled {size_text(self._bytes)}  peers alive {alive}/{self._peers}"
+        if accuracies:
+            self._shown_accuracy = f"accuracy {np.mean(accuracies):.3f}", f"(worst {min(accuracies):.3f})"
+        return self._shown_accuracy
+
+    def _pace(self, round_: int) -> str:
+        """How fast rounds go, and when that will have been all."""
+        per_second = round_ / max(time.monotonic() - self._started_at, 1e-3)
+        left = timedelta(seconds=round((self._rounds - round_) / per_second))
+        return f"{per_second:.3g} rounds/s  {left} left"
 
 
 def print_summary(console: Console, result: RunResult) -> None:
@@ -137,8 +163,8 @@ def print_summary(console: Console, result: RunResult) -> None:
 class ArmsProgress:
     """How many of the arms of a comparison have run, and which came last."""
 
-    def __init__(self, console: Console, num_arms: int) -> None:
-        self._console, self._num_arms, self._num_done = console, num_arms, 0
+    def __init__(self, console: Console, num_arms: int, jobs: int, folder: Path) -> None:
+        self._console, self._num_arms, self._jobs, self._folder, self._num_done = console, num_arms, jobs, folder, 0
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -149,6 +175,7 @@ class ArmsProgress:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
 
     def __enter__(self) -> ArmsProgress:
+        self._print(f"{self._num_arms} arms, {self._jobs} at once, records in {self._folder}/")
         self._progress.start()
         self._progress.add_task("running", total=self._num_arms)
         return self
@@ -156,11 +183,19 @@ class ArmsProgress:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
+    def interrupted(self) -> None:
+        """Ctrl-C, in the middle of it."""
+        done = f"{self._num_done} of {self._num_arms} arms {'is' if self._num_done == 1 else 'are'} done"
+        self._print(f"interrupted: {done}, with records in {self._folder}/; the same command begins again")
+
     def done(self, name: str, outcome: object) -> None:
         self._num_done += 1
         self._progress.update(self._progress.task_ids[0], completed=self._num_done, description=name)
         if not self._console.is_terminal:
-            self._console.print(f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}", highlight=False)
+            self._print(f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_tables(console: Console, tables: Sequence[Comparison]) -> None:

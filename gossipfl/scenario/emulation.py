@@ -7,6 +7,7 @@ peer (or directed pair of peers) draws its own, decided by `seed.protocol`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -189,9 +190,8 @@ _REMEDIES = {
 
 def unknown_peers(tables: Mapping[str, Table], num_peers: int) -> Iterator[Problem]:
     """A problem for each name in `tables` ("network", "compute", "churn", where they are right) that no peer has."""
-    known = {f"p{index}" for index in range(num_peers)}
     for key, name in _named_peers(tables):
-        if name not in known:
+        if not re.fullmatch(r"p(0|[1-9]\d{0,15})", name) or _index(name) >= num_peers:
             there_are = f"peers are p0 to p{num_peers - 1}" if num_peers > 1 else "the only peer is p0"
             yield Problem(key, f"{key}: there is no peer {name!r}; {there_are}")
 

@@ -125,6 +125,17 @@ def groups_of(scenario: Scenario, in_process: bool) -> list[list[str]]:
     return [names[first : first + size] for first in range(0, len(names), size)]
 
 
+def about_trace(scenario: Scenario, ran_s: float) -> list[str]:
+    """What to tell of a run that went on, in seconds of its clock, after its trace of rates had ended."""
+    settled_s = scenario.build_links().settled_s
+    if scenario.network.trace is None or ran_s <= settled_s:
+        return []
+    return [
+        f"network.trace ends at {settled_s:g} s: its last rates held from then until {ran_s:.4g} s; "
+        "network.trace_repeat = true would begin it again"
+    ]
+
+
 def check_namespaces(scenario: Scenario, in_process: bool) -> None:
     """ConfigError for what the clock netns cannot do."""
     check_available(scenario.peers)

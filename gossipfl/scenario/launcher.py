@@ -33,6 +33,7 @@ from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.crew import Crew
 from gossipfl.scenario.hosting import (
     about_statistics,
+    about_trace,
     allow_file_descriptors,
     check_namespaces,
     device_address,
@@ -91,8 +92,7 @@ class Launcher:
             check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
         allow_file_descriptors(self.scenario.peers)
         folder = RunFolder(out, self.scenario.name, force)
-        record = RunRecord(folder.path)
-        record.write("scenario.toml", self.scenario.to_toml())
+        record = folder.record(self.scenario)
         handlers = self._catch_signals()
         try:
             with temporary_folder() as self.sockets:
@@ -105,6 +105,8 @@ class Launcher:
             raise
         finally:
             folder.keep()
+            for leftover in ("first", "shards"):
+                remove_files(folder.path / leftover)
             if self.namespaces is not None:
                 self.namespaces.close()
             for number, handler in handlers.items():
@@ -164,6 +166,8 @@ class Launcher:
         self.observer.started(folder, first["parameters"])
         self._follow(record)
         wall_s = time.monotonic() - self.started_at
+        for line in about_trace(scenario, wall_s):
+            self.observer.note(line)
         result = self._conclude(record, first, wall_s)
         self.observer.ended(result)
         return result
@@ -312,8 +316,6 @@ class Launcher:
                 self.observer.note("training one model on all the data, for comparison")
                 num_rounds = max((event["round"] for event in record.events if event["event"] == "round"), default=0)
                 central = self.crew.ask({"do": "central", "rounds": num_rounds, "peers": scenario.peers}, "central")
-        for leftover in ("first", "shards"):
-            remove_files(record.folder / leftover)
         summary = summarize(
             record.events,
             scenario,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
+from gossipfl.scenario.interrupts import interrupts_held, not_interrupted
 from gossipfl.scenario.workers import ENVIRONMENT
 
 
@@ -18,20 +19,27 @@ def processes(number: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of fresh processes. An error, Ctrl-C among them, ends them at once."""
     os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), initializer=_belong_to_parent)
+    pool = _Pool(number, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
         yield pool
         pool.shutdown()
     except BaseException:
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
+        with not_interrupted():
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()  # a run takes SIGTERM as a wish to end in order
+            pool.shutdown(cancel_futures=True)
         raise
 
 
-def _belong_to_parent() -> None:
-    """Leave Ctrl-C to the parent, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class _Pool(ProcessPoolExecutor):
+    """Its processes, which start when there is something to do, leave Ctrl-C to this one."""
+
+    def submit(self, *args: Any, **kwargs: Any) -> Any:
+        with interrupts_held():
+            return super().submit(*args, **kwargs)
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gossipfl.learning.checkpoint import writing
 from gossipfl.learning.datasets import Dataset, open_dataset, prepare_dataset, save_dataset
 from gossipfl.learning.partition import class_table, partition
 from gossipfl.randomness import generator
@@ -34,7 +35,8 @@ def deal_to_files(scenario: Scenario, folder: Path, dataset: Dataset | None) -> 
     """Convert the data once, deal it to the peers, keep each peer's indices in a file; also the table of classes."""
     if dataset is not None:
         prepared = folder / "data"
-        save_dataset(dataset, prepared)
+        with writing(prepared):
+            save_dataset(dataset, prepared)
     else:
         prepared = prepare(scenario)
     opened = open_dataset(prepared)
@@ -43,8 +45,9 @@ def deal_to_files(scenario: Scenario, folder: Path, dataset: Dataset | None) -> 
     paths = []
     for name, shard in zip(scenario.peer_names, shards, strict=True):
         path = folder / "shards" / f"{name}.npy"
-        path.parent.mkdir(exist_ok=True)
-        np.save(path, shard)
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            np.save(path, shard)
         paths.append(path)
     return prepared, paths, table
 

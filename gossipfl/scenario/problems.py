@@ -199,7 +199,7 @@ def _sentence(key: str, detail: Mapping[str, Any], known: Sequence[str]) -> str:
         return f"{key} is missing; give it"
     if kind == "value_error":
         message = str(context["error"])
-        about_several = message.startswith((f"{key}.", "unknown key"))  # such a message names its keys and values
+        about_several = message.startswith((f"{key}.", f"{key} ", "unknown key"))  # such a message names its keys and values
         return message if about_several else f"{key} = {shown(value)} {message}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
@@ -220,7 +220,7 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
     if elsewhere:
         return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
     siblings = {name: candidate for name, candidate in by_leaf if candidate.rpartition(".")[0] == table}
-    theirs = _closest(plain, CALLED_HERE)
+    theirs = _closest(plain, CALLED_HERE, cutoff=0.75)
     if theirs and theirs == _closest(plain, [theirs, *(name for name, _ in by_leaf)]):
         return f"; did you mean {theirs!r}, which is called {CALLED_HERE[theirs]!r} here?"
     for pool in (siblings, dict(reversed(by_leaf))):  # a slip in this table is likelier than a slip and the wrong table
@@ -229,8 +229,8 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
     return f"; known {f'in [{table}]' if table else 'here'}: {', '.join(siblings)}"
 
 
-def _closest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+def _closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
 
 
 def _plain(name: str) -> str:

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from gossipfl._version import __version__
-from gossipfl.errors import ConfigError
-from gossipfl.learning.checkpoint import load_model, save_model, write_atomically
+from gossipfl.errors import ConfigError, GossipflError
+from gossipfl.learning.checkpoint import load_model, save_model, write_atomically, writing
 from gossipfl.scenario.config import Scenario
 
 Event = dict[str, Any]
@@ -36,22 +36,27 @@ Event = dict[str, Any]
 class RunRecord:
     """Writes the folder of one run, as it goes; what is there when a run is cut short can be read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, scenario: Scenario) -> None:
         self.folder = folder
         self.events: list[Event] = []
-        (folder / "log").mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "events.jsonl").open("w", encoding="utf-8")
+        self.write("scenario.toml", scenario.to_toml())
+        with writing(folder / "events.jsonl"):
+            (folder / "log").mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "events.jsonl").open("w", encoding="utf-8")
 
     def add(self, event: Event) -> None:
         self.events.append(event)
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+        with writing(self.folder / "events.jsonl"):
+            self._file.write(json.dumps(event) + "\n")
+            self._file.flush()
 
     def write(self, name: str, text: str) -> None:
-        write_atomically(self.folder / name, text.encode())
+        with writing(self.folder / name):
+            write_atomically(self.folder / name, text.encode())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # only what `add` has failed to write, and told
+            self._file.close()
 
 
 def planned_event(change: str, peer: str, time_s: float) -> Event:
@@ -86,6 +91,14 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"--out {folder} cannot be made: {error.strerror}; choose another folder") from error
 
+    def record(self, scenario: Scenario) -> RunRecord:
+        """The record of the run, begun. RunError where it cannot be written; all is as it was then."""
+        try:
+            return RunRecord(self.path, scenario)
+        except GossipflError:
+            self.give_up()
+            raise
+
     def keep(self) -> None:
         """The run begins: what it replaces goes."""
         if self._replaced is not None:
@@ -113,7 +126,10 @@ def _moved_aside(folder: Path) -> Path:
     """Where the record of a run now is; nothing else is moved."""
     if not (folder / "scenario.toml").exists() and not (folder / "events.jsonl").exists():
         raise ConfigError(f"--out {folder} is not the folder of a run, so --force does not replace it; choose another folder")
-    return folder.rename(folder.with_name(f".{folder.name}-replaced-{os.getpid()}"))
+    try:
+        return folder.rename(folder.with_name(f".{folder.name}-replaced-{os.getpid()}"))
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be replaced: {error.strerror}; choose another folder") from error
 
 
 def final_models(folder: Path, names: Sequence[str]) -> dict[str, Any]:

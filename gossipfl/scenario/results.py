@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.records import Event
+
+MAX_REASONS = 3
 
 
 class Observer:
@@ -38,6 +41,37 @@ class RunResult:
     @property
     def exit_code(self) -> int:
         return int(self.summary["exit_code"])
+
+    @property
+    def ending(self) -> str | None:
+        """Why the run did not end well, in a sentence; None if it did."""
+        num_done = self.summary["peers"] - len(self.summary["faults"]["dead_peers"])
+        if self.exit_code == 130:
+            return f"interrupted after {self.summary['rounds']} rounds"
+        if self.exit_code == 0:
+            return None
+        reasons: dict[str, list[str]] = {}
+        for peer, reason in self._reasons().items():
+            reasons.setdefault(reason, []).append(peer)
+        told = [f"{', '.join(peers[:3])}{' ...' if len(peers) > 3 else ''}: {reason}" for reason, peers in reasons.items()]
+        more = [f"{len(told) - MAX_REASONS} more reasons in events.jsonl"] if len(told) > MAX_REASONS else []
+        return "; ".join(
+            [f"the run failed, for {num_done} of {self.summary['peers']} peers finished", *told[:MAX_REASONS], *more]
+        )
+
+    def _reasons(self) -> dict[str, str]:
+        """Of each peer that did not finish, by the record."""
+        reasons = dict.fromkeys(self.summary["faults"]["dead_peers"], "was not done when the run ended")
+        for line in (self.folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            if event.get("peer") not in reasons:
+                continue
+            if event["event"] == "finished" and event["error"]:
+                reasons[event["peer"]] = event["error"].removeprefix(f"{event['peer']}: ")
+            if event["event"] == "planned":
+                is_gone = event["change"] in ("kill", "away")
+                reasons[event["peer"]] = "was away, as [churn] has it" if is_gone else "had come too late to be done"
+        return reasons
 
     def model(self, name: str = "average") -> dict[str, np.ndarray]:
         """The final tensors of a peer, or of the average model."""

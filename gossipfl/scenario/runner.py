@@ -14,6 +14,7 @@ from typing import Any
 
 from gossipfl.learning.datasets import Dataset
 from gossipfl.scenario.config import Scenario, load_scenario
+from gossipfl.scenario.records import check_free
 from gossipfl.scenario.results import Observer, RunResult
 
 
@@ -42,6 +43,8 @@ def run(
         overrides = [*overrides, f"clock={clock}"]
     loaded = load_scenario(scenario, overrides)
     folder = Path(out) if out is not None else None
+    if folder is not None:
+        check_free(folder, force)  # before torch is loaded, which takes most of the time until a run begins
     objects = {"model": model, "dataset": dataset, "step": step}
     observer, began = observer or Observer(), began or time.time()
     match loaded.resolved_clock:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,8 @@ from gossipfl.protocol.messages import Fault, RoundReport, Traffic
 from gossipfl.runtime.events import round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
-from gossipfl.scenario.hosting import about_statistics, peer_settings
+from gossipfl.scenario.hosting import about_statistics, about_trace, peer_settings
+from gossipfl.scenario.interrupts import terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, planned_event, summarize
@@ -58,9 +58,8 @@ def simulate(
     check_links(links, topology)
     dataset = objects["dataset"] or open_dataset(prepare(scenario))
     folder = RunFolder(out, scenario.name, force)
-    record = RunRecord(folder.path)
+    record = folder.record(scenario)
     try:
-        record.write("scenario.toml", scenario.to_toml())
         simulation = _Simulation(scenario, record, observer, dataset, objects, began, links)
         simulation.plan_presence()
     except BaseException:
@@ -188,18 +187,17 @@ class _Simulation(Watcher):
         self.observer.started(self.record.folder, self.initial.size)
         startup_s, started = time.time() - self.began, time.monotonic()
         is_interrupted = False
-        handler = _interrupt_on_terminate()
         try:
-            if scenario.stop.duration is not None:
-                simulator.run(until=scenario.stop.duration)
-                self._stop_soon()
-            simulator.run()
-            self._tell()
+            with terminate_is_interrupt():
+                if scenario.stop.duration is not None:
+                    simulator.run(until=scenario.stop.duration)
+                    self._stop_soon()
+                simulator.run()
+                self._tell()
         except KeyboardInterrupt:
             is_interrupted = True
-        finally:
-            if handler is not None:
-                signal.signal(signal.SIGTERM, handler)
+        for line in about_trace(scenario, simulator.clock.now):
+            self.observer.note(line)
         result = self._conclude(startup_s, time.monotonic() - started, engine, is_interrupted)
         self.observer.ended(result)
         return result
@@ -362,14 +360,6 @@ class _Simulation(Watcher):
         )
         self.record.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return RunResult(summary, folder)
-
-
-def _interrupt_on_terminate() -> Any:
-    """Have SIGTERM end the run as Ctrl-C does; the handler there was, None where only the main thread may say so."""
-    try:
-        return signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    except ValueError:
-        return None
 
 
 def _peak_mib() -> float:

@@ -42,7 +42,7 @@ def scenario_file(source: str | Path) -> Path:
 def read_toml(path: Path) -> tuple[Values, str]:
     """The settings in a file, and its text."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as error:
         message, _, place = str(error).partition(" (at ")
@@ -69,7 +69,9 @@ def apply_overrides(values: Values, overrides: Sequence[str]) -> set[str]:
             target = target.setdefault(table, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"unknown key {key!r}: {table} = {target!r} is no table; override {table!r} itself")
-        target.pop(_RIVALS.get(key, ""), None)
+        rival = _RIVALS.get(key, "")
+        if f"{key.rpartition('.')[0]}.{rival}" not in keys:  # of two overrides neither wins
+            target.pop(rival, None)
         value = _toml_value(text.strip())
         if key in _KINDS and target.get("kind", value) != value:  # the arguments of another kind are none of this one's
             for argument in [name for name in target if f"{key.rpartition('.')[0]}.{name}" not in keys]:

@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import re
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -30,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gossipfl.errors import ConfigError, GossipflError
-from gossipfl.learning.checkpoint import write_atomically
+from gossipfl.learning.checkpoint import write_atomically, writing
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
 from gossipfl.scenario.pool import processes
 from gossipfl.scenario.workers import num_cores
@@ -188,13 +189,14 @@ def run_sweep(
 
     def ended(run: SweepRun, summary: dict[str, Any] | None, error: str = "") -> None:
         rows[run.name] = _row(run, summary, error)
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "sweep.csv", _csv([rows[other.name] for other in runs if other.name in rows]).encode())
+        with writing(out / "sweep.csv"):
+            write_atomically(out / "sweep.csv", _csv([rows[other.name] for other in runs if other.name in rows]).encode())
         told(run, rows[run.name])
 
     finished = {run.name: run.finished() for run in runs} if skip_existing else {}
     waiting = [run for run in runs if finished.get(run.name) is None]
     _check_folders(waiting, skip_existing, force)
+    _check_writable(out)
     for run in runs:
         if run not in waiting:
             ended(run, finished[run.name])
@@ -214,6 +216,15 @@ def _check_folders(runs: Sequence[SweepRun], skip_existing: bool, force: bool) -
             remedy = "--force to replace it" if skip_existing else "--skip-existing to go on, --force to replace what is there"
             what = "holds a run of another scenario" if run.holds_another() else "exists"
             raise ConfigError(f"{run.folder} {what}; pass {remedy}, or another --out")
+
+
+def _check_writable(out: Path) -> None:
+    """ConfigError, before anything runs, where the table cannot be kept."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written to: {error.strerror}; choose another folder") from error
 
 
 def _run_side_by_side(waiting: deque[SweepRun], jobs: int, ended: Callable[..., None]) -> None:

@@ -137,7 +137,9 @@ def _rate(value: Any) -> float:
     number, prefix, unit = match.groups()
     factor = _BINARY.get(prefix) or _DECIMAL[prefix if prefix in _DECIMAL else prefix.swapcase()]
     bytes_per_s = float(number) * factor / (1 if unit == "B" else 8)
-    if not 0 < bytes_per_s < math.inf:
+    if bytes_per_s == math.inf:
+        raise ValueError("must be finite; say 'unlimited' where there is no limit")
+    if not bytes_per_s > 0:
         raise ValueError("must be above 0; leave the key out where there is no limit, and see [churn] for peers that are away")
     return bytes_per_s
 
@@ -255,7 +257,8 @@ def _existing(path: Any) -> Any:
 
 def _existing_file(path: Any) -> Any:
     if isinstance(path, str | Path) and not Path(path).is_file():
-        raise ValueError("does not exist; give a CSV file, relative to the scenario file or to the current folder")
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise ValueError(f"{what}; give a CSV file, relative to the scenario file or to the current folder")
     return str(path) if isinstance(path, Path) else path
 
 

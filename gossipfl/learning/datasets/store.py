@@ -57,7 +57,11 @@ def prepare_dataset(
         if folder.exists():  # damaged: our own writes appear complete
             shutil.rmtree(folder)
         log.info("converting data set %s into %s", kind, folder)
-        _write(dataset, folder)
+        try:
+            _write(dataset, folder)
+        except OSError as error:
+            reason = error.strerror or error
+            raise DataError(f"{folder} cannot be written: {reason}; mend that, or set GOSSIPFL_CACHE") from error
     return folder
 
 

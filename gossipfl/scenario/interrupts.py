@@ -1,0 +1,44 @@
+"""Signals that ask a program to stop: SIGTERM is taken like Ctrl-C, and processes of ours leave Ctrl-C to who started them."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def terminate_is_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, also where Ctrl-C is ignored; does nothing outside of the main thread."""
+    with _handled(signal.SIGTERM, signal.default_int_handler):
+        yield
+
+
+@contextlib.contextmanager
+def not_interrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are ignored, for what is short and must be done; does nothing outside of the main thread."""
+    with _handled(signal.SIGINT, signal.SIG_IGN), _handled(signal.SIGTERM, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until afterwards. A process started within never hears of it: a terminal sends it to all."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _handled(number: signal.Signals, handler: signal._HANDLER) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before or signal.SIG_DFL)  # None: one that was not set in Python

@@ -1,0 +1,197 @@
+"""What a user or a machine gets wrong ends with one message that names it, and leaves nothing in the way of the next try."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+import gossipfl
+from gossipfl.cli import main
+from gossipfl.errors import ConfigError
+from gossipfl.scenario.config import load_scenario
+from gossipfl.scenario.display import Display
+
+SMALL = [word for key in ("peers=4", "rounds=3", "central=false") for word in ("--set", key)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Makes a file system of so many bytes."""
+    folder = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("a small file system needs a user who may mount one")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
+
+
+def gossipfl_says(*words: str | Path) -> tuple[int, list[str]]:
+    """The exit code and the lines of stderr; anything but an exit is raised."""
+    result = CliRunner().invoke(main, list(map(str, words)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stderr.splitlines()
+
+
+# ---------------------------------------------------------------------------------------------------------------- disks
+
+
+@pytest.mark.parametrize("clock", ["virtual", pytest.param("local", marks=pytest.mark.processes)])
+@pytest.mark.parametrize("size", ["40k", "200k"])
+def test_a_full_disk_ends_a_run_with_the_file_that_could_not_be_written(clock, size, small_disk):
+    out = small_disk(size) / "run"
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, "--set", "rounds=20", "--clock", clock, "--quiet", "--out", out)
+    assert code == 1 and len(lines) == 1, lines
+    assert lines[0].startswith(f"gossipfl: {out}/") and "cannot be written: " in lines[0]
+    assert not (out / "first").exists() and not (out / "shards").exists()
+
+
+def test_a_record_that_cannot_be_moved_away_is_not_replaced(small_disk):
+    out = small_disk("1m")  # where something is mounted, nothing can be renamed
+    (out / "events.jsonl").touch()
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, "--clock", "virtual", "--quiet", "--force", "--out", out)
+    assert code == 2 and lines[0].startswith(f"gossipfl: --out {out} cannot be replaced: ") and len(lines) == 1
+
+
+def test_a_sweep_that_cannot_keep_its_table_does_not_begin(tmp_path):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "sweep"
+    code, lines = gossipfl_says("sweep", "quickstart", *SMALL, "--clock", "virtual", "--seeds", "0,1", "--out", out)
+    assert (code, lines) == (2, [f"gossipfl: --out {out} cannot be written to: Not a directory; choose another folder"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- inputs
+
+
+def test_a_graph_file_without_a_graph_is_named(tmp_path):
+    path = tmp_path / "e.graphml"
+    path.write_text("<graphml></graphml>")
+    code, lines = gossipfl_says("topology", "quickstart", "--set", "topology.kind=file", "--set", f"topology.path={path}")
+    assert code == 2 and len(lines) == 1 and f"{str(path)!r} cannot be read (" in lines[0]
+
+
+def test_more_peers_than_anybody_could_hold_are_refused_at_once():
+    code, lines = gossipfl_says("plan", "quickstart", "--set", "peers=100000000")
+    assert code == 2 and "peers = 100000000 must be at most 1000000" in lines[0]
+
+
+def test_what_is_no_scenario_is_named():
+    with pytest.raises(ConfigError, match="scenario = None must be a file, the name of a built-in one, a dictionary"):
+        gossipfl.run(None)
+
+
+# ---------------------------------------------------------------------------------------------------- runs that end badly
+
+
+def test_a_failed_run_says_why(tmp_path):
+    words = ["--clock", "virtual", "--quiet", "--set", "network.latency=1e300h", "--out", tmp_path / "run"]
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, *words)
+    assert code == 1
+    assert lines[-1].startswith(
+        "gossipfl: the run failed, for 0 of 4 peers finished; p0: no answer from p1, p2, p3 within 30 s; "
+    )
+    assert lines[-1].endswith("; 1 more reasons in events.jsonl")
+
+
+def test_a_run_that_too_many_have_left_says_so(tmp_path):
+    kill = "churn.kill=[{peer='p1', at='0.01s'}, {peer='p2', at='0.01s'}, {peer='p3', at='0.01s'}]"
+    words = ["--clock", "virtual", "--quiet", "--set", kill, "--out", tmp_path / "run"]
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, *words)
+    assert code == 1
+    assert "for 1 of 4 peers finished; p1, p2, p3: was away, as [churn] has it" in lines[-1]
+
+
+def test_a_run_in_which_nobody_is_ever_there_is_refused(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("time_s,peer,online\n" + "".join(f"0,p{index},0\n" for index in range(4)))
+    words = ["run", "quickstart", *SMALL, "--quiet", "--set", f"churn.trace={trace}", "--out", tmp_path / "run"]
+    code, lines = gossipfl_says(*words)
+    assert code == 2 and "[churn] lets nobody be there at any time; have somebody be there" in lines[0]
+    with trace.open("a") as file:
+        file.write("1,p0,1\n1,p1,1\n2,p2,1\n2,p3,1\n")
+    assert gossipfl_says(*words)[0] == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- progress
+
+
+def test_a_terminal_of_80_columns_shows_round_accuracy_rate_and_time_left():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    display = Display(console)
+    display.data_ready(load_scenario({"peers": 20, "rounds": 1000}), None)
+    display.started(Path("run"), 1000)
+    for peer in range(20):
+        event = {"event": "round", "peer": f"p{peer}", "round": 990, "payload_bytes": 1, "accuracy_after": 0.5}
+        display.event(event, 19)
+    display.close()
+    frames = re.split(r"[\r\n]", re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", console.file.getvalue()))
+    last = [frame for frame in frames if frame.startswith("round ")][-1]
+    assert re.fullmatch(r"round 990/1000 +accuracy 0\.500  \S+ rounds/s  0:00:\d\d left  peers 19/20", last.rstrip())
+
+
+# ---------------------------------------------------------------------------------------------------------------- traces
+
+
+@pytest.mark.parametrize("repeats", ["false", "true"])
+def test_a_run_that_outlasts_its_trace_says_that_the_last_rates_held(repeats, tmp_path):
+    trace = tmp_path / "rates.csv"
+    trace.write_text("time_s,peer,uplink,downlink\n0,p0,1,1\n0.125,p0,2,2\n")
+    words = ["--set", f"network.trace={trace}", "--set", f"network.trace_repeat={repeats}", "--out", tmp_path / "run"]
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, *words)
+    told = [line for line in lines if line.startswith("network.trace ends at 0.125 s: its last rates held from then until ")]
+    assert code == 0 and len(told) == (repeats == "false")
+
+
+def test_two_overrides_that_exclude_each_other_are_refused(tmp_path):
+    matrix = tmp_path / "rates.csv"
+    matrix.write_text("0,1\n1,0\n")
+    words = ["--set", "network.pair=1Mbit", "--set", f"network.pair_matrix={matrix}", "--set", "peers=2"]
+    code, lines = gossipfl_says("plan", "quickstart", "--set", "gossip.replicas=1", *words)
+    assert code == 2 and "network.pair and network.pair_matrix exclude each other; remove one" in lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- others
+
+
+def test_a_scenario_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "scenario.toml"
+    path.write_text("peers = 5\n", encoding="utf-8-sig")
+    assert load_scenario(path).peers == 5
+
+
+@pytest.mark.parametrize("rate", ["1e30", "0.1"])
+def test_a_run_that_diverges_is_remarked_upon_once(rate, tmp_path):
+    words = ["--clock", "virtual", "--set", f"training.learning_rate={rate}", "--out", tmp_path / "run"]
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, *words)
+    told = [line for line in lines if line.startswith("training diverges: the loss of p")]
+    assert code == 0 and len(told) == (rate == "1e30")
+
+
+def test_a_folder_that_is_taken_is_told_before_torch_is_loaded(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
+    lines = (
+        f"import sys, gossipfl\ntry: gossipfl.run('quickstart', out={str(tmp_path / 'run')!r})\nexcept gossipfl.ConfigError:"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{lines} print('torch' in sys.modules)"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False\n"
