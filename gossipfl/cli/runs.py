@@ -214,12 +214,13 @@ def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: P
         click.echo(f"left out, for want of them in {data}/: {', '.join(missing)}", err=True)
     folder = out or Path("runs") / f"reproduce-{name}"
     jobs = min(jobs or num_cores(), len(arms))
-    with ArmsProgress(Console(stderr=True), len(arms), jobs, folder) as progress:
-        try:
+    progress = ArmsProgress(Console(stderr=True), len(arms), jobs, folder)
+    try:
+        with progress:
             outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run)
-        except KeyboardInterrupt:
-            progress.interrupted()
-            sys.exit(130)
+    except KeyboardInterrupt:
+        progress.interrupted()
+        sys.exit(130)
     tables = reproduction.tables(outcomes, full)
     if as_json:
         click.echo(json.dumps([asdict(table) for table in tables]))
@@ -328,12 +329,13 @@ def sweep(
         overrides = (*overrides, f"clock={clock}")
     runs = sweep_runs(scenario, params, parse_seeds(seeds), out, overrides)
     folder = runs[0].folder.parent
-    with SweepDisplay(Console(stderr=True), len(runs), quiet) as display:
-        try:
+    display = SweepDisplay(Console(stderr=True), len(runs), quiet)
+    try:
+        with display:
             rows = run_sweep(runs, folder, jobs=jobs, skip_existing=skip_existing, force=force, told=display.told)
-        except KeyboardInterrupt:
-            display.interrupted()
-            sys.exit(130)
+    except KeyboardInterrupt:
+        display.interrupted()
+        sys.exit(130)
     print_sweep(Console(), rows, list(runs[0].settings))
     click.echo(folder / "sweep.csv")
     sys.exit(1 if any(row["error"] for row in rows) else 0)
