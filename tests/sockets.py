@@ -160,8 +160,8 @@ class Attacker:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.RCVHWM, receive_limit)
-        if receive_limit:  # so that what is not read fills up soon
-            self.socket.setsockopt(zmq.RCVBUF, 4096)
+        if receive_limit:  # what is not read fills up soon; less than a segment of TCP would stall what is sent, too
+            self.socket.setsockopt(zmq.RCVBUF, 262_144)
         if address is None:
             self.socket.bind("tcp://127.0.0.1:*")
         else:

@@ -531,7 +531,7 @@ def test_a_failed_conversion_leaves_no_folder(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(np, "save", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(DataError, match="no space left; mend that, or set GOSSIPFL_CACHE"):
         prepare_dataset("synthetic", None, 0.2, 0, {}, tmp_path)
     assert [p for p in tmp_path.iterdir() if p.is_dir()] == []
 

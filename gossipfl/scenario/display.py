@@ -195,7 +195,10 @@ class ArmsProgress:
             self._print(f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}")
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if self._console.is_terminal:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:  # the console prints a text twice where Ctrl-C comes between writing and forgetting it
+            print(text, file=self._console.file, flush=True)
 
 
 def print_tables(console: Console, tables: Sequence[Comparison]) -> None:
