@@ -35,7 +35,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from gossipfl.overlay.selection import SELECTORS, exploring
-from gossipfl.protocol.gathering import MAX_SAMPLES, Gatherer
+from gossipfl.protocol.gathering import Gatherer
 from gossipfl.protocol.messages import (
     Action,
     Contribution,
@@ -66,7 +66,7 @@ from gossipfl.protocol.participant import GossipConfig, Phase
 from gossipfl.randomness import generator
 from gossipfl.registry import Registry
 
-__all__ = ["MAX_SAMPLES", "MIXINGS", "PROTOCOLS", "Gossip", "GossipConfig", "Phase"]
+__all__ = ["MIXINGS", "PROTOCOLS", "Gossip", "GossipConfig", "Phase"]
 
 MIXINGS = ("data_size", "uniform", "metropolis_hastings")
 

@@ -21,7 +21,8 @@ from gossipfl.aggregation import AGGREGATORS, Aggregator
 from gossipfl.errors import CodecError, ConfigError
 from gossipfl.protocol import wire
 from gossipfl.protocol.baselines import PROTOCOLS
-from gossipfl.protocol.gossip import MAX_SAMPLES, Gossip
+from gossipfl.protocol.gathering import MAX_SAMPLES
+from gossipfl.protocol.gossip import Gossip
 from gossipfl.protocol.messages import (
     PROMPT_BYTES,
     Action,
