@@ -16,7 +16,8 @@ from gossipfl.cli import main
 from gossipfl.errors import ConfigError
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.scenario import load_scenario
-from gossipfl.scenario.plan import Plan, _shared_bytes, make_plan
+from gossipfl.scenario.planning import Plan, make_plan
+from gossipfl.scenario.planning.timing import _shared_bytes
 
 MLP = 64 * 128 + 128 + 128 * 10 + 10
 
@@ -195,7 +196,7 @@ def test_memory_grows_with_the_peers_and_the_versions_kept():
 
 
 def test_a_round_with_too_many_transfers_has_a_bound_and_no_expectation(monkeypatch):
-    monkeypatch.setattr("gossipfl.scenario.plan.MAX_FLOWS", 100)
+    monkeypatch.setattr("gossipfl.scenario.planning.exchanges.MAX_FLOWS", 100)
     made = plan(network={"uplink": "1Mbit"})
     assert made.timing is not None and made.timing.round_s is made.timing.total_s is None
     assert made.timing.least_s == pytest.approx(2 * MLP * 4 / 125_000)

@@ -277,8 +277,8 @@ def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: 
     gossipfl plan my.toml --json | jq .timing.bottleneck
     """
     from gossipfl.scenario import load_scenario
-    from gossipfl.scenario.plan import make_plan
-    from gossipfl.scenario.plan_view import print_plan
+    from gossipfl.scenario.planning import make_plan
+    from gossipfl.scenario.planning.view import print_plan
 
     made = make_plan(load_scenario(scenario, [*overrides, *([f"clock={clock}"] if clock else [])]))
     if as_json:

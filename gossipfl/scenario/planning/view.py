@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from gossipfl.scenario.plan import Plan, Spread
+from gossipfl.scenario.planning.plan import Plan, Spread
 from gossipfl.scenario.terminal import print_figures, size_text
 from gossipfl.scenario.topology_view import explain, gap_text
 
