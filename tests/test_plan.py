@@ -13,7 +13,6 @@ from click.testing import CliRunner
 
 import gossipfl
 from gossipfl.cli import main
-from gossipfl.errors import ConfigError
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.scenario import load_scenario
 from gossipfl.scenario.planning import Plan, make_plan
@@ -154,10 +153,18 @@ def test_the_server_of_fedavg_sends_and_receives_the_models_of_all_clients():
     assert made.timing.round_s == pytest.approx(0.02 + 2 * 19 * MLP * 4 / 125_000, rel=0.01)
 
 
-def test_a_protocol_that_is_not_known_here_is_refused_and_those_known_are_named(monkeypatch):
-    monkeypatch.setitem(PROTOCOLS._functions, "mine", PROTOCOLS.get("gossip"))
-    with pytest.raises(ConfigError, match=r"gossip.protocol = 'mine' cannot be planned; those that can are gossip, fedavg,"):
-        plan(gossip={"protocol": "mine"})
+@pytest.mark.parametrize("name", ["registered", "own_rounds:Mine"])
+def test_of_a_protocol_of_ones_own_memory_and_graph_are_told_and_that_bytes_and_time_are_not(name, tmp_path, monkeypatch):
+    (tmp_path / "own_rounds.py").write_text("from gossipfl.protocol.gossip import Gossip\n\nclass Mine(Gossip):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(PROTOCOLS._functions, "registered", PROTOCOLS.get("gossip"))
+    made, known = plan(gossip={"protocol": name}), plan(gossip={})
+    assert made.received_bytes is made.sent_bytes is made.total_bytes is made.timing is None
+    assert (made.memory_bytes, made.topology, made.parameters) == (known.memory_bytes, known.topology, MLP)
+    assert made.notes == (f"gossip.protocol = {name!r} is your own: what it sends, and how long that takes, is left out",)
+    code, shown, _ = run("quickstart", "--clock", "virtual", "--set", f"gossip.protocol={name}", "--set", "network.loss=0.1")
+    assert code == 0 and "spectral gap" in shown and "memory needed" in shown and f"note: {made.notes[0]}" in shown
+    assert "payload" not in shown and "bottleneck" not in shown and "WARNING" not in shown
 
 
 def test_a_peer_with_many_neighbours_is_expected_to_send_more():

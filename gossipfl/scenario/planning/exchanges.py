@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gossipfl.errors import ConfigError
 from gossipfl.overlay.graphs import RedrawnTopology, Topology
 from gossipfl.overlay.selection import SELECTORS, Senders
 from gossipfl.protocol.baselines import PROTOCOLS, Scheduled
@@ -54,14 +53,10 @@ class Exchange(ABC):
         return self.max_flows <= MAX_FLOWS
 
 
-def exchange_of(scenario: Scenario, topology: Topology, segment_bytes: np.ndarray) -> Exchange:
-    """What the scenario's protocol exchanges; `segment_bytes` (i64[S]) as sent. ConfigError where it is not known here."""
+def exchange_of(scenario: Scenario, topology: Topology, segment_bytes: np.ndarray) -> Exchange | None:
+    """What the scenario's protocol exchanges; `segment_bytes` (i64[S]) as sent. None where the protocol is the user's own."""
     made = _EXCHANGES.get(scenario.gossip.protocol)
-    if made is None:
-        raise ConfigError(
-            f"gossip.protocol = {scenario.gossip.protocol!r} cannot be planned; those that can are {', '.join(_EXCHANGES)}"
-        )
-    return made(scenario, topology, segment_bytes)
+    return None if made is None else made(scenario, topology, segment_bytes)
 
 
 class _Gossip(Exchange):

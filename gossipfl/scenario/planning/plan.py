@@ -44,9 +44,9 @@ class Plan:
     parameters: int
     model_bytes: int  # as float32
     encoded_bytes: int  # as the codec sends it
-    received_bytes: Spread
-    sent_bytes: Spread  # expected
-    total_bytes: int  # of all peers and rounds
+    received_bytes: Spread | None  # None, as all that follows from it, for a protocol of the user's own
+    sent_bytes: Spread | None  # expected
+    total_bytes: int | None  # of all peers and rounds
     memory_bytes: int
     available_bytes: int
     too_large: str | None  # what the run would be refused with, for want of memory
@@ -70,7 +70,7 @@ def make_plan(scenario: Scenario) -> Plan:
     topology = scenario.build_topology()
     exchange = exchange_of(scenario, topology, segment_bytes)
     num_steps = np.array([training.num_steps(len(shard)) for shard in deal(scenario, dataset)])
-    timing = time_rounds(scenario, exchange, num_steps) if _has_time(scenario) else None
+    timing = time_rounds(scenario, exchange, num_steps) if exchange and _has_time(scenario) else None
     return Plan(
         scenario=scenario.name,
         clock=scenario.resolved_clock,
@@ -80,16 +80,16 @@ def make_plan(scenario: Scenario) -> Plan:
         parameters=layout.size,
         model_bytes=layout.num_bytes,
         encoded_bytes=int(segment_bytes.sum()),
-        received_bytes=_spread(exchange.received),
-        sent_bytes=_spread(exchange.sent),
-        total_bytes=round(scenario.rounds * float(exchange.received.sum())),
+        received_bytes=_spread(exchange.received) if exchange else None,
+        sent_bytes=_spread(exchange.sent) if exchange else None,
+        total_bytes=round(scenario.rounds * float(exchange.received.sum())) if exchange else None,
         memory_bytes=needed_bytes(scenario, layout.size),
         available_bytes=available_bytes(),
         too_large=why_too_large(scenario, layout.size),
         topology=measure(topology),
         timing=timing,
-        warnings=tuple(_warnings(scenario, exchange)),
-        notes=tuple(_notes(scenario)),
+        warnings=tuple(_warnings(scenario, exchange)) if exchange else (),
+        notes=tuple(_notes(scenario, is_known=exchange is not None)),
     )
 
 
@@ -120,10 +120,13 @@ def _warnings(scenario: Scenario, exchange: Exchange) -> Iterator[str]:
         )
 
 
-def _notes(scenario: Scenario) -> Iterator[str]:
-    """What the figures leave out."""
+def _notes(scenario: Scenario, is_known: bool) -> Iterator[str]:
+    """What the figures leave out, and all of it where the protocol is not known."""
     if scenario.resolved_clock == "netns":
         yield "clock = 'netns' needs root, Linux and iproute2"
+    if not is_known:
+        yield f"gossip.protocol = {scenario.gossip.protocol!r} is your own: what it sends, and how long that takes, is left out"
+        return
     if not _has_time(scenario):
         yield "how long it takes on this machine shows only when it runs; --clock virtual plans the emulated network"
         return

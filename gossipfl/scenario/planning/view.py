@@ -34,9 +34,10 @@ def print_plan(console: Console, plan: Plan) -> None:
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "model parameters", f"{plan.parameters:,}"
     yield "model, in memory / as sent", f"{size_text(plan.model_bytes)} / {size_text(plan.encoded_bytes)}"
-    yield "a peer receives per round", _spread_text(plan.received_bytes)
-    yield "a peer sends per round, expected", _spread_text(plan.sent_bytes)
-    yield "payload, all", size_text(plan.total_bytes)
+    if plan.received_bytes is not None and plan.sent_bytes is not None and plan.total_bytes is not None:
+        yield "a peer receives per round", _spread_text(plan.received_bytes)
+        yield "a peer sends per round, expected", _spread_text(plan.sent_bytes)
+        yield "payload, all", size_text(plan.total_bytes)
     yield "memory needed / free", f"{size_text(plan.memory_bytes)} / {size_text(plan.available_bytes)}"
     yield "spectral gap", gap_text(plan.topology)
     if plan.timing is None:
