@@ -77,7 +77,7 @@ from gossipfl.protocol.messages import (
     Start,
     Wake,
 )  # fmt: skip
-from gossipfl.segments.planes import Planes, PlaneSet
+from gossipfl.segments.codecs.planes import Planes, PlaneSet
 
 PROFILE = ModelProfile(
     (

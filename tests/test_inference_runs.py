@@ -39,7 +39,7 @@ from gossipfl.runtime.content_cache import ContentCache, digest_of
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import INFERENCE_RUN, InferenceServer
 from gossipfl.runtime.stages import live_shapes
-from gossipfl.segments.planes import Planes
+from gossipfl.segments.codecs.planes import Planes
 
 SHAPE, CLASSES, LAYERS = (1, 8, 8), 5, 4
 LOSS = 0.01

@@ -6,7 +6,7 @@ from hypothesis.extra.numpy import arrays
 
 from gossipfl.errors import CodecError, ConfigError
 from gossipfl.segments.codecs import codec
-from gossipfl.segments.planes import MAX_PLANES, Planes, PlaneSet, piece_digest
+from gossipfl.segments.codecs.planes import MAX_PLANES, Planes, PlaneSet, piece_digest
 
 quick = settings(deadline=None, max_examples=60)
 floats = st.floats(-(2.0**100), 2.0**100, width=32)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gossipfl.errors import ConfigError
 from gossipfl.inference.planning.offers import Piece
-from gossipfl.segments.planes import piece_digest
+from gossipfl.segments.codecs.planes import piece_digest
 
 DEFAULT_BYTES = 1 << 30
 _DIGEST = re.compile(r"[0-9a-f]{32}", re.ASCII)

@@ -14,7 +14,7 @@ from gossipfl.inference.planning.profile import Range
 from gossipfl.runtime.content_cache import ContentCache, digest_of
 from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
 from gossipfl.segments.codecs import all_finite
-from gossipfl.segments.planes import PlaneSet
+from gossipfl.segments.codecs.planes import PlaneSet
 
 logger = logging.getLogger(__name__)
 

@@ -74,7 +74,7 @@ from gossipfl.runtime.served import Certifier, ServedVersion
 from gossipfl.runtime.stages import ModelChain, check_inputs, clipped, live_shapes
 from gossipfl.runtime.transport import Happening, Incoming, ZmqTransport
 from gossipfl.segments.codecs import all_finite
-from gossipfl.segments.planes import MAX_PLANES
+from gossipfl.segments.codecs.planes import MAX_PLANES
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from gossipfl.inference.planning.profile import Fallback, Plan, Range, Stage
 from gossipfl.runtime.content_cache import digest_of
 from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
 from gossipfl.segments.codecs import all_finite, codec
-from gossipfl.segments.planes import MAX_PLANES, Planes, PlaneSet
+from gossipfl.segments.codecs.planes import MAX_PLANES, Planes, PlaneSet
 
 SERVED_CODECS = ("float32", "float16", "planes")
 CACHE_BYTES = 64 * 1024 * 1024

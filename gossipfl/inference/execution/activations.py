@@ -20,7 +20,7 @@ import numpy as np
 from gossipfl.errors import CodecError
 from gossipfl.inference.planning.offers import SAMPLE_BITS
 from gossipfl.segments.codecs import all_finite, codec
-from gossipfl.segments.planes import MAX_PLANES
+from gossipfl.segments.codecs.planes import MAX_PLANES
 
 EXACT_BITS = 32
 """float32, where the cut is not quantized at all."""

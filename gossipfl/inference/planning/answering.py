@@ -33,7 +33,7 @@ from gossipfl.protocol.messages import (
     Pull,
     Refuse,
 )
-from gossipfl.segments.planes import MAX_PLANES
+from gossipfl.segments.codecs.planes import MAX_PLANES
 
 MAX_SAMPLES = 65_536
 """In one activation."""

@@ -18,7 +18,7 @@ from gossipfl.errors import PlanError, RemoteProtocolError
 from gossipfl.inference.planning.json_values import read
 from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile, Plan, Range
 from gossipfl.protocol.messages import FULL_BITS
-from gossipfl.segments.planes import MAX_PLANES, Planes
+from gossipfl.segments.codecs.planes import MAX_PLANES, Planes
 
 SAMPLE_BITS = 8
 BIASES = "float32"

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gossipfl.errors import CodecError, ConfigError
-from gossipfl.segments.codecs import CODECS, Buffer, Decoded
+from gossipfl.segments.codecs.base import CODECS, F32, Buffer, Decoded, check_scales, check_vector, payload_of
 
 MAX_PLANES = 16
 
@@ -78,7 +78,7 @@ class Planes:
 
     def encode(self, x: np.ndarray, selected: np.ndarray | None = None) -> memoryview:
         """The payload of `x` (f32[n], contiguous). A group with a value that is not finite gets a scale that is not finite."""
-        assert x.dtype == np.float32 and x.ndim == 1 and x.flags.c_contiguous, "x must be a contiguous f32[n]"
+        check_vector(x)
         payload = np.empty(self.num_bytes(x.size), np.uint8)
         if not x.size:
             return payload.data
@@ -86,7 +86,7 @@ class Planes:
         scales = _absmax(rows)
         planes = payload
         if self.start == 0:
-            payload[: scales.nbytes].view("<f4")[:] = scales
+            payload[: scales.nbytes].view(F32)[:] = scales
             planes = payload[scales.nbytes :]
         high, low = _codes(rows, scales)
         for plane, packed in zip(range(self.start, self.stop), planes.reshape(self.stop - self.start, -1), strict=True):
@@ -96,12 +96,9 @@ class Planes:
 
     def check(self, buffer: Buffer, n: int) -> np.ndarray:
         """`buffer` as u8[num_bytes(n)], without a copy. CodecError unless it is an encoding of n values."""
-        payload = np.frombuffer(buffer, np.uint8)
-        if payload.size != self.num_bytes(n):
-            raise CodecError(f"{self.name}: {payload.size} bytes where {n} values take {self.num_bytes(n)}")
+        payload = payload_of(self, buffer, n)
         scales, planes = self._parts(payload, n)
-        if not ((scales >= 0) & (scales < np.inf)).all():  # NaN fails every comparison
-            raise CodecError(f"{self.name}: a scale is negative or not finite")
+        check_scales(self.name, scales)
         if n % 8 and (planes[:, -1] & np.uint8(0xFF >> n % 8)).any():
             raise CodecError(f"{self.name}: bits that belong to none of the {n} values are not zero")
         return payload
@@ -117,7 +114,7 @@ class Planes:
     def _parts(self, payload: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Views of the scales (f32[n / group], none unless `start` is 0) and of the planes (u8[stop - start, ceil(n / 8)])."""
         cut = 4 * self.num_groups(n) if self.start == 0 else 0
-        return payload[:cut].view("<f4"), payload[cut:].reshape(self.stop - self.start, _plane_bytes(n))
+        return payload[:cut].view(F32), payload[cut:].reshape(self.stop - self.start, _plane_bytes(n))
 
 
 class PlaneSet:
