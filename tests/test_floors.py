@@ -9,6 +9,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,16 @@ def offences(file: str, source: str) -> list[str]:
 @pytest.mark.parametrize("file", FILES)
 def test_imports_go_down_and_stay_within_what_the_floor_may_use(file):
     assert offences(file, (PACKAGE / file).read_text(encoding="utf-8")) == []
+
+
+def test_nothing_imports_in_a_circle():
+    trees = {file: ast.parse((PACKAGE / file).read_text(encoding="utf-8")) for file in FILES}
+    modules = {f"gossipfl.{file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}": file for file in FILES}
+    needs = {
+        file: {modules.get(name) or modules.get(name.rpartition(".")[0]) for name in imports(file, tree)} - {None, file}
+        for file, tree in trees.items()
+    }
+    TopologicalSorter(needs).prepare()  # CycleError, which has the circle
 
 
 def test_there_is_something_on_every_floor():
