@@ -10,7 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,71 +152,63 @@ def test_peers_in_namespaces_are_killed_and_come_back(tmp_path):
     assert result.exit_code == 0 and result.summary["faults"]["dead_peers"] == ["p1"]
 
 
+def talk(made: Namespaces, at_p1: Callable[[socket.socket], Any], at_p0: Callable[[socket.socket], Any]) -> tuple[Any, Any]:
+    """What each end makes of a connection from p0 to p1, in a thread that is in the end's namespace."""
+    is_listening = threading.Event()
+
+    def listen() -> Any:
+        enter(made.path("p1"))
+        with socket.create_server((made.address("p1"), 5000)) as server:
+            server.settimeout(20)
+            is_listening.set()
+            connection, _ = server.accept()
+            with connection:
+                connection.settimeout(20)
+                return at_p1(connection)
+
+    def connect() -> Any:
+        assert is_listening.wait(20)
+        enter(made.path("p0"))
+        with socket.create_connection((made.address("p1"), 5000), timeout=20) as connection:
+            return at_p0(connection)
+
+    with ThreadPoolExecutor(2) as threads:
+        ends = threads.submit(listen), threads.submit(connect)
+        return ends[0].result(), ends[1].result()
+
+
 @needs_root
 def test_the_kernel_holds_a_pair_to_its_rate():
     links = build_links(LinksConfig(pair=Constant(1e6)), 2, 0)
-    num_bytes, received = 600_000, threading.Event()
+    num_bytes = 600_000
+
+    def receive_all(connection: socket.socket) -> float:
+        began, total = time.monotonic(), 0
+        while part := connection.recv(65_536):
+            total += len(part)
+        assert total == num_bytes
+        return time.monotonic() - began
+
     with Namespaces(["p0", "p1"], links, [[1], [0]]) as made:
-        listening, seconds = threading.Event(), []
-
-        def receive() -> None:
-            enter(made.path("p1"))
-            with socket.create_server((made.address("p1"), 5000)) as server:
-                server.settimeout(20)
-                listening.set()
-                connection, _ = server.accept()
-                with connection:
-                    connection.settimeout(20)
-                    began, total = time.monotonic(), 0
-                    while part := connection.recv(65_536):
-                        total += len(part)
-                seconds.append(time.monotonic() - began)
-                assert total == num_bytes
-            received.set()
-
-        def send() -> None:
-            enter(made.path("p0"))
-            with socket.create_connection((made.address("p1"), 5000), timeout=20) as connection:
-                connection.sendall(bytes(num_bytes))
-
-        threading.Thread(target=receive, daemon=True).start()
-        assert listening.wait(20)
-        threading.Thread(target=send, daemon=True).start()
-        assert received.wait(30)
-    assert seconds[0] >= 0.8 * num_bytes / 1e6
+        seconds, _ = talk(made, receive_all, lambda connection: connection.sendall(bytes(num_bytes)))
+    assert seconds >= 0.8 * num_bytes / 1e6
 
 
 @needs_root
 def test_a_round_trip_takes_the_latency_there_and_back():
     links = build_links(LinksConfig(latency=Constant(0.05)), 2, 0)
+
+    def ask(connection: socket.socket) -> float:
+        began = time.monotonic()
+        connection.sendall(b"?")
+        assert connection.recv(1) == b"?"
+        return time.monotonic() - began
+
     with Namespaces(["p0", "p1"], links, [[1], [0]]) as made:
         if "latency" not in made.by_kernel:
             pytest.skip("this kernel has no netem")
-        listening, seconds = threading.Event(), []
-
-        def answer() -> None:
-            enter(made.path("p1"))
-            with socket.create_server((made.address("p1"), 5000)) as server:
-                server.settimeout(20)
-                listening.set()
-                connection, _ = server.accept()
-                with connection:
-                    connection.sendall(connection.recv(1))
-
-        def ask() -> None:
-            enter(made.path("p0"))
-            with socket.create_connection((made.address("p1"), 5000), timeout=20) as connection:
-                began = time.monotonic()
-                connection.sendall(b"?")
-                assert connection.recv(1) == b"?"
-                seconds.append(time.monotonic() - began)
-
-        threads = [threading.Thread(target=target, daemon=True) for target in (answer, ask)]
-        threads[0].start()
-        assert listening.wait(20)
-        threads[1].start()
-        threads[1].join(30)
-    assert seconds[0] >= 2 * 0.05
+        _, seconds = talk(made, lambda connection: connection.sendall(connection.recv(1)), ask)
+    assert seconds >= 2 * 0.05
 
 
 @needs_root
