@@ -115,8 +115,7 @@ def _measured(
     with ExitStack() as stack:
         server = latency.serve(stack, calibrator, forced, unsure)
         one = latency.open_linked(stack, calibrator, forced, device, server, inputs)
-        turns = int(min(max(total_s / one.predicted_s(forced.overheads), latency.LEAST_TURNS), latency.MOST_TURNS))
-        for turn in range(turns):
+        for turn in range(latency.turns_within(total_s, one.predicted_s(forced.overheads))):
             one.ask(inputs, turn)
         seconds = statistics.median(receipt.fallback_s for receipt in one.receipts)
         return one.receipts[0].fallback_bytes_up, seconds

@@ -136,12 +136,17 @@ def latency_rows(
                 opened.append(open_linked(stack, calibrator, forced, device, servers[cut], inputs))
                 chosen.append(is_chosen)
         predicted_s = sum(one.predicted_s(catalogue.overheads) for one in opened)
-        turns = int(min(max(total_s / predicted_s, LEAST_TURNS), MOST_TURNS))
+        turns = turns_within(total_s, predicted_s)
         for turn in range(turns):
             told("requests over emulated links", turn / turns)
             _ask_all([*unlinked, *opened], inputs, turn)
         now = _overheads(unlinked)
         return [_row(one, is_chosen, now) for one, is_chosen in zip(opened, chosen, strict=True)]
+
+
+def turns_within(total_s: float, turn_s: float) -> int:
+    """How often to ask for what takes `turn_s` each time."""
+    return int(min(max(total_s / turn_s, LEAST_TURNS), MOST_TURNS))
 
 
 def worth_measuring(catalogue: Catalogue, device: DeviceProfile) -> Iterator[tuple[Catalogue, bool]]:
