@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from gossipfl.overlay.graphs import degrees_of
 from gossipfl.overlay.links import Links, check_links
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.messages import Fault, RoundReport, Traffic
-from gossipfl.runtime.events import round_event
+from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.hosting import about_statistics, about_trace, peer_settings
@@ -155,7 +155,6 @@ class _Simulation(Watcher):
         self._before: dict[str, float] = {}  # accuracy of each peer's newest trained vector
         self._rounds: dict[int, _Sums] = {}
         self._last_round = self.gossip.rounds
-        self._finished: dict[str, str | None] = {}
         self._first_distance: float | None = None
         self._is_stopping = False
 
@@ -251,21 +250,12 @@ class _Simulation(Watcher):
         self._done.append((peer, event, vector))
 
     def fault(self, peer: SimulatedPeer, fault: Fault) -> None:
-        self._add({"event": "fault", "at": peer.name, "time_s": round(self.simulator.clock.now, 4), **asdict(fault)})
+        self._add(fault_event(peer.name, fault, self.simulator.clock.now))
 
     def finished(self, peer: SimulatedPeer) -> None:
         self._tell()
-        self._finished[peer.name] = peer.error
-        self._add(
-            {
-                "event": "finished",
-                "peer": peer.name,
-                "round": peer.machine.round,
-                "time_s": round(self.simulator.clock.now, 4),
-                "error": peer.error,
-                "received_from": peer.traffic.received_from,
-            }
-        )
+        time_s, received_from = self.simulator.clock.now, peer.traffic.received_from
+        self._add(finished_event(peer.name, peer.machine.round, time_s, peer.error, received_from=received_from))
 
     def _is_evaluated(self, round_: int) -> bool:
         every = self.scenario.evaluate_every
