@@ -18,6 +18,7 @@ one of them pulls: what a paper has pushed is asked for by its receiver, so no p
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -103,8 +104,9 @@ class Scheduled(Gossip):
         self._everybody = tuple(sorted((name, *degrees)))
 
     @staticmethod
+    @abstractmethod
     def _schedule(names: Sequence[PeerId], replicas: int, rng: Any) -> Senders:
-        raise NotImplementedError
+        """Whose copies of one segment each peer mixes (see `overlay.selection`)."""
 
     def _choose(self, round_: int) -> list[list[PeerId]]:
         config = self.config
