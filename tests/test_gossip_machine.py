@@ -407,6 +407,14 @@ def test_an_answer_that_comes_after_it_was_given_up_tells_how_long_answers_take(
     assert a.membership.neighbours["b"].answer_deadline_s == 8.0 + 4 * 4.0
 
 
+def test_a_range_whose_beginning_was_lost_may_begin_anew_in_a_newer_version():
+    a, asked = gathering(replicas=1, others=("b",), segments=((0, 10),))
+    a.handle(Received("b", data(asked["b"], (0, 10), num_bytes=10, offset=30)), 1.1)
+    (again,) = pulls(a.handle(Wake(), a.next_deadline)).values()
+    actions = a.handle(Received("b", data(again, (0, 10), version=2)), 9.0)
+    assert only(actions, Merge) and (a.report.repeated_bytes, a.report.payload_bytes) == (10, 40)
+
+
 def test_a_transfer_that_progresses_outlives_the_patience():
     a, asked = gathering(replicas=1, others=("b",), patience_s=10, segments=((0, 1000),))
     pull, now = asked["b"], 1.0

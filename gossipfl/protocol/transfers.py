@@ -48,12 +48,9 @@ class Transfer:
     def begin(self, data: Data) -> int:
         """Note the version that a range is served in; bytes that had come of another one, which count for nothing now."""
         range_ = data.range
-        if range_ not in self.versions:
-            self.versions[range_] = data.version
+        if range_ in self.versions and data.offset:
             return 0
-        wasted = self.missing[range_] if data.offset == 0 else 0
-        if wasted:
-            self.missing[range_], self.versions[range_] = 0, data.version
+        wasted, self.missing[range_], self.versions[range_] = self.missing[range_], 0, data.version
         return wasted
 
     def continues_with(self, data: Data) -> bool:
