@@ -446,6 +446,18 @@ def test_a_late_copy_is_counted_and_changes_nothing():
     assert (a.report.late, a.report.repeated_bytes) == (1, 40)
 
 
+def test_what_comes_while_a_peer_trains_counts_towards_the_round_that_it_trains_for():
+    a, asked = gathering(replicas=1)
+    pull = asked["b"]
+    assert answer_all(a, asked, 1.1)[-1] == Train(2)
+    a.handle(Received("b", data(pull, pull.ranges[0], num_bytes=30, total=40)), 1.2)  # what was resumed comes twice
+    a.handle(Received("b", data(pull, pull.ranges[0], num_bytes=10, offset=30, total=40)), 1.3)
+    a.handle(Rejected("b", pull.request, "not finite"), 1.4)
+    (report,) = only(answer_all(a, pulls(a.handle(Trained(2, 100), 2.0)), 2.1), Report)
+    done = report.record
+    assert (done.round, done.repeated_bytes, done.late, done.rejected, done.payload_bytes) == (2, 40, 1, 1, 160)
+
+
 def test_a_peer_that_changes_its_number_of_samples_is_rejected():
     a, asked = gathering(replicas=1, others=("b",))
     a.handle(Received("b", data(asked["b"], SEGMENTS[0], num_samples=100)), 1.1)
@@ -456,6 +468,7 @@ def test_a_peer_that_changes_its_number_of_samples_is_rejected():
 def test_who_is_far_behind_adopts_the_newest_model_and_jumps_to_its_round():
     a, asked = gathering(rounds=20, replicas=1, versions_kept=4)
     (liar, its_pull), (peer, pull) = list(asked.items())[:2]
+    a.handle(Received(liar, data(its_pull, its_pull.ranges[0], num_bytes=10, offset=30)), 1.1)  # without what comes before
     actions = a.handle(Received(liar, data(its_pull, its_pull.ranges[0], version=6, newest=10**9)), 1.1)
     assert only(actions, Report) == []  # one neighbour alone is not believed
     actions = a.handle(Received(peer, data(pull, pull.ranges[0], version=6, newest=9)), 1.1)
@@ -466,6 +479,7 @@ def test_who_is_far_behind_adopts_the_newest_model_and_jumps_to_its_round():
     assert actions[-1] == Train(10)
     (done,) = [action.record for action in only(actions, Report)]
     assert (done.adopted, done.round, done.train_s, done.wait_s) == (True, 9, 1.0, pytest.approx(0.2))  # none of it is lost
+    assert done.repeated_bytes == 10
 
 
 # --- serving ----------------------------------------------------------------------------------------------------------

@@ -116,8 +116,16 @@ class Gatherer(Participant):
         usual_s = max(PATIENCE_IN_TRAININGS * train_s, PATIENCE_IN_TRANSFERS * self._usual_transfer_s)
         self._patience_s = self.config.patience_s or max(MIN_PATIENCE_S, usual_s)
         self._patience_end = now + self._patience_s
-        late = self.report.late if self.report.round == 0 else 0
-        self.report = RoundReport(round_, train_s=train_s, late=late)
+        since = self.report  # of what came while it trained, or of a round that ends in adoption
+        self.report = RoundReport(
+            round_,
+            train_s=train_s,
+            late=since.late,
+            refused=since.refused,
+            rejected=since.rejected,
+            timeouts=since.timeouts,
+            repeated_bytes=since.repeated_bytes,
+        )
         self._finished_rates.clear()
         self._reported.clear()
         return actions
