@@ -27,8 +27,9 @@ from torch import nn
 from gossipfl.errors import ConfigError, PlanError, RunError
 from gossipfl.inference.execution.activations import decode_live, encode_live, samples_to_text
 from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.planning.certificates import Basis, Certificate, certify
 from gossipfl.inference.planning.cuts import Catalogue
-from gossipfl.inference.planning.margins import Basis, Certificate, accepted, certify, differing, margins
+from gossipfl.inference.planning.margins import accepted, differing, margins
 from gossipfl.inference.planning.offers import Ask, Piece, manifest_from_json, to_json
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Budget, Receipt

@@ -17,8 +17,9 @@ from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.planning.certificates import allowed_disagreements
 from gossipfl.inference.planning.cuts import Catalogue, Overhead, activation_bytes, choose_plan, fetch_seconds, weight_bytes
-from gossipfl.inference.planning.margins import accepted, allowed_disagreements, margins
+from gossipfl.inference.planning.margins import accepted, margins
 from gossipfl.inference.planning.profile import DeviceProfile, Plan
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.stages import emulated

@@ -21,21 +21,16 @@ from gossipfl.inference.planning.cascade import (
     relative_energy_of_streams,
     saving,
 )
-from gossipfl.inference.planning.margins import (
-    THRESHOLDS,
+from gossipfl.inference.planning.certificates import (
     Basis,
     Certificate,
-    accepted,
     allowed_disagreements,
     certify,
     certify_continued,
-    differing,
-    losing,
-    margins,
     mean_risk,
     samples_needed,
-    threshold_letting_through,
 )
+from gossipfl.inference.planning.margins import THRESHOLDS, accepted, differing, losing, margins, threshold_letting_through
 from gossipfl.inference.planning.profile import LayerProfile, ModelProfile
 
 BASIS = Basis("5f1c", 3, 2, (4, 6), 8, ("int8", "fp32"), "digits")

@@ -11,7 +11,7 @@ import torch
 
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.planning.cascade import Cost
-from gossipfl.inference.planning.margins import samples_needed
+from gossipfl.inference.planning.certificates import samples_needed
 from gossipfl.learning.models import build_model
 from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.reproduce.ari import (

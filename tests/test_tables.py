@@ -26,7 +26,7 @@ from gossipfl.inference.execution.activations import (
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.sensitivity import BITS, measure, quantized
 from gossipfl.inference.execution.tables import LEVELS, harm_bound, make_tables, planned_scores
-from gossipfl.inference.planning.margins import samples_needed
+from gossipfl.inference.planning.certificates import samples_needed
 from gossipfl.learning.datasets import load_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.scenario.inference.payload import payload, payload_32, saved

@@ -5,8 +5,8 @@
     certificate = calibrator.certify(plan)
 
 Two kinds of samples: `seen` ones, that the model was trained on, for the noise of each layer and the ranges of activations; and
-`unseen` ones, in two disjoint parts, for the harm of each table (`tables`) and for certificates (`planning.margins`). Where
-there are too few unseen ones for both, the tables are made from seen ones and `warning` says so.
+`unseen` ones, in two disjoint parts, for the harm of each table (`tables`) and for `planning.certificates`. Where there are too
+few unseen ones for both, the tables are made from seen ones and `warning` says so.
 """
 
 from __future__ import annotations
@@ -28,19 +28,17 @@ from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import Compiled, Seconds, available_engines, compile_stage, stage_seconds
 from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, measure, quantized, rounded
 from gossipfl.inference.execution.tables import Row, make_tables, planned_scores
-from gossipfl.inference.planning.cuts import EXACT_BITS, MAX_BITS, Catalogue
-from gossipfl.inference.planning.margins import (
+from gossipfl.inference.planning.certificates import (
     ALPHA,
     DELTA,
     Basis,
     Certificate,
-    Scale,
     certify,
     certify_continued,
-    differing,
-    margins,
     samples_needed,
 )
+from gossipfl.inference.planning.cuts import EXACT_BITS, MAX_BITS, Catalogue
+from gossipfl.inference.planning.margins import Scale, differing, margins
 from gossipfl.inference.planning.offers import SAMPLE_BITS
 from gossipfl.inference.planning.profile import ON_DEVICE, Plan
 from gossipfl.learning.datasets import Dataset, normalise

@@ -24,7 +24,7 @@ from scipy.special import bdtri
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, quantized, rounded
 from gossipfl.inference.planning.bits import allocate_bits
-from gossipfl.inference.planning.margins import DELTA, samples_needed
+from gossipfl.inference.planning.certificates import DELTA, samples_needed
 
 LEVELS = (0.002, 0.005, 0.01, 0.02, 0.05)
 """Losses of accuracy that tables are made for."""

@@ -33,7 +33,7 @@ from functools import cache
 import numpy as np
 
 from gossipfl.errors import ConfigError
-from gossipfl.inference.planning.margins import ALPHA, DELTA
+from gossipfl.inference.planning.certificates import ALPHA, DELTA
 
 SHARE = 0.01
 """Of the requests are audited by default."""

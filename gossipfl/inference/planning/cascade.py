@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gossipfl.errors import ConfigError
-from gossipfl.inference.planning.margins import Certificate
+from gossipfl.inference.planning.certificates import Certificate
 from gossipfl.inference.planning.profile import ModelProfile, Plan
 
 FULL_STREAM_BITS = 12

@@ -2,7 +2,7 @@
 
 The payload of QPART is what one cold request moves: the weights of the device's layers and the values at the cut, against 32
 bits for the same cut (Li, Ghafouri, Ji, Vandierendonck, John and Nikolopoulos, arXiv 2506.23934, report 11.88 to 18.12 % of it
-at 0.08 to 0.66 % of accuracy lost). Thresholds are those of ARI (arXiv 2408.14528) and the certified one of `planning.margins`.
+at 0.08 to 0.66 % of accuracy lost). Thresholds are those of ARI (arXiv 2408.14528) and that of `planning.certificates`.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from gossipfl.inference.execution.calibration import Calibration, Calibrator, Pr
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import available_engines, stage_seconds
 from gossipfl.inference.execution.tables import Row
+from gossipfl.inference.planning.certificates import ALPHA, DELTA, Certificate
 from gossipfl.inference.planning.cuts import Catalogue, choose_plan
-from gossipfl.inference.planning.margins import ALPHA, DELTA, Certificate
 from gossipfl.inference.planning.profile import DeviceProfile, Plan
 from gossipfl.learning.checkpoint import write_atomically
 from gossipfl.scenario.inference.latency import measure_overheads

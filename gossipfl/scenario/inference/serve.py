@@ -16,7 +16,7 @@ import torch
 
 from gossipfl.errors import ConfigError, RunError
 from gossipfl.inference.execution.chain import Chain
-from gossipfl.inference.planning.margins import Certificate
+from gossipfl.inference.planning.certificates import Certificate
 from gossipfl.inference.planning.profile import DeviceProfile, Plan
 from gossipfl.inference.planning.receipts import Answer
 from gossipfl.learning.datasets import normalise, open_dataset

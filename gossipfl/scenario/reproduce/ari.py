@@ -34,7 +34,8 @@ from gossipfl.inference.planning.cascade import (
     relative_energy_of_mantissas,
     relative_energy_of_streams,
 )
-from gossipfl.inference.planning.margins import Basis, accepted, certify, largest_change, margins
+from gossipfl.inference.planning.certificates import Basis, certify
+from gossipfl.inference.planning.margins import accepted, largest_change, margins
 from gossipfl.learning.datasets import Dataset
 from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arm, Arms, Reproduction, Row, Table
 from gossipfl.scenario.reproduce.trained_arm import train_arm, write_record
