@@ -7,6 +7,9 @@ import signal
 import threading
 from collections.abc import Iterator
 
+EXIT_INTERRUPTED = 130
+"""128 and the number of SIGINT, as shells have it."""
+
 
 @contextlib.contextmanager
 def terminate_is_interrupt() -> Iterator[None]:

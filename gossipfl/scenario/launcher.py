@@ -45,6 +45,7 @@ from gossipfl.scenario.hosting import (
     serving,
     tcp_address,
 )
+from gossipfl.scenario.interrupts import EXIT_INTERRUPTED
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal_to_files
 from gossipfl.scenario.presence import Presence, check_churn
@@ -55,7 +56,6 @@ from gossipfl.scenario.workers import WorkerHandle
 
 HEARS_S = 0.5
 """How long a command may take to be obeyed on a busy machine."""
-EXIT_INTERRUPTED = 130
 
 
 @dataclass

@@ -11,6 +11,7 @@ import numpy as np
 
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario.config import Scenario
+from gossipfl.scenario.interrupts import EXIT_INTERRUPTED
 from gossipfl.scenario.records import Event
 
 MAX_REASONS = 3
@@ -46,7 +47,7 @@ class RunResult:
     def ending(self) -> str | None:
         """Why the run did not end well, in a sentence; None if it did."""
         num_done = self.summary["peers"] - len(self.summary["faults"]["dead_peers"])
-        if self.exit_code == 130:
+        if self.exit_code == EXIT_INTERRUPTED:
             return f"interrupted after {self.summary['rounds']} rounds"
         if self.exit_code == 0:
             return None

@@ -33,7 +33,7 @@ from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.hosting import about_statistics, about_trace, peer_settings
-from gossipfl.scenario.interrupts import terminate_is_interrupt
+from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, planned_event, summarize
@@ -46,7 +46,6 @@ MAX_MODELS_BYTES = 2**30
 """Of the peers' final models together, to be kept one by one; beyond it only the average is."""
 MANY_PEERS = 64
 """From here on "auto" measures which engine is faster."""
-EXIT_INTERRUPTED = 130
 
 
 def simulate(

@@ -33,6 +33,7 @@ from rich.table import Table
 from gossipfl.errors import ConfigError, GossipflError
 from gossipfl.learning.checkpoint import write_atomically, writing
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
+from gossipfl.scenario.interrupts import EXIT_INTERRUPTED
 from gossipfl.scenario.pool import processes
 from gossipfl.scenario.workers import num_cores
 
@@ -255,7 +256,7 @@ def _run_one(scenario: Scenario, folder: Path) -> tuple[dict[str, Any] | None, s
         return None, str(error)
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    if summary["exit_code"] == 130:
+    if summary["exit_code"] == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     dead = summary["faults"]["dead_peers"]
     return summary, f"{len(dead)} of {summary['peers']} peers did not finish" if summary["exit_code"] else ""
