@@ -379,6 +379,16 @@ def test_an_engine_with_smaller_weights_is_taken_where_the_faster_one_does_not_f
     assert plan.cut == 2
 
 
+def test_an_engine_that_the_device_has_refused_is_not_planned_for_it():
+    catalogue = replace(
+        EXAMPLE, device_s={"fp32": (0.0, 1.0, 2.0, 3.0), "int8": (0.0, 0.1, 0.2, 0.3), "bf16": (0.0, 0.5, 1.0, 1.5)}
+    )
+    for refused, engine in (((), "int8"), (("int8",), "bf16"), (("int8", "bf16", "fp32"), "fp32"), (("unheard of",), "int8")):
+        plan, rows = choose_plan(catalogue, DeviceProfile(price_weight=9.0), 0.01, refused=refused)
+        assert {row.device_engine for row in rows[1:]} == {plan.stages[0].engine} == {engine}
+        assert plan.prediction.device_s == catalogue.device_s[engine][3]
+
+
 def test_where_nothing_fits_the_smallest_memory_that_would_do_is_named():
     device = DeviceProfile("watch", memory_bytes=200)
     message = r"memory_bytes = 200 of device 'watch' is too little for every cut; the smallest, after 0 of 3 layers, takes 288"

@@ -17,6 +17,7 @@ from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.execution.engines import ENGINES
 from gossipfl.inference.planning.cuts import Catalogue, Overhead, activation_bytes, choose_plan, fetch_seconds, weight_bytes
 from gossipfl.inference.planning.margins import accepted, allowed_disagreements, margins
 from gossipfl.inference.planning.profile import DeviceProfile, Plan
@@ -90,7 +91,12 @@ def test_the_bytes_that_move_are_those_that_were_predicted(calibrator, catalogue
         assert row.predicted_pull_s == fetch_seconds(catalogue, NEAR, (4, 5)[: row.cut])
 
 
-def test_a_convolutional_plan_with_an_int8_engine_moves_the_bytes_that_were_predicted_samples_and_all():
+def laboured(stage, inputs):
+    return lambda *live: [stage(*live) for _ in range(100)][-1]
+
+
+def test_a_convolutional_plan_with_an_int8_engine_moves_the_bytes_that_were_predicted_samples_and_all(monkeypatch):
+    monkeypatch.setitem(ENGINES._functions, "fp32", laboured)  # or the device might find it to be faster
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(),
@@ -109,6 +115,17 @@ def test_a_convolutional_plan_with_an_int8_engine_moves_the_bytes_that_were_pred
         expected = weight_bytes(catalogue.profile, (4, 5, 6)[: row.cut]) + (sample_bytes if row.cut else 0)
         assert row.predicted_pull == row.measured_pull == expected
         assert row.predicted_up == row.measured_up
+
+
+def test_of_an_engine_that_a_device_refuses_nothing_is_predicted(calibrator, catalogue, monkeypatch):
+    monkeypatch.setitem(ENGINES._functions, "planted", laboured)
+    samples = len(samples_to_text(calibrator.samples))
+    planted = replace(catalogue, device_s={"planted": (0.0, 0.1, 0.2, 0.3), **catalogue.device_s}, sample_bytes=samples)
+    assert choose_plan(planted, NEAR, 0.01)[1][2].device_engine == "planted"
+    *_, row = latency_rows(calibrator, planted, (NEAR,), X)
+    assert (row.cut, row.engine) == (2, "fp32")
+    assert row.predicted_s == choose_plan(catalogue, NEAR, 0.01, (4, 5))[1][2].prediction.latency_s
+    assert row.predicted_pull == row.measured_pull == weight_bytes(catalogue.profile, (4, 5)) + samples, "of the first offer"
 
 
 def test_nothing_takes_less_than_the_link_alone(calibrator, catalogue):

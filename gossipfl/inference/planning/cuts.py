@@ -21,7 +21,7 @@ is not known here (`margins`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
@@ -149,10 +149,12 @@ def choose_plan(
     max_accuracy_loss: float,
     cached: Sequence[int] = (),
     has_samples: bool = False,
+    refused: Collection[str] = (),
 ) -> tuple[Plan, tuple[CutRow, ...]]:
     """The cheapest plan for `device`, and what every cut 0..L would cost. `cached[l]` planes of layer l are on the device.
 
-    It gets no samples to compile its engine with where it `has_samples` already.
+    It gets no samples to compile its engine with where it `has_samples` already, and none of the engines that it has `refused`
+    but for "fp32".
 
     PlanError where no level is within `max_accuracy_loss` or no cut fits the memory, with the nearest that would do;
     ConfigError for a device that cannot be.
@@ -162,7 +164,8 @@ def choose_plan(
     if len(cached) > num_layers or not all(0 <= bits <= MAX_BITS for bits in cached):
         raise PlanError(f"cached bits {tuple(cached)} are not 0 to {MAX_BITS} for each of at most {num_layers} layers")
     level = _level_within(catalogue, max_accuracy_loss)
-    known = replace(catalogue, sample_bytes=0) if has_samples else catalogue
+    left = {name: seconds for name, seconds in catalogue.device_s.items() if name == EXACT_ENGINE or name not in refused}
+    known = replace(catalogue, device_s=left, sample_bytes=0 if has_samples else catalogue.sample_bytes)
     rows = tuple(_row(known, device, level, cut, cached) for cut in range(num_layers + 1))
     costs = {row.cut: row.prediction.cost for row in rows if row.prediction and row.obstacle is None}
     if not costs:

@@ -52,7 +52,8 @@ class Ask:
     """A plan for this device, please, within this loss of accuracy (None: the server's choice).
 
     It has version `held` already (0: none), and of it `cached` planes of each of the first layers: the answer may wait until
-    there is a newer one, for at most `wait_s`. `samples` is the digest of those it has to compile engines with.
+    there is a newer one, for at most `wait_s`. `samples` is the digest of those it has to compile engines with. Those engines
+    that are `refused` do not work on it or are slower than "fp32" there, and are not planned.
     """
 
     device: DeviceProfile
@@ -61,6 +62,7 @@ class Ask:
     wait_s: float = 0.0
     cached: tuple[int, ...] = ()
     samples: str = ""
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,13 +75,20 @@ class LatencyRow:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A device that has answered once, and what it has to do: the only cut of `forced`."""
+    """A device that has answered once, and what it has to do: the only cut of `forced`.
+
+    `offered` are the plans that it had, one more than it has refused engines.
+    """
 
     device: DeviceProfile
     forced: Catalogue
-    plan: Plan
+    offered: list[Plan]
     edge: EdgeDevice
     receipts: list[Receipt] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        return self.offered[-1]
 
     def ask(self, inputs: np.ndarray, turn: int) -> None:
         """About one sample, after a rest."""
@@ -91,7 +98,8 @@ class Opened:
     def predicted_s(self, overheads: Overheads) -> float:
         """Of a request with the weights there."""
         catalogue = replace(self.forced, overheads=overheads)
-        plan, _ = choose_plan(catalogue, self.device, min(catalogue.levels), cached=self.plan.weight_bits, has_samples=True)
+        held = self.plan.weight_bits
+        plan, _ = choose_plan(catalogue, self.device, min(catalogue.levels), held, True, self.edge.refused)
         return plan.prediction.latency_s
 
     @property
@@ -222,7 +230,6 @@ def _relay(stack: ExitStack, address: str, device: DeviceProfile) -> str:
 def _open(
     stack: ExitStack, calibrator: Calibrator, forced: Catalogue, device: DeviceProfile, address: str, inputs: np.ndarray
 ) -> Opened:
-    plan, _ = choose_plan(forced, device, LEVEL)
     edge = EdgeDevice(
         [address],
         calibrator.chain,
@@ -235,7 +242,11 @@ def _open(
     )
     stack.callback(edge.close)
     edge.predict(inputs[:1], PATIENCE_S)
-    return Opened(device, forced, plan, edge)
+    offered: list[Plan] = []
+    for num_refused in range(len(edge.refused) + 1):
+        has_samples = any(plan.prediction.sample_bytes for plan in offered)
+        offered.append(choose_plan(forced, device, LEVEL, (), has_samples, edge.refused[:num_refused])[0])
+    return Opened(device, forced, offered, edge)
 
 
 def _row(one: Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
@@ -253,7 +264,7 @@ def _row(one: Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
         statistics.median(receipt.seconds["total"] for receipt in one.receipts),
         plan.prediction.activation_bytes,
         one.receipts[0].bytes_up,
-        plan.prediction.weight_bytes + plan.prediction.sample_bytes,
+        plan.prediction.weight_bytes + sum(offer.prediction.sample_bytes for offer in one.offered),
         one.edge.bytes_pulled,
         fetch_seconds(one.forced, one.device, plan.weight_bits),
         one.edge.seconds_pulled,
