@@ -28,9 +28,9 @@ from gossipfl.errors import ConfigError, PlanError, RunError
 from gossipfl.inference.execution.activations import decode_live, encode_live, samples_to_text
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import ENGINES
-from gossipfl.inference.planning.cuts import Catalogue, resident_bytes
+from gossipfl.inference.planning.cuts import Catalogue, choose_plan, resident_bytes
 from gossipfl.inference.planning.margins import Basis, Certificate, accepted, certify, differing, margins
-from gossipfl.inference.planning.offers import Ask, Piece, manifest_from_json, to_json
+from gossipfl.inference.planning.offers import Ask, Piece, manifest_from_json, offer_bytes, to_json
 from gossipfl.inference.planning.profile import ON_DEVICE, DeviceProfile
 from gossipfl.inference.planning.receipts import Budget, Receipt
 from gossipfl.protocol import wire
@@ -292,9 +292,11 @@ def test_samples_come_with_an_offer_unless_the_device_has_them(slow_fp32, server
     server.publish("m", 1, vector_of(1), with_engine("bf16", catalogue(1, LAYERS)), certified(0.0), samples=X)
     without, with_these, with_others = devices(server), devices(server, samples=X), devices(server, samples=X[:2])
     plain = devices(servers(cut=LAYERS))
-    everything = [device.predict(X, DEADLINE_S) and device.bytes_pulled for device in (plain, without, with_these, with_others)]
+    opened = plain, without, with_these, with_others
+    everything = [device.predict(X, DEADLINE_S) and device.bytes_offered for device in opened]
     text = len(samples_to_text(X))
-    assert [pulled - everything[0] for pulled in everything] == [0, text, 0, text]
+    assert [offered - everything[0] for offered in everything] == [0, text, 0, text]
+    assert len({device.bytes_pulled for device in opened}) == 1
     layer = chain().profile.layers[1]
     vector = vector_of(1)
     vector[slice(*layer.bias)] += 1.0
@@ -303,8 +305,28 @@ def test_samples_come_with_an_offer_unless_the_device_has_them(slow_fp32, server
         assert wait_for(lambda device=device: device.models()[0].version == 2)
         receipt = device.predict(X, DEADLINE_S).receipt
         assert (receipt.version, receipt.engines, receipt.alpha) == (2, ("bf16",), 0.02)
-        assert device.bytes_pulled - before == 4 * layer.channels, "a bias, and no samples"
+        assert device.bytes_offered - before == everything[0], "no samples"
+        assert device.bytes_pulled - plain.bytes_pulled == 4 * layer.channels, "a bias"
         assert device._versions[2].manifest.plan.prediction.sample_bytes == 0
+
+
+@pytest.mark.parametrize(("cut", "activation_bits"), [(0, 32), (0, 3), (2, 2), (LAYERS, 0)])
+@pytest.mark.parametrize("threshold", [0.0, float(np.float32(1 / 3) * np.float32(1e-9)), math.inf])
+def test_an_offer_takes_the_bytes_that_were_predicted(threshold, cut, activation_bits, slow_fp32, devices):
+    """Whatever the threshold and the plan; 16 digits of each number of the plan, and the longest name."""
+    times = [k / 3 for k in range(LAYERS + 1)]
+    plan = with_engine("bf16", replace(catalogue(1, cut, 7, activation_bits), device_s={"fp32": times}))
+    name = "m" * (wire.MAX_NAME_BYTES - 8)
+    profile = DeviceProfile(uplink=7e5, downlink=3e5, latency_s=1 / 7, requests=3)
+    with InferenceServer({name: chain()}, new_address("tcp4")) as server:
+        server.publish(name, 1, vector_of(1), plan, also_continued(threshold), samples=X)
+        device = devices(server, model=name, device_profile=profile, max_accuracy_loss=LOSS)
+        receipt = device.predict(X, DEADLINE_S).receipt
+    expected, _ = choose_plan(replace(plan, sample_bytes=len(samples_to_text(X))), profile, LOSS)
+    predicted = expected.prediction
+    assert (receipt.cut, predicted.sample_bytes > 0) == (cut, cut > 0)
+    assert device.bytes_offered == predicted.offer_bytes + predicted.sample_bytes
+    assert device.bytes_pulled == predicted.weight_bytes
 
 
 def test_where_the_planned_engine_does_not_work_the_plan_of_another_is_asked_for_and_holds(servers, devices):
@@ -580,7 +602,8 @@ def test_what_a_device_holds_already_moves_the_cut(changed, cut, servers, device
         vector[slice(*chain().profile.layers[index].weight)] *= 1.5
     plans = catalogue(2, LAYERS)
     level = {LOSS: {0: ((), 32), LAYERS: plans.levels[LOSS][LAYERS]}}
-    times = tuple(0.005 * k for k in range(LAYERS + 1))
+    here, there = (offer_bytes(chain().profile, (6,) * cut) for cut in (LAYERS, 0))  # what it has to hear in either case
+    times = tuple((0.02 + (here - there) / slow.downlink) / LAYERS * k for k in range(LAYERS + 1))
     plans = replace(plans, levels=level, device_s={"fp32": times}, server_s={"fp32": tuple(2 * s for s in times[::-1])})
     server.publish("m", 2, vector, plans)
     assert wait_for(lambda: device.models()[0].version == 2)

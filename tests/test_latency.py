@@ -20,6 +20,7 @@ from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import ENGINES
 from gossipfl.inference.planning.cuts import Catalogue, Overhead, activation_bytes, choose_plan, fetch_seconds, weight_bytes
 from gossipfl.inference.planning.margins import accepted, allowed_disagreements, margins
+from gossipfl.inference.planning.offers import offer_bytes
 from gossipfl.inference.planning.profile import DeviceProfile, Plan
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.stages import emulated
@@ -87,7 +88,8 @@ def test_the_bytes_that_move_are_those_that_were_predicted(calibrator, catalogue
     profile = catalogue.profile
     for row in latency_rows(calibrator, catalogue, (NEAR,), X):
         assert row.predicted_up == row.measured_up == activation_bytes(profile, row.cut, 6)
-        assert row.predicted_pull == row.measured_pull == weight_bytes(profile, (4, 5)[: row.cut])
+        bits = (4, 5)[: row.cut]
+        assert row.predicted_pull == row.measured_pull == weight_bytes(profile, bits) + offer_bytes(profile, bits)
         assert row.predicted_pull_s == fetch_seconds(catalogue, NEAR, (4, 5)[: row.cut])
 
 
@@ -112,9 +114,17 @@ def test_a_convolutional_plan_with_an_int8_engine_moves_the_bytes_that_were_pred
     rows = latency_rows(calibrator, catalogue, (NEAR,), x)
     assert [(row.cut, row.engine) for row in rows] == [(3, "int8"), (2, "int8"), (0, "-")]
     for row in rows:
-        expected = weight_bytes(catalogue.profile, (4, 5, 6)[: row.cut]) + (sample_bytes if row.cut else 0)
+        bits = (4, 5, 6)[: row.cut]
+        pieces = weight_bytes(catalogue.profile, bits)
+        expected = pieces + offer_bytes(catalogue.profile, bits) + (sample_bytes if row.cut else 0)
         assert row.predicted_pull == row.measured_pull == expected
         assert row.predicted_up == row.measured_up
+
+
+def of_a_request(catalogue, cut) -> float:
+    """Seconds of one request of so many that it has no share in what is fetched."""
+    many = replace(NEAR, requests=10**15)
+    return choose_plan(catalogue, many, 0.01, (4, 5)[:cut])[1][cut].prediction.latency_s
 
 
 def test_of_an_engine_that_a_device_refuses_nothing_is_predicted(calibrator, catalogue, monkeypatch):
@@ -124,24 +134,26 @@ def test_of_an_engine_that_a_device_refuses_nothing_is_predicted(calibrator, cat
     assert choose_plan(planted, NEAR, 0.01)[1][2].device_engine == "planted"
     *_, row = latency_rows(calibrator, planted, (NEAR,), X)
     assert (row.cut, row.engine) == (2, "fp32")
-    assert row.predicted_s == choose_plan(catalogue, NEAR, 0.01, (4, 5))[1][2].prediction.latency_s
-    assert row.predicted_pull == row.measured_pull == weight_bytes(catalogue.profile, (4, 5)) + samples, "of the first offer"
+    assert row.predicted_s == of_a_request(catalogue, 2)
+    pieces, offer = weight_bytes(catalogue.profile, (4, 5)), offer_bytes(catalogue.profile, (4, 5))
+    assert row.predicted_pull == row.measured_pull == pieces + 2 * offer + samples, "both offers, and samples with the first"
 
 
 def test_nothing_takes_less_than_the_link_alone(calibrator, catalogue):
     for row in latency_rows(calibrator, catalogue, (FAR,), X):
         link_s = 2 * FAR.latency_s
         assert row.measured_s >= link_s + row.measured_up / FAR.uplink + 4 * 5 / FAR.downlink
-        assert row.measured_pull_s >= (link_s + row.measured_pull / FAR.downlink if row.cut else 0.0)
+        pieces = row.measured_pull - offer_bytes(catalogue.profile, (4, 5)[: row.cut])
+        assert row.measured_pull_s >= (link_s + pieces / FAR.downlink if row.cut else 0.0)
 
 
 def test_a_prediction_is_the_plans_and_now_has_the_overheads_of_now(calibrator, catalogue):
     overhead = Overhead(1.0, 2.0, 4.0)
     catalogue = replace(catalogue, overheads=(overhead,) * 3)
     for row in latency_rows(calibrator, catalogue, (NEAR,), X):
-        predicted = choose_plan(catalogue, NEAR, 0.01, (4, 5)[: row.cut])[1][row.cut].prediction
-        assert row.predicted_s == predicted.latency_s
-        measured = row.predicted_now_s - (predicted.latency_s - 2.0 - 4.0 - (1.0 / NEAR.speed))
+        predicted_s = of_a_request(catalogue, row.cut)
+        assert row.predicted_s == predicted_s
+        measured = row.predicted_now_s - (predicted_s - 2.0 - 4.0 - (1.0 / NEAR.speed))
         assert measured > 0  # threads and messages take some time
         assert row.error == row.predicted_s / row.measured_s - 1
         assert row.error_now == row.predicted_now_s / row.measured_s - 1

@@ -153,7 +153,9 @@ class EdgeDevice:
         self.faults: list[Report] = []
         """The last things that went wrong with servers and were survived."""
         self.bytes_pulled = 0
-        """Payload of the pieces that have been pulled, and samples to compile engines with."""
+        """Payload of the pieces that have been pulled."""
+        self.bytes_offered = 0
+        """Payload of the offers that have come, with the samples to compile engines with."""
         self.seconds_pulled = 0.0
         """From the last Pull to the last of what it asked for."""
         self._loop.start()
@@ -333,7 +335,7 @@ class EdgeDevice:
             match message:
                 case Offer():
                     heard = take_offer(coming, message, self._model, self._chain)
-                    self.bytes_pulled += len(heard.payload.samples) if heard is not None else 0
+                    self.bytes_offered += message.total if heard is not None else 0
                 case Data():
                     heard = take_data(coming, message, self._versions.get(coming.version), self._cache)
                     self.bytes_pulled += message.num_bytes if heard is not None else 0

@@ -14,7 +14,7 @@ from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.planning.cascade import cheapest
 from gossipfl.inference.planning.cuts import Catalogue, choose_plan
 from gossipfl.inference.planning.margins import Certificate
-from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, samples_digest, to_json
+from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, offer_to_json, samples_digest
 from gossipfl.inference.planning.profile import ON_DEVICE, Fallback, Plan, Range, Stage
 from gossipfl.runtime.content_cache import digest_of
 from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
@@ -142,7 +142,7 @@ class ServedVersion:
             manifest = replace(manifest, threshold=certificate.threshold, scale=certificate.basis.scale)
             if certificate.loss == "disagreement":  # of a loss of accuracy no device could tell without labels
                 manifest = replace(manifest, alpha=certificate.alpha, delta=certificate.delta)
-        return to_json(manifest)
+        return offer_to_json(manifest)
 
     def _unchanged(self, held: ServedVersion) -> tuple[bool, ...]:
         """Of each layer, whether weight and bias are those of `held`."""

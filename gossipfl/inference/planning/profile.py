@@ -115,6 +115,8 @@ class Prediction:
     accuracy_loss: float
     sample_bytes: int = 0
     """Of the samples that the device compiles its engine with, where it gets them."""
+    offer_bytes: int = 0
+    """Of the rest of the offer that this is part of: the plan, and a digest for each piece of the layers."""
 
 
 @dataclass(frozen=True, slots=True)

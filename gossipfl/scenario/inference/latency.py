@@ -33,6 +33,8 @@ LEAST_TURNS, MOST_TURNS = 3, 25
 PAUSE_S = 0.05
 """Rest before each request: who is asked once in a while begins cold, which takes up to three times as long."""
 PATIENCE_S = 60.0
+MANY = 10**15
+"""Requests, for each of which nothing is fetched."""
 MODEL = "m"
 Overheads = tuple[Overhead, Overhead, Overhead]
 
@@ -57,7 +59,7 @@ class LatencyRow:
     predicted_up: int
     measured_up: int
     predicted_pull: int
-    """With the samples that come with the offer, if the engine is compiled with any."""
+    """With the offer, and the samples in it that the engine may be compiled with."""
     measured_pull: int
     predicted_pull_s: float
     measured_pull_s: float
@@ -97,9 +99,8 @@ class Opened:
 
     def predicted_s(self, overheads: Overheads) -> float:
         """Of a request with the weights there."""
-        catalogue = replace(self.forced, overheads=overheads)
-        held = self.plan.weight_bits
-        plan, _ = choose_plan(catalogue, self.device, min(catalogue.levels), held, True, self.edge.refused)
+        catalogue, device = replace(self.forced, overheads=overheads), replace(self.device, requests=MANY)
+        plan, _ = choose_plan(catalogue, device, LEVEL, self.plan.weight_bits, True, self.edge.refused)
         return plan.prediction.latency_s
 
     @property
@@ -264,8 +265,9 @@ def _row(one: Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
         statistics.median(receipt.seconds["total"] for receipt in one.receipts),
         plan.prediction.activation_bytes,
         one.receipts[0].bytes_up,
-        plan.prediction.weight_bytes + sum(offer.prediction.sample_bytes for offer in one.offered),
-        one.edge.bytes_pulled,
+        plan.prediction.weight_bytes
+        + sum(offer.prediction.sample_bytes + offer.prediction.offer_bytes for offer in one.offered),
+        one.edge.bytes_pulled + one.edge.bytes_offered,
         fetch_seconds(one.forced, one.device, plan.weight_bits),
         one.edge.seconds_pulled,
     )
