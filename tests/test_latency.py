@@ -5,6 +5,7 @@ How far predictions are off depends on the machine: `gossipfl bench-inference` s
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
@@ -246,7 +247,8 @@ def test_a_speed_that_waiting_cannot_bring_about_is_refused(calibrator, speed):
 
 def test_a_link_alone_is_never_faster_than_it_is_set(monkeypatch):
     monkeypatch.setattr(link_error, "TURNS", 3)
-    rows = link_rows([replace(NEAR, latency_s=0.005)])
+    unlimited = [replace(NEAR, latency_s=0.0), replace(NEAR, uplink=math.inf)]
+    rows = link_rows([replace(NEAR, latency_s=0.005), *unlimited])
     assert [(row.device, row.direction) for row in rows] == [("near", "up"), ("near", "down")]
     for row in rows:
         assert row.measured_latency_s >= row.latency_s and row.measured_rate <= row.rate

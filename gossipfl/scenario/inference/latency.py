@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.calibration import Calibrator, Progress
 from gossipfl.inference.execution.engines import undisturbed
 from gossipfl.inference.planning.cuts import Bits, Catalogue, Overhead, choose_plan, fetch_seconds
@@ -121,6 +122,14 @@ def measure_overheads(calibrator: Calibrator, catalogue: Catalogue, inputs: np.n
         for turn in range(MOST_TURNS):
             _ask_all(unlinked, inputs, turn)
         return _overheads(unlinked)
+
+
+def check_emulated(devices: Iterable[DeviceProfile]) -> None:
+    """ConfigError for a device that is faster than this machine."""
+    for device in devices:
+        if device.speed > 1:
+            what = f"speed = {device.speed} of device {device.name!r}"
+            raise ConfigError(f"{what} cannot be emulated, as waiting only makes slower; give 1 at most")
 
 
 def latency_rows(
@@ -239,7 +248,7 @@ def _open(
         model=MODEL,
         patience_s=PATIENCE_S,
         audit_share=0.0,
-        emulated_speed=min(device.speed, 1.0),
+        emulated_speed=device.speed,
     )
     stack.callback(edge.close)
     edge.predict(inputs[:1], PATIENCE_S)
