@@ -15,7 +15,7 @@ from gossipfl.inference.planning.cascade import cheapest
 from gossipfl.inference.planning.cuts import Catalogue, choose_plan
 from gossipfl.inference.planning.margins import Certificate
 from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, offer_to_json, samples_digest
-from gossipfl.inference.planning.profile import ON_DEVICE, Fallback, Plan, Range, Stage
+from gossipfl.inference.planning.profile import Fallback, Plan, Range, Stage
 from gossipfl.runtime.content_cache import digest_of
 from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
 from gossipfl.segments.codecs import all_finite, codec
@@ -176,9 +176,8 @@ class ServedVersion:
 
     def _check_certificate(self, certificate: Certificate, plan: Plan) -> None:
         basis = certificate.basis
-        engines = tuple(stage.engine for stage in plan.stages if stage.device == ON_DEVICE)
         certified = basis.version, basis.cut, basis.weight_bits, basis.activation_bits, basis.engines
-        planned = self.version, plan.cut, plan.weight_bits, plan.activation_bits, engines
+        planned = self.version, plan.cut, plan.weight_bits, plan.activation_bits, plan.device_engines
         if certified != planned or math.isnan(certificate.threshold):
             raise ConfigError(
                 f"the certificate is of (version, cut, bits, engines) {certified}, the plan of {planned}; certify the plan"

@@ -145,3 +145,8 @@ class Plan:
     """None where there is nothing to fall back from."""
     continued: FallbackCost | None = None
     """None where there is nothing left to send, or starting afresh is as cheap: then nobody continues."""
+
+    @property
+    def device_engines(self) -> tuple[str, ...]:
+        """What a certificate of the plan speaks of; the rest runs in full precision."""
+        return tuple(stage.engine for stage in self.stages if stage.device == ON_DEVICE)
