@@ -21,6 +21,7 @@ from gossipfl.inference.planning.cuts import (
     missing_bytes,
     weight_bytes,
 )
+from gossipfl.inference.planning.offers import offer_bytes
 from gossipfl.inference.planning.profile import ON_DEVICE, ON_SERVER, DeviceProfile, LayerProfile, ModelProfile, Stage
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import Activation, Continuation, Data, Pull, Result
@@ -145,8 +146,8 @@ def cost_by_hand(catalogue, device, level, cut, cached):
         if pulled:
             fetch_s = asked / device.uplink + 2 * device.latency_s + down / device.downlink + catalogue.overheads[0].rest_s
             total_s += fetch_s / device.requests
-        if cut and engine != "fp32":
-            total_s += catalogue.sample_bytes / device.downlink / device.requests
+        offered = offer_bytes(profile, weights) + (catalogue.sample_bytes if cut and engine != "fp32" else 0)
+        total_s += (offered + HEADER_BYTES) / device.downlink / device.requests
         energy = device.compute_w * device_s + device.transmit_w * uplink_s
         costs.append(device.time_weight * total_s + device.energy_weight * energy + device.price_weight * server_s)
     return min(costs, default=None)
@@ -203,7 +204,8 @@ def test_a_request_costs_what_its_parts_cost():
     header, range_ = HEADER_BYTES, RANGE_BYTES
     fetch_s = (2 * header + 2 * range_) / 86 + (52 + 2 * header) / 52 + 0.5 + 2.0
     assert fetch_seconds(catalogue, device, (4,)) == pytest.approx(fetch_s)
-    assert expected.transfer_s == pytest.approx(fetch_s / 4 + (86 + header) / 86 + (12 + header) / 52 + 0.5)
+    offer_s = (expected.offer_bytes + header) / 52
+    assert expected.transfer_s == pytest.approx((offer_s + fetch_s) / 4 + (86 + header) / 86 + (12 + header) / 52 + 0.5)
     assert expected.latency_s == pytest.approx(3 + 2.25 + 0.125 + expected.transfer_s)
     assert expected.energy_j == pytest.approx(3 * 3 + 5 * (86 + header) / 86)
     assert expected.cost == pytest.approx(expected.latency_s + 0.1 * expected.energy_j + 0.01 * 2.25)
@@ -314,9 +316,11 @@ def test_planes_that_are_there_already_are_not_fetched_again():
     assert fetched == [first + second, first, 2 * 5, 0, 2 * 9]
     slow = DeviceProfile(downlink=1.0)
     rows = {cached: choose_plan(EXAMPLE, slow, 0.01, cached)[1] for cached in ((), (5, 6, 7))}
-    assert rows[()][3].prediction.transfer_s == 4 * (4 + 2 + 3) + 28 + 5 * 5 + 6 * 9 + 7 * 7 + 5 * HEADER_BYTES
-    assert rows[(5, 6, 7)][3].prediction.transfer_s == 0.0
-    assert choose_plan(EXAMPLE, slow, 0.01, (5, 6, 7))[0].cut == 3
+    offer = offer_bytes(SMALL, (5, 6, 7)) + HEADER_BYTES
+    assert rows[()][3].prediction.transfer_s == 4 * (4 + 2 + 3) + 28 + 5 * 5 + 6 * 9 + 7 * 7 + 5 * HEADER_BYTES + offer
+    assert rows[(5, 6, 7)][3].prediction.transfer_s == offer
+    often = replace(slow, requests=12)
+    assert [choose_plan(EXAMPLE, often, 0.01, cached)[0].cut for cached in ((), (5, 6, 7))] == [0, 3]
 
 
 def test_the_requests_that_are_expected_share_the_download_of_the_weights():
@@ -337,9 +341,10 @@ def test_the_samples_that_an_engine_is_compiled_with_are_part_of_what_comes_down
     plan, _ = choose_plan(catalogue, device, 0.01, has_samples=True)
     assert (plan.stages[0].engine, plan.prediction.sample_bytes) == ("int8", 0)
     fetch_s = fetch_seconds(catalogue, device, (5, 6, 7))
-    assert plan.prediction.transfer_s == pytest.approx(fetch_s)
+    offer_s = (offer_bytes(SMALL, (5, 6, 7)) + HEADER_BYTES) / 100
+    assert plan.prediction.transfer_s == pytest.approx(fetch_s + offer_s)
     plan, _ = choose_plan(catalogue, replace(device, requests=4), 0.01)
-    assert plan.prediction.transfer_s == pytest.approx((fetch_s + 5.0) / 4)
+    assert plan.prediction.transfer_s == pytest.approx((fetch_s + offer_s + 5.0) / 4)
 
 
 def test_the_largest_level_that_is_allowed_is_used():
@@ -377,6 +382,18 @@ def test_an_engine_with_smaller_weights_is_taken_where_the_faster_one_does_not_f
     plan, rows = choose_plan(dear, replace(dear_server, memory_bytes=int8 - 1), 0.01)
     assert rows[3].obstacle == f"takes {int8:,} bytes of memory, of {int8 - 1:,}"
     assert plan.cut == 2
+
+
+def test_an_engine_that_the_device_has_refused_is_not_planned_for_it():
+    catalogue = replace(
+        EXAMPLE, device_s={"fp32": (0.0, 1.0, 2.0, 3.0), "int8": (0.0, 0.1, 0.2, 0.3), "bf16": (0.0, 0.5, 1.0, 1.5)}
+    )
+    for refused, engine in (((), "int8"), (("int8",), "bf16"), (("int8", "bf16", "fp32"), "fp32"), (("unheard of",), "int8")):
+        plan, rows = choose_plan(catalogue, DeviceProfile(price_weight=9.0), 0.01, refused=refused)
+        assert {row.device_engine for row in rows[1:]} == {plan.stages[0].engine} == {engine}
+        assert plan.prediction.device_s == catalogue.device_s[engine][3]
+    alone = replace(catalogue, device_s={"int8": catalogue.device_s["int8"]})
+    assert choose_plan(alone, DeviceProfile(price_weight=9.0), 0.01, refused=("int8",))[0].stages[0].engine == "int8"
 
 
 def test_where_nothing_fits_the_smallest_memory_that_would_do_is_named():

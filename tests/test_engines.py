@@ -19,7 +19,16 @@ from torch import Tensor, fx, nn
 from gossipfl.errors import ConfigError, RunError
 from gossipfl.inference.execution import engines
 from gossipfl.inference.execution.chain import Chain
-from gossipfl.inference.execution.engines import ENGINES, Live, Run, available_engines, compile_stage, fastest, stage_seconds
+from gossipfl.inference.execution.engines import (
+    ENGINES,
+    Live,
+    Run,
+    available_engines,
+    compile_stage,
+    fastest,
+    no_slower,
+    stage_seconds,
+)
 from gossipfl.inference.execution.int8 import missing_kernels, quantize
 from gossipfl.learning.models import build_model
 
@@ -170,6 +179,28 @@ def exact(stage: fx.GraphModule, inputs: Live) -> Run:
     return lambda *live: stage(*live)
 
 
+def laboured(stage: fx.GraphModule, inputs: Live) -> Run:
+    return lambda *live: [stage(*live) for _ in range(100)][-1]
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [("planted", "fp32"), ("fp32", "planted")])
+def test_an_engine_runs_where_it_is_no_slower_than_fp32(monkeypatch: pytest.MonkeyPatch, slow: str, chosen: str) -> None:
+    chain = chain_of("cnn")
+    with_engine(monkeypatch, "planted", exact)
+    with_engine(monkeypatch, slow, laboured)
+    compiled = no_slower(chain.stage(0, 4), (samples(chain),), "planted")
+    assert compiled.engine == chosen and set(compiled.table) == {"planted", "fp32"}
+    assert compiled.seconds == min(compiled.table.values())
+
+
+def test_of_slow_calls_there_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "LOAD_S", 0.0)
+    chain, batches = chain_of("mlp"), []
+    with_engine(monkeypatch, "planted", lambda stage, inputs: lambda x: batches.append(len(x)) or stage(x))
+    no_slower(chain.stage(0, 2), (samples(chain),), "planted")
+    assert batches == [16, *[1] * 4], "the check, three to begin with, and one that is timed"
+
+
 def one_linear_layer() -> Chain:
     torch.manual_seed(0)
     return Chain.of(nn.Sequential(nn.Linear(128, 32)), (128,))
@@ -226,6 +257,7 @@ def test_a_mistyped_engine_is_an_error_that_suggests_one() -> None:
     for choose in (
         lambda: compile_stage(chain.stage(0, 2), (samples(chain),), "int9"),
         lambda: fastest(chain.stage(0, 2), (samples(chain),), ["int9"]),
+        lambda: no_slower(chain.stage(0, 2), (samples(chain),), "int9"),
     ):
         with pytest.raises(ConfigError, match="did you mean 'int8'"):
             choose()

@@ -107,6 +107,20 @@ def test_the_bench_tells_what_was_promised_and_what_was_kept(run):
             assert 0 <= row["risk"] <= 0.05 and 0 <= row["fallback_rate"] <= 1
 
 
+def test_the_bench_is_of_the_devices_that_it_is_given(run, tmp_path):
+    near, far = tmp_path / "near.toml", tmp_path / "far.toml"
+    near.write_text('name = "near"\nspeed = 0.5\n')
+    far.write_text('name = "far"\nspeed = 0.5\nuplink = "1Mbit"\ndownlink = "1Mbit"\nlatency = "1ms"\n')
+    code, stdout, stderr = call("bench-inference", run, "--device", near, "--device", far, "--json", "--quiet")
+    assert code == 0, stderr
+    tables = json.loads(stdout)
+    assert {row["device"] for row in tables["plans"]} == {"alone", "near", "far"}
+    assert {row["device"] for row in tables["latency"]} == {"near", "far"}
+    assert {row["device"] for row in tables["links"]} == {"far"}, "the other's has no limits"
+    for row in tables["latency"]:
+        assert row["predicted_up"] == row["measured_up"] and row["predicted_pull"] == row["measured_pull"]
+
+
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +140,13 @@ def test_what_a_plan_is_certified_for_is_what_the_calibration_was(run, tmp_path)
     trained = load_trained(copied)
     calibrator = calibrator_like(trained, load_calibration(trained))
     assert (calibrator.alpha, calibrator.delta) == (0.1, 0.2)
+
+
+def test_a_device_that_is_faster_than_this_machine_cannot_be_emulated(run, tmp_path):
+    fast = tmp_path / "fast.toml"
+    fast.write_text('name = "mainframe"\nspeed = 2\n')
+    code, _, stderr = call("bench-inference", run, "--device", fast)
+    assert code == 2 and "speed = 2.0 of device 'mainframe' cannot be emulated" in stderr
 
 
 def test_a_plan_needs_a_calibration(run):

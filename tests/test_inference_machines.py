@@ -53,7 +53,7 @@ from gossipfl.inference.planning.device_words import (
     Unload,
     Upload,
 )
-from gossipfl.inference.planning.fetching import MAX_REJECTIONS, DeviceConfig
+from gossipfl.inference.planning.fetching import MAX_REFUSED, MAX_REJECTIONS, DeviceConfig
 from gossipfl.inference.planning.offers import Ask, Failure, LayerOffer, Manifest, missing, pieces, split
 from gossipfl.inference.planning.profile import DeviceProfile, LayerProfile, ModelProfile, Plan, Prediction, Stage
 from gossipfl.inference.planning.remembered import OVERHEAD_BYTES, First
@@ -116,7 +116,8 @@ def digests(of: Manifest) -> frozenset[str]:
 
 
 def test_asks_and_manifests_come_back_from_json_as_they_went():
-    for ask in (Ask(DeviceProfile()), Ask(DeviceProfile("d", uplink=1e6, memory_bytes=5), 0.02, 7, 60.0, (4, 6))):
+    described = Ask(DeviceProfile("d", uplink=1e6, memory_bytes=5), 0.02, 7, 60.0, (4, 6), refused=("int8", "bf16"))
+    for ask in (Ask(DeviceProfile()), described):
         assert offers.ask_from_json(offers.to_json(ask)) == ask
     for offer in (
         manifest(),
@@ -410,6 +411,52 @@ def test_an_older_offer_is_not_taken_and_the_same_one_is_not_asked_for_in_a_hurr
         assert machine.next_deadline > 1.0
         machine.handle(Wake(), machine.next_deadline)
     assert machine.fetcher.active is before
+
+
+def by_engine(offer, engine) -> Manifest:
+    return replace(offer, plan=replace(offer.plan, stages=(replace(offer.plan.stages[0], engine=engine),)))
+
+
+def test_for_an_engine_that_is_of_no_use_here_another_plan_is_asked_for_and_then_its_certificate_holds():
+    machine = ready(manifest(1), servers=("s0",))
+    certified = manifest(2, threshold=0.5, alpha=0.02, delta=0.05)
+    offer = by_engine(certified, "int8")
+    ((_, parked),) = sent(offered(machine, offer, 1.0), PlanRequest)
+    assert parked.payload.held == 2
+    machine.handle(Found(2, digests(offer)), 1.0)
+    actions = machine.handle(Loaded(2, engine="fp32"), 1.0)
+    assert of(actions, Unload) == [Unload(2)] and of(actions, Forget) == [Forget("s0", parked.request)]
+    ((_, request),) = sent(actions, PlanRequest)
+    assert (request.payload.held, request.payload.refused) == (1, ("int8",))
+    assert machine.fetcher.active == manifest(1) and machine.handle(Question(1, 1, 100.0), 1.0) == [RunHead(1, 1)]
+    ((_, request),) = sent(offered(machine, certified, 1.0), PlanRequest)
+    assert (request.payload.held, request.payload.refused) == (2, ("int8",)), "nor is it planned for the next version"
+    machine.handle(Found(2, digests(certified)), 1.0)
+    assert machine.handle(Loaded(2, engine="fp32"), 1.0) == [] and machine.fetcher.active == certified
+
+
+def test_who_offers_a_refused_engine_all_the_same_is_taken_up_without_its_certificate():
+    machine, asked = asker(), []
+    machine.handle(Start(), 0.0)
+    for engine in ("int8", *(f"made up {k}" for k in range(MAX_REFUSED))):
+        assert machine.fetcher.active is None
+        offer = by_engine(manifest(threshold=0.5, alpha=0.02, delta=0.05), engine)
+        offered(machine, offer, 0.0, machine.fetcher._plan.peer)
+        machine.handle(Found(1, digests(offer)), 0.0)
+        asked += [request.payload.refused for _, request in sent(machine.handle(Loaded(1, engine="fp32"), 0.0), PlanRequest)]
+    assert [len(refused) for refused in asked] == list(range(1, MAX_REFUSED + 1)) and len(set(asked[-1])) == MAX_REFUSED
+    assert machine.fetcher.active == replace(offer, alpha=None, delta=None)
+
+
+def test_what_was_offered_while_a_refused_engine_was_built_is_asked_for_again():
+    machine = asker(("s0",))
+    machine.handle(Start(), 0.0)
+    offered(machine, by_engine(manifest(1), "int8"))
+    machine.handle(Found(1, digests(manifest(1))), 0.0)
+    assert not of(offered(machine, by_engine(manifest(2), "int8")), LookUp), "one is loading"
+    actions = machine.handle(Loaded(1, engine="fp32"), 0.0)
+    assert not of(actions, LookUp) and sent(actions, PlanRequest)[0][1].payload.held == 0
+    assert of(offered(machine, manifest(2)), LookUp) == [LookUp(manifest(2))]
 
 
 def test_a_stage_that_cannot_be_built_leaves_the_one_in_use():
@@ -998,9 +1045,10 @@ def test_where_nothing_is_certified_or_wanted_nothing_is_audited(why):
     }.get(why, certified())
     machine = asker(audit_share=0.0 if why == "share 0" else 1.0)
     machine.handle(Start(), 0.0)
-    offered(machine, offer)
-    machine.handle(Found(1, digests(offer)), 0.0)
-    machine.handle(Loaded(1, engine="int8" if why == "another engine" else None), 0.0)
+    for _ in range(2 if why == "another engine" else 1):  # the server insists
+        offered(machine, offer)
+        machine.handle(Found(1, digests(offer)), 0.0)
+        machine.handle(Loaded(1, engine="int8" if why == "another engine" else None), 0.0)
     machine.handle(Question(1, 1, 100.0), 0.0)
     actions = machine.handle(HeadDone(1, (0.9,)), 0.0)
     assert not of(actions, SetAside) and not machine._audits._watched

@@ -27,10 +27,11 @@ from torch import nn
 from gossipfl.errors import ConfigError, PlanError, RunError
 from gossipfl.inference.execution.activations import decode_live, encode_live, samples_to_text
 from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.execution.engines import ENGINES
 from gossipfl.inference.planning.certificates import Basis, Certificate, certify
-from gossipfl.inference.planning.cuts import Catalogue
+from gossipfl.inference.planning.cuts import Catalogue, choose_plan, resident_bytes
 from gossipfl.inference.planning.margins import accepted, differing, margins
-from gossipfl.inference.planning.offers import Ask, Piece, manifest_from_json, to_json
+from gossipfl.inference.planning.offers import Ask, Piece, manifest_from_json, offer_bytes, to_json
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Budget, Receipt
 from gossipfl.protocol import wire
@@ -81,7 +82,7 @@ def catalogue(version=1, cut=2, bits=6, activation_bits=None) -> Catalogue:
 
 def certified(threshold: float) -> Callable:
     def certificate(plan) -> Certificate:
-        basis = Basis("", plan.version, plan.cut, plan.weight_bits, plan.activation_bits, ("fp32",), "x")
+        basis = Basis("", plan.version, plan.cut, plan.weight_bits, plan.activation_bits, plan.device_engines, "x")
         return Certificate(threshold, 0.02, 0.05, 300, 10, 2, 0.1, "disagreement", basis)
 
     return certificate
@@ -221,29 +222,81 @@ def test_where_nothing_is_sure_every_label_is_the_full_models(cut, servers, devi
     np.testing.assert_array_equal(answer.scores.argmax(1), labels)
 
 
-def test_a_certificate_is_passed_on_only_with_the_engine_that_it_speaks_of(servers, devices):
+def laboured(stage, inputs):
+    """An engine that does everything thirty times."""
+    return lambda *live: [stage(*live) for _ in range(30)][-1]
+
+
+@pytest.fixture
+def slow_fp32(monkeypatch) -> None:
+    """Every other engine is faster."""
+    monkeypatch.setitem(ENGINES._functions, "fp32", laboured)
+
+
+def by_engine(plan) -> Certificate:
+    """At threshold 0.25 with fp32, at 0.125 with another engine."""
+    return certified(0.25 if plan.stages[0].engine == "fp32" else 0.125)(plan)
+
+
+def test_a_certificate_is_of_the_engine_that_runs(slow_fp32, servers, devices):
     """Engines other than fp32 take samples to be compiled; a device that has none runs fp32 instead."""
     server = servers(version=0)
     plan = catalogue(cut=LAYERS)
-    server.publish("m", 1, vector_of(1), with_engine("bf16", plan), certified(0.0))
+    server.publish("m", 1, vector_of(1), with_engine("bf16", plan), by_engine)
     without, with_samples = devices(server), devices(server, samples=X)
-    for device, engine, alpha in ((without, "fp32", None), (with_samples, "bf16", 0.02)):
+    for device, engine, threshold in ((without, "fp32", 0.25), (with_samples, "bf16", 0.125)):
         receipt = device.predict(X, DEADLINE_S).receipt
-        assert (receipt.engines, receipt.alpha) == ((engine,), alpha)
+        assert (receipt.engines[0], receipt.threshold, receipt.alpha) == (engine, threshold, 0.02)
+        assert device.refused == (() if engine == "bf16" else ("bf16",))
+
+
+def test_fp32_runs_where_it_is_faster_than_what_was_planned_and_has_a_certificate_of_its_own(servers, devices, monkeypatch):
+    monkeypatch.setitem(ENGINES._functions, "planted", laboured)
+    server, planned = servers(version=0), []
+
+    def publish(version):
+        def certificate(plan) -> Certificate:
+            planned.append((version, plan.stages[0].engine))
+            return by_engine(plan)
+
+        server.publish("m", version, vector_of(version), with_engine("planted", catalogue(version, LAYERS)), certificate, X)
+
+    publish(1)
+    slow = DeviceProfile(speed=0.1)
+    for device in (devices(server), devices(server, device_profile=slow, emulated_speed=0.1)):
+        receipt = device.predict(X, DEADLINE_S).receipt
+        assert (receipt.engines[0], receipt.threshold, receipt.alpha) == ("fp32", 0.25, 0.02)
+        assert device.refused == ("planted",)
+    publish(2)
+    assert wait_for(lambda: device.models()[0].version == 2)
+    assert device.predict(X, DEADLINE_S).receipt.threshold == 0.25
+    assert planned == [(1, "planted"), (1, "fp32"), (2, "fp32")], "it is not tried again"
+
+
+def test_fp32_does_not_run_in_a_planned_engines_place_where_its_weights_do_not_fit(servers, devices, monkeypatch):
+    monkeypatch.setitem(ENGINES._functions, "int8", laboured)
+    server = servers(version=0)
+    server.publish("m", 1, vector_of(1), with_engine("int8", catalogue(cut=LAYERS)), by_engine, samples=X)
+    needed = resident_bytes(chain().profile, LAYERS, "fp32")
+    for memory_bytes, engine in ((needed, "fp32"), (needed - 1, "int8")):
+        receipt = devices(server, device_profile=DeviceProfile(memory_bytes=memory_bytes)).predict(X, DEADLINE_S).receipt
+        assert receipt.engines[0] == engine
 
 
 def with_engine(engine: str, plan: Catalogue) -> Catalogue:
     return replace(plan, device_s={"fp32": plan.device_s["fp32"], engine: [s / 2 for s in plan.device_s["fp32"]]})
 
 
-def test_samples_come_with_an_offer_unless_the_device_has_them(servers, devices):
+def test_samples_come_with_an_offer_unless_the_device_has_them(slow_fp32, servers, devices):
     server = servers(version=0)
     server.publish("m", 1, vector_of(1), with_engine("bf16", catalogue(1, LAYERS)), certified(0.0), samples=X)
     without, with_these, with_others = devices(server), devices(server, samples=X), devices(server, samples=X[:2])
     plain = devices(servers(cut=LAYERS))
-    everything = [device.predict(X, DEADLINE_S) and device.bytes_pulled for device in (plain, without, with_these, with_others)]
+    opened = plain, without, with_these, with_others
+    everything = [device.predict(X, DEADLINE_S) and device.bytes_offered for device in opened]
     text = len(samples_to_text(X))
-    assert [pulled - everything[0] for pulled in everything] == [0, text, 0, text]
+    assert [offered - everything[0] for offered in everything] == [0, text, 0, text]
+    assert len({device.bytes_pulled for device in opened}) == 1
     layer = chain().profile.layers[1]
     vector = vector_of(1)
     vector[slice(*layer.bias)] += 1.0
@@ -252,17 +305,39 @@ def test_samples_come_with_an_offer_unless_the_device_has_them(servers, devices)
         assert wait_for(lambda device=device: device.models()[0].version == 2)
         receipt = device.predict(X, DEADLINE_S).receipt
         assert (receipt.version, receipt.engines, receipt.alpha) == (2, ("bf16",), 0.02)
-        assert device.bytes_pulled - before == 4 * layer.channels, "a bias, and no samples"
+        assert device.bytes_offered - before == everything[0], "no samples"
+        assert device.bytes_pulled - plain.bytes_pulled == 4 * layer.channels, "a bias"
         assert device._versions[2].manifest.plan.prediction.sample_bytes == 0
 
 
-def test_where_the_planned_engine_does_not_work_fp32_runs_without_a_guarantee(servers, devices):
+@pytest.mark.parametrize(("cut", "activation_bits"), [(0, 32), (0, 3), (2, 2), (LAYERS, 0)])
+@pytest.mark.parametrize("threshold", [0.0, float(np.float32(1 / 3) * np.float32(1e-9)), math.inf])
+def test_an_offer_takes_the_bytes_that_were_predicted(threshold, cut, activation_bits, slow_fp32, devices):
+    """Whatever the threshold and the plan; 16 digits of each number of the plan, and the longest name."""
+    times = [k / 3 for k in range(LAYERS + 1)]
+    plan = with_engine("bf16", replace(catalogue(1, cut, 7, activation_bits), device_s={"fp32": times}))
+    name = "m" * (wire.MAX_NAME_BYTES - 8)
+    profile = DeviceProfile(uplink=7e5, downlink=3e5, latency_s=1 / 7, requests=3)
+    with InferenceServer({name: chain()}, new_address("tcp4")) as server:
+        server.publish(name, 1, vector_of(1), plan, also_continued(threshold), samples=X)
+        device = devices(server, model=name, device_profile=profile, max_accuracy_loss=LOSS)
+        receipt = device.predict(X, DEADLINE_S).receipt
+    expected, _ = choose_plan(replace(plan, sample_bytes=len(samples_to_text(X))), profile, LOSS)
+    predicted = expected.prediction
+    assert (receipt.cut, predicted.sample_bytes > 0) == (cut, cut > 0)
+    assert device.bytes_offered == predicted.offer_bytes + predicted.sample_bytes
+    assert device.bytes_pulled == predicted.weight_bytes
+
+
+def test_where_the_planned_engine_does_not_work_the_plan_of_another_is_asked_for_and_holds(servers, devices):
     """It is not installed on the device, or computes something else there."""
     server = servers(version=0)
     plan = catalogue(cut=LAYERS)
     server.publish("m", 1, vector_of(1), with_engine("elsewhere", plan), certified(0.0), samples=X)
-    receipt = devices(server).predict(X, DEADLINE_S).receipt
-    assert (receipt.engines, receipt.alpha, receipt.tiers) == (("fp32",), None, ("reduced",) * 6)
+    device = devices(server)
+    receipt = device.predict(X, DEADLINE_S).receipt
+    assert (receipt.engines, receipt.alpha, receipt.tiers) == (("fp32",), 0.02, ("reduced",) * 6)
+    assert device.refused == ("elsewhere",)
 
 
 def test_a_certificate_of_accuracy_says_nothing_of_how_many_answers_differ(servers, devices):
@@ -277,6 +352,13 @@ def test_a_certificate_for_another_plan_is_not_offered(servers, devices):
 
     with pytest.raises(PlanError, match=r"the certificate is of .* \(16, 16\).*certify the plan"):
         devices(servers(certificate=of_another)).predict(X, DEADLINE_S)
+
+    def of_another_engine(plan) -> Certificate:
+        made = certified(0.5)(plan)
+        return replace(made, basis=replace(made.basis, engines=("int8",)))
+
+    with pytest.raises(PlanError, match=r"the certificate is of .*'int8'.*, the plan of .*'fp32'.*certify the plan"):
+        devices(servers(certificate=of_another_engine)).predict(X, DEADLINE_S)
 
 
 def test_a_server_answers_callers_of_its_own_process_with_the_full_model(servers):
@@ -520,7 +602,8 @@ def test_what_a_device_holds_already_moves_the_cut(changed, cut, servers, device
         vector[slice(*chain().profile.layers[index].weight)] *= 1.5
     plans = catalogue(2, LAYERS)
     level = {LOSS: {0: ((), 32), LAYERS: plans.levels[LOSS][LAYERS]}}
-    times = tuple(0.005 * k for k in range(LAYERS + 1))
+    here, there = (offer_bytes(chain().profile, (6,) * cut) for cut in (LAYERS, 0))  # what it has to hear in either case
+    times = tuple((0.02 + (here - there) / slow.downlink) / LAYERS * k for k in range(LAYERS + 1))
     plans = replace(plans, levels=level, device_s={"fp32": times}, server_s={"fp32": tuple(2 * s for s in times[::-1])})
     server.publish("m", 2, vector, plans)
     assert wait_for(lambda: device.models()[0].version == 2)

@@ -5,6 +5,7 @@ How far predictions are off depends on the machine: `gossipfl bench-inference` s
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
@@ -17,9 +18,11 @@ from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.execution.engines import ENGINES
 from gossipfl.inference.planning.certificates import allowed_disagreements
 from gossipfl.inference.planning.cuts import Catalogue, Overhead, activation_bytes, choose_plan, fetch_seconds, weight_bytes
 from gossipfl.inference.planning.margins import accepted, margins
+from gossipfl.inference.planning.offers import offer_bytes
 from gossipfl.inference.planning.profile import DeviceProfile, Plan
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.stages import emulated
@@ -87,11 +90,17 @@ def test_the_bytes_that_move_are_those_that_were_predicted(calibrator, catalogue
     profile = catalogue.profile
     for row in latency_rows(calibrator, catalogue, (NEAR,), X):
         assert row.predicted_up == row.measured_up == activation_bytes(profile, row.cut, 6)
-        assert row.predicted_pull == row.measured_pull == weight_bytes(profile, (4, 5)[: row.cut])
+        bits = (4, 5)[: row.cut]
+        assert row.predicted_pull == row.measured_pull == weight_bytes(profile, bits) + offer_bytes(profile, bits)
         assert row.predicted_pull_s == fetch_seconds(catalogue, NEAR, (4, 5)[: row.cut])
 
 
-def test_a_convolutional_plan_with_an_int8_engine_moves_the_bytes_that_were_predicted_samples_and_all():
+def laboured(stage, inputs):
+    return lambda *live: [stage(*live) for _ in range(100)][-1]
+
+
+def test_a_convolutional_plan_with_an_int8_engine_moves_the_bytes_that_were_predicted_samples_and_all(monkeypatch):
+    monkeypatch.setitem(ENGINES._functions, "fp32", laboured)  # or the device might find it to be faster
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(),
@@ -107,25 +116,46 @@ def test_a_convolutional_plan_with_an_int8_engine_moves_the_bytes_that_were_pred
     rows = latency_rows(calibrator, catalogue, (NEAR,), x)
     assert [(row.cut, row.engine) for row in rows] == [(3, "int8"), (2, "int8"), (0, "-")]
     for row in rows:
-        expected = weight_bytes(catalogue.profile, (4, 5, 6)[: row.cut]) + (sample_bytes if row.cut else 0)
+        bits = (4, 5, 6)[: row.cut]
+        pieces = weight_bytes(catalogue.profile, bits)
+        expected = pieces + offer_bytes(catalogue.profile, bits) + (sample_bytes if row.cut else 0)
         assert row.predicted_pull == row.measured_pull == expected
         assert row.predicted_up == row.measured_up
+
+
+def of_a_request(catalogue, cut) -> float:
+    """Seconds of one request of so many that it has no share in what is fetched."""
+    many = replace(NEAR, requests=10**15)
+    return choose_plan(catalogue, many, 0.01, (4, 5)[:cut])[1][cut].prediction.latency_s
+
+
+def test_of_an_engine_that_a_device_refuses_nothing_is_predicted(calibrator, catalogue, monkeypatch):
+    monkeypatch.setitem(ENGINES._functions, "planted", laboured)
+    samples = len(samples_to_text(calibrator.samples))
+    planted = replace(catalogue, device_s={"planted": (0.0, 0.1, 0.2, 0.3), **catalogue.device_s}, sample_bytes=samples)
+    assert choose_plan(planted, NEAR, 0.01)[1][2].device_engine == "planted"
+    *_, row = latency_rows(calibrator, planted, (NEAR,), X)
+    assert (row.cut, row.engine) == (2, "fp32")
+    assert row.predicted_s == of_a_request(catalogue, 2)
+    pieces, offer = weight_bytes(catalogue.profile, (4, 5)), offer_bytes(catalogue.profile, (4, 5))
+    assert row.predicted_pull == row.measured_pull == pieces + 2 * offer + samples, "both offers, and samples with the first"
 
 
 def test_nothing_takes_less_than_the_link_alone(calibrator, catalogue):
     for row in latency_rows(calibrator, catalogue, (FAR,), X):
         link_s = 2 * FAR.latency_s
         assert row.measured_s >= link_s + row.measured_up / FAR.uplink + 4 * 5 / FAR.downlink
-        assert row.measured_pull_s >= (link_s + row.measured_pull / FAR.downlink if row.cut else 0.0)
+        pieces = row.measured_pull - offer_bytes(catalogue.profile, (4, 5)[: row.cut])
+        assert row.measured_pull_s >= (link_s + pieces / FAR.downlink if row.cut else 0.0)
 
 
 def test_a_prediction_is_the_plans_and_now_has_the_overheads_of_now(calibrator, catalogue):
     overhead = Overhead(1.0, 2.0, 4.0)
     catalogue = replace(catalogue, overheads=(overhead,) * 3)
     for row in latency_rows(calibrator, catalogue, (NEAR,), X):
-        predicted = choose_plan(catalogue, NEAR, 0.01, (4, 5)[: row.cut])[1][row.cut].prediction
-        assert row.predicted_s == predicted.latency_s
-        measured = row.predicted_now_s - (predicted.latency_s - 2.0 - 4.0 - (1.0 / NEAR.speed))
+        predicted_s = of_a_request(catalogue, row.cut)
+        assert row.predicted_s == predicted_s
+        measured = row.predicted_now_s - (predicted_s - 2.0 - 4.0 - (1.0 / NEAR.speed))
         assert measured > 0  # threads and messages take some time
         assert row.error == row.predicted_s / row.measured_s - 1
         assert row.error_now == row.predicted_now_s / row.measured_s - 1
@@ -218,7 +248,8 @@ def test_a_speed_that_waiting_cannot_bring_about_is_refused(calibrator, speed):
 
 def test_a_link_alone_is_never_faster_than_it_is_set(monkeypatch):
     monkeypatch.setattr(link_error, "TURNS", 3)
-    rows = link_rows([replace(NEAR, latency_s=0.005)])
+    unlimited = [replace(NEAR, latency_s=0.0), replace(NEAR, uplink=math.inf)]
+    rows = link_rows([replace(NEAR, latency_s=0.005), *unlimited])
     assert [(row.device, row.direction) for row in rows] == [("near", "up"), ("near", "down")]
     for row in rows:
         assert row.measured_latency_s >= row.latency_s and row.measured_rate <= row.rate

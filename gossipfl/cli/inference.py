@@ -89,18 +89,27 @@ def plan_inference(run: Path, model: str, device_file: Path | None, max_accuracy
 @click.command("bench-inference", epilog=EPILOG)
 @run_argument
 @model_option
+@click.option(
+    "--device",
+    "device_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A device to emulate, a TOML file; more may be given (default: a sensor, a phone and a gateway).",
+)
 @json_option
 @quiet_option
 @errors_are_messages
-def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
+def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_json: bool, quiet: bool) -> None:
     """What plans and thresholds promise for a calibrated model of a RUN, and what they keep on test samples.
 
     Latencies are of real sockets, with devices and links of other speeds emulated; that takes a minute.
 
     \b
     gossipfl bench-inference runs/quickstart
+    gossipfl bench-inference runs/quickstart --device scenarios/devices/phone.toml
     gossipfl bench-inference runs/quickstart --json | jq '.plans[] | select(.level == 0.01)'
     """
+    from gossipfl.scenario.device_file import read_device
     from gossipfl.scenario.inference.bench import DEVICES, plan_rows, threshold_rows
     from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration, timed_here
     from gossipfl.scenario.inference.display import (
@@ -113,20 +122,22 @@ def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
         progress,
     )
     from gossipfl.scenario.inference.fallbacks import fallback_rows
-    from gossipfl.scenario.inference.latency import latency_rows
+    from gossipfl.scenario.inference.latency import check_emulated, latency_rows
     from gossipfl.scenario.inference.link_error import link_rows
     from gossipfl.scenario.inference.trained import load_trained
 
+    devices = [read_device(path) for path in device_files] or DEVICES
+    check_emulated(devices)
     trained = load_trained(run, model)
     calibration = load_calibration(trained)
     calibrator, samples = calibrator_like(trained, calibration), trained.test_samples
     catalogue = timed_here(calibration, calibrator, lambda text: click.echo(text, err=True))
-    plans = list(plan_rows(calibrator, catalogue, calibration.harm, *samples))
+    plans = list(plan_rows(calibrator, catalogue, calibration.harm, devices, *samples))
     thresholds = list(threshold_rows(calibrator, catalogue, *samples))
     with progress(quiet) as told:
-        latencies = latency_rows(calibrator, catalogue, DEVICES, samples[0], told=told)
-        fallbacks = fallback_rows(calibrator, catalogue, DEVICES, samples[0], told=told)
-    links = link_rows(DEVICES)
+        latencies = latency_rows(calibrator, catalogue, devices, samples[0], told=told)
+        fallbacks = fallback_rows(calibrator, catalogue, devices, samples[0], told=told)
+    links = link_rows(devices)
     if as_json:
         values = {
             "plans": [asdict(row) | {"saved": row.saved} for row in plans],
@@ -142,7 +153,8 @@ def bench_inference(run: Path, model: str, as_json: bool, quiet: bool) -> None:
         print_latency_rows(Console(), latencies)
         if fallbacks:
             print_fallback_rows(Console(), fallbacks)
-        print_link_rows(Console(), links)
+        if links:
+            print_link_rows(Console(), links)
         click.echo(f"{len(samples[1])} test samples, that neither training nor calibration saw")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from gossipfl.errors import ConfigError, RemoteProtocolError, RunError
 from gossipfl.inference.execution.activations import samples_from_text
+from gossipfl.inference.planning.cuts import resident_bytes
 from gossipfl.inference.planning.margins import margins
 from gossipfl.inference.planning.offers import Manifest, Piece, pieces
 from gossipfl.inference.planning.profile import Range
@@ -20,11 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class DeviceVersion:
-    def __init__(self, manifest: Manifest, chain: ModelChain) -> None:
+    """With `memory_bytes` for the model."""
+
+    def __init__(self, manifest: Manifest, chain: ModelChain, memory_bytes: int) -> None:
         self.manifest = manifest
         self.stage: RunnableStage | None = None
         """Of the layers before the cut, once loaded; None also where there are none."""
-        self._chain = chain
+        self._chain, self._memory_bytes = chain, memory_bytes
         self._expected = {(piece.range, piece.codec): piece.digest for piece in pieces(manifest, chain.profile)}
         self._contents: dict[str, bytes] = {}
 
@@ -53,7 +56,10 @@ class DeviceVersion:
         cache.put(found, content)
 
     def load(self) -> None:
-        """Build the stage from the pieces, all of which are here."""
+        """Build the stage from the pieces, all of which are here.
+
+        In fp32 in place of an engine that is not installed here, computes something else on this machine, or is slower than it.
+        """
         manifest, profile = self.manifest, self._chain.profile
         if manifest.cut:
             vector = np.zeros(self._chain.layout.size, np.float32)
@@ -67,12 +73,13 @@ class DeviceVersion:
                 raise RunError("it holds NaN or infinite weights")
             engine = manifest.plan.stages[0].engine
             samples = samples_from_text(manifest.samples, profile.input_shape)
+            fits = resident_bytes(profile, manifest.cut, FULL_ENGINE) <= self._memory_bytes
             try:
-                self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, engine, samples)
-            except (ConfigError, RunError) as error:  # not installed here, or it computes something else on this machine
+                self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, engine, samples, or_full=fits)
+            except (ConfigError, RunError) as error:
                 if engine == FULL_ENGINE:
                     raise
-                logger.warning("%s; %s runs in its place, without a guarantee", error, FULL_ENGINE)
+                logger.warning("%s; %s runs in its place", error, FULL_ENGINE)
                 self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, FULL_ENGINE)
         self._contents.clear()
 

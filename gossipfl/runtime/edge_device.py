@@ -94,10 +94,10 @@ class EdgeDevice:
 
     `cache` is a folder for the pieces that have been pulled (None: in memory), of at most `cache_bytes`. Where no server
     answers in time, the reduced model's answer stands, marked "unverified", or the question fails (`on_no_server`). `samples`
-    (f32[n, *input_shape]) are what engines other than "fp32" are compiled with where the server sends none; without any "fp32"
-    runs in their place, and a certificate for another is not passed on. `audit_share` of the samples are compared with the full
-    model after they have been answered, to see whether a certificate still holds; 0: none. `emulated_speed` makes the
-    device's part take as much longer as on a device of that speed, for measuring.
+    (f32[n, *input_shape]) are what engines other than "fp32" are compiled with where the server sends none. An engine that was
+    planned and cannot be used here, or is slower than "fp32", is `refused`, and another plan asked for. `audit_share`
+    of the samples are compared with the full model after they have been answered, to see whether a certificate still holds; 0:
+    none. `emulated_speed` makes the device's part take as much longer as on a device of that speed, for measuring.
     """
 
     def __init__(
@@ -153,7 +153,9 @@ class EdgeDevice:
         self.faults: list[Report] = []
         """The last things that went wrong with servers and were survived."""
         self.bytes_pulled = 0
-        """Payload of the pieces that have been pulled, and samples to compile engines with."""
+        """Payload of the pieces that have been pulled."""
+        self.bytes_offered = 0
+        """Payload of the offers that have come, with the samples to compile engines with."""
         self.seconds_pulled = 0.0
         """From the last Pull to the last of what it asked for."""
         self._loop.start()
@@ -199,6 +201,11 @@ class EdgeDevice:
         if active is None:
             return ()
         return (ServedModel(self._model, active.version, profile.input_shape, profile.num_classes),)
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """Engines that were planned for this device, and did not work here or were slower than "fp32"."""
+        return self._machine.fetcher.refused
 
     def close(self) -> None:
         """Give up what is under way. Closing twice is allowed."""
@@ -264,7 +271,8 @@ class EdgeDevice:
                 self._coming.pop((peer, request), None)
                 self._transport.cancel(peer, request)
             case LookUp(manifest):
-                self._versions[manifest.version] = DeviceVersion(manifest, self._chain)
+                memory_bytes = self._machine.config.device.memory_bytes
+                self._versions[manifest.version] = DeviceVersion(manifest, self._chain, memory_bytes)
                 self._loader.submit(self._look_up, self._versions[manifest.version])
             case Load(manifest):
                 self._loader.submit(self._load, self._versions[manifest.version])
@@ -327,7 +335,7 @@ class EdgeDevice:
             match message:
                 case Offer():
                     heard = take_offer(coming, message, self._model, self._chain)
-                    self.bytes_pulled += len(heard.payload.samples) if heard is not None else 0
+                    self.bytes_offered += message.total if heard is not None else 0
                 case Data():
                     heard = take_data(coming, message, self._versions.get(coming.version), self._cache)
                     self.bytes_pulled += message.num_bytes if heard is not None else 0

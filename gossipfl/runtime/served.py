@@ -14,7 +14,7 @@ from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.planning.cascade import cheapest
 from gossipfl.inference.planning.certificates import Certificate
 from gossipfl.inference.planning.cuts import Catalogue, choose_plan
-from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, samples_digest, to_json
+from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, offer_to_json, samples_digest
 from gossipfl.inference.planning.profile import Fallback, Plan, Range, Stage
 from gossipfl.runtime.content_cache import digest_of
 from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
@@ -126,7 +126,7 @@ class ServedVersion:
         if held is not None and len(cached) <= len(self.chain.profile.layers):  # else the plan says what is wrong
             cached = tuple(planes if same else 0 for planes, same in zip(cached, self._unchanged(held), strict=False))
         has_samples = ask.samples == self._samples_digest
-        plan, _ = choose_plan(self.catalogue, ask.device, loss, cached, has_samples)
+        plan, _ = choose_plan(self.catalogue, ask.device, loss, cached, has_samples, ask.refused)
         key = plan.stages, plan.activation_bits, plan.fallback
         if key not in self._offers:
             if plan.cut < len(self.chain.profile.layers):
@@ -142,7 +142,7 @@ class ServedVersion:
             manifest = replace(manifest, threshold=certificate.threshold, scale=certificate.basis.scale)
             if certificate.loss == "disagreement":  # of a loss of accuracy no device could tell without labels
                 manifest = replace(manifest, alpha=certificate.alpha, delta=certificate.delta)
-        return to_json(manifest)
+        return offer_to_json(manifest)
 
     def _unchanged(self, held: ServedVersion) -> tuple[bool, ...]:
         """Of each layer, whether weight and bias are those of `held`."""
@@ -176,9 +176,9 @@ class ServedVersion:
 
     def _check_certificate(self, certificate: Certificate, plan: Plan) -> None:
         basis = certificate.basis
-        certified = basis.version, basis.cut, basis.weight_bits, basis.activation_bits
-        planned = self.version, plan.cut, plan.weight_bits, plan.activation_bits
+        certified = basis.version, basis.cut, basis.weight_bits, basis.activation_bits, basis.engines
+        planned = self.version, plan.cut, plan.weight_bits, plan.activation_bits, plan.device_engines
         if certified != planned or math.isnan(certificate.threshold):
             raise ConfigError(
-                f"the certificate is of (version, cut, bits) {certified}, the plan of {planned}; certify the plan"
+                f"the certificate is of (version, cut, bits, engines) {certified}, the plan of {planned}; certify the plan"
             )

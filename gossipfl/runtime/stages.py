@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from gossipfl.errors import ConfigError
-from gossipfl.inference.execution.engines import Compiled, compile_stage
+from gossipfl.inference.execution.engines import Compiled, compile_stage, no_slower
 from gossipfl.inference.planning.profile import ModelProfile, Shape
 from gossipfl.protocol.wire import MAX_REASON_BYTES, MAX_TENSOR_BYTES
 from gossipfl.segments.codecs import all_finite
@@ -40,11 +40,19 @@ class ModelChain(Protocol):
 class RunnableStage:
     """Layers `[start, stop)` with the weights of `vector`, compiled for `engine` with the help of calibration `samples`.
 
-    `samples` are inputs of the model, f32[n, *input_shape]; without them only "fp32" can be compiled.
+    `samples` are inputs of the model, f32[n, *input_shape]; without them only "fp32" can be compiled. With `or_full` that runs
+    also where it is faster here.
     """
 
     def __init__(
-        self, chain: ModelChain, start: int, stop: int, vector: np.ndarray, engine: str, samples: np.ndarray | None = None
+        self,
+        chain: ModelChain,
+        start: int,
+        stop: int,
+        vector: np.ndarray,
+        engine: str,
+        samples: np.ndarray | None = None,
+        or_full: bool = False,
     ) -> None:
         if samples is None:
             engine = FULL_ENGINE
@@ -56,8 +64,9 @@ class RunnableStage:
                     live = chain.stage(0, start, vector)(*live)
         stage = chain.stage(start, stop, vector)
         with _COMPILING:
-            self._compiled: Compiled = compile_stage(stage, live, engine)
-        self.engine = engine
+            is_contested = or_full and engine != FULL_ENGINE
+            self._compiled: Compiled = (no_slower if is_contested else compile_stage)(stage, live, engine)
+        self.engine = self._compiled.engine
 
     def __call__(self, live: Arrays) -> tuple[np.ndarray, ...]:
         """The live tensors (f32[B, ...]) of the cut after it, from those of the cut before it."""

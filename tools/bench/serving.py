@@ -40,7 +40,7 @@ def catalogue_of(chain: Chain, version: int, cut: int, bits: int, activation_bit
 
 def always_unsure(plan: Plan) -> Certificate:
     """With this, everything falls back to the full model."""
-    basis = Basis("", plan.version, plan.cut, plan.weight_bits, plan.activation_bits, ("fp32",), "none")
+    basis = Basis("", plan.version, plan.cut, plan.weight_bits, plan.activation_bits, plan.device_engines, "none")
     return Certificate(float("inf"), 0.02, 0.05, 1, 0, 0, 1.0, "disagreement", basis)
 
 

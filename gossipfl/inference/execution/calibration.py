@@ -40,7 +40,7 @@ from gossipfl.inference.planning.certificates import (
 from gossipfl.inference.planning.cuts import EXACT_BITS, MAX_BITS, Catalogue
 from gossipfl.inference.planning.margins import Scale, differing, margins
 from gossipfl.inference.planning.offers import SAMPLE_BITS
-from gossipfl.inference.planning.profile import ON_DEVICE, Plan
+from gossipfl.inference.planning.profile import Plan
 from gossipfl.learning.datasets import Dataset, normalise
 
 Samples = tuple[np.ndarray, np.ndarray | None]
@@ -224,15 +224,14 @@ class Calibrator:
         return self._measured, rows
 
     def basis(self, plan: Plan) -> Basis:
-        """What a certificate of this plan speaks of; the engine is the device's, the rest runs in full precision."""
-        engines = tuple(stage.engine for stage in plan.stages if stage.device == ON_DEVICE)
+        """What a certificate of this plan speaks of."""
         return Basis(
             self.digest,
             self.version,
             plan.cut,
             plan.weight_bits,
             plan.activation_bits,
-            engines,
+            plan.device_engines,
             self.data,
             self.scale,
             plan.fallback,
@@ -280,6 +279,6 @@ class Calibrator:
         """The device's stage; None where it has none."""
         if not plan.cut:
             return None
-        engine = next(stage.engine for stage in plan.stages if stage.device == ON_DEVICE)
+        (engine,) = plan.device_engines
         stage = self.chain.stage(0, plan.cut, quantized(self.chain, self.vector, plan.weight_bits))
         return compile_stage(stage, (torch.from_numpy(self.samples),), engine)

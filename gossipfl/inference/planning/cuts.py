@@ -9,7 +9,7 @@ accuracy and the cheapest of all cuts, from 0 (all on the server) to L (all on t
 Costs are the paper's weighted sum of time, the device's energy and the server's price, with these differences. Seconds of
 computing are those of real engines, timed when the model was calibrated: fewer bits make fewer bytes, not faster arithmetic.
 Weights are not sent for each request but fetched once for all that the device expects, less the planes that it holds already;
-with them come the samples that an engine is compiled with, if the device lacks these.
+before them comes the offer, with the samples that an engine is compiled with if the device lacks these.
 Messages take the link's latency and have headers, a request takes more than its layers and bytes, and the part on the device
 must fit its memory.
 
@@ -21,7 +21,7 @@ is not known here (`margins`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 
 from gossipfl.errors import ConfigError, PlanError
 from gossipfl.inference.planning.json_values import read
+from gossipfl.inference.planning.offers import offer_bytes
 from gossipfl.inference.planning.profile import (
     ON_DEVICE,
     ON_SERVER,
@@ -149,10 +150,12 @@ def choose_plan(
     max_accuracy_loss: float,
     cached: Sequence[int] = (),
     has_samples: bool = False,
+    refused: Collection[str] = (),
 ) -> tuple[Plan, tuple[CutRow, ...]]:
     """The cheapest plan for `device`, and what every cut 0..L would cost. `cached[l]` planes of layer l are on the device.
 
-    It gets no samples to compile its engine with where it `has_samples` already.
+    It gets no samples to compile its engine with where it `has_samples` already, and none of the engines that it has `refused`,
+    if "fp32" can be had in their place.
 
     PlanError where no level is within `max_accuracy_loss` or no cut fits the memory, with the nearest that would do;
     ConfigError for a device that cannot be.
@@ -163,6 +166,9 @@ def choose_plan(
         raise PlanError(f"cached bits {tuple(cached)} are not 0 to {MAX_BITS} for each of at most {num_layers} layers")
     level = _level_within(catalogue, max_accuracy_loss)
     known = replace(catalogue, sample_bytes=0) if has_samples else catalogue
+    if EXACT_ENGINE in catalogue.device_s:
+        left = {name: times for name, times in catalogue.device_s.items() if name == EXACT_ENGINE or name not in refused}
+        known = replace(known, device_s=left)
     rows = tuple(_row(known, device, level, cut, cached) for cut in range(num_layers + 1))
     costs = {row.cut: row.prediction.cost for row in rows if row.prediction and row.obstacle is None}
     if not costs:
@@ -290,7 +296,9 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, ca
     server_s = server_times[server_engine] + overhead.server_s
     down = weight_bytes(profile, weights, cached)
     up = activation_bytes(profile, cut, activations)
-    fetch_s = (fetch_seconds(catalogue, device, weights, cached) + samples[engine] / device.downlink) / device.requests
+    offer = offer_bytes(profile, weights)
+    offer_s = _message_bytes(offer + samples[engine]) / device.downlink
+    fetch_s = (offer_s + fetch_seconds(catalogue, device, weights, cached)) / device.requests
     uplink_s = answer_s = 0.0
     if cut < len(profile.layers):
         uplink_s, answer_s = _exchange_seconds(profile, device, up)
@@ -299,7 +307,7 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, ca
     energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
     cost = device.time_weight * latency_s + device.energy_weight * energy_j + device.price_weight * server_s
     prediction = Prediction(
-        latency_s, device_s, server_s, transfer_s, energy_j, cost, down, up, memory[engine], level, samples[engine]
+        latency_s, device_s, server_s, transfer_s, energy_j, cost, down, up, memory[engine], level, samples[engine], offer
     )
     obstacle = None if fitting else f"takes {memory[engine]:,} bytes of memory, of {device.memory_bytes:,}"
     return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle)
@@ -307,8 +315,13 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, ca
 
 def _exchange_seconds(profile: ModelProfile, device: DeviceProfile, up: int) -> tuple[float, float]:
     """Of sending a server `up` bytes of a sample, and of having its scores back."""
-    uplink_s = (up + HEADER_BYTES * -(-up // MAX_PAYLOAD_BYTES)) / device.uplink
+    uplink_s = _message_bytes(up) / device.uplink
     return uplink_s, (4 * profile.num_classes + HEADER_BYTES) / device.downlink + 2 * device.latency_s
+
+
+def _message_bytes(num_bytes: int) -> int:
+    """Of a payload with the headers of its chunks."""
+    return num_bytes + HEADER_BYTES * -(-num_bytes // MAX_PAYLOAD_BYTES)
 
 
 def _fallback_cost(catalogue: Catalogue, device: DeviceProfile, cut: int, up: int) -> FallbackCost:

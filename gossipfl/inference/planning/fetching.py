@@ -5,9 +5,13 @@
     what is missing known -> Pull it, of the server that offered it first
     all pieces are here   -> Load
     the stage is built    -> the version is `active`
+    by another engine     -> the one that was planned is refused, and another plan asked for
 
 A server that is silent, refuses, sends something else than was asked for, or goes away, is left alone for a while; what is
 missing is pulled from another. A newer offer takes the place of one whose pieces are still pulled.
+
+A certificate speaks of the engine that was planned. Where fp32 runs in its place, as it does not work here or is slower, a plan
+without it is asked for; should it be offered all the same, its certificate is dropped.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from gossipfl.protocol.transfers import Transfer
 
 MAX_REJECTIONS = 3
 """Times that each server may send pieces that are none before their version is given up."""
+
+MAX_REFUSED = 8
+"""Engines: a server that makes up others all the time does not keep the device from answering."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,8 @@ class Fetcher:
         """All versions whose stage is ready."""
         self.error: tuple[str, str] | None = None
         """Kind and reason why there is no (newer) version; None while all is well."""
+        self.refused: tuple[str, ...] = ()
+        """Engines that were planned, and not used."""
         self._config, self._holders, self._profile, self._numbers = config, holders, profile, numbers
         self._candidate: _Candidate | None = None
         self._next: tuple[Manifest, PeerId] | None = None  # offered while another was loading
@@ -198,7 +207,8 @@ class Fetcher:
             self._plan_due = self._holders.next_free()
             return []
         config, held = self._config, self._newest
-        ask = Ask(config.device, config.max_accuracy_loss, wait_s=config.wait_s, samples=samples_digest(self._samples))
+        samples = samples_digest(self._samples)
+        ask = Ask(config.device, config.max_accuracy_loss, wait_s=config.wait_s, samples=samples, refused=self.refused)
         if held is not None:
             ask = replace(ask, held=held.version, cached=held.plan.weight_bits)
         request = next(self._numbers)
@@ -289,11 +299,15 @@ class Fetcher:
         candidate = self._candidate
         if candidate is None or candidate.manifest.version != version or not candidate.is_loading:
             return []
+        manifest = candidate.manifest
+        is_another = error is None and engine is not None and engine != manifest.plan.stages[0].engine
+        if is_another and self._refuse(manifest.plan.stages[0].engine):
+            self._next = None
+            return [*self._drop_candidate(), *self._ask_for_plan_at(now), *self.ask_for_plan(now)]
         self._candidate = None
         actions: list[Action] = []
         if error is None:
-            manifest = candidate.manifest
-            if engine is not None and engine != manifest.plan.stages[0].engine:
+            if is_another:
                 manifest = replace(manifest, alpha=None, delta=None)  # they speak of the engine that they were measured with
             self.active = self.loaded[version] = manifest
             self._spoilt.clear()
@@ -305,6 +319,12 @@ class Fetcher:
             self._candidate = _Candidate(manifest, peer)
             return [*actions, LookUp(manifest)]
         return actions if error is None else [*actions, *self._ask_for_plan_at(now + MAX_BACKOFF_S)]
+
+    def _refuse(self, engine: str) -> bool:
+        """Whether it is news that the engine is of no use here."""
+        is_news = engine not in self.refused and len(self.refused) < MAX_REFUSED
+        self.refused += (engine,) if is_news else ()
+        return is_news
 
     # --- pulls --------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """What a device asks a server for, what the server offers, and which pieces of the model the device then has to pull.
 
 Both travel as JSON: objects whose keys are the fields below, an infinite number as null. Nothing that comes in is trusted: what
-is no such object is a RemoteProtocolError, an offer that does not add up for the device's own model a PlanError.
+is no such object is a RemoteProtocolError, an offer that does not add up for the device's own model a PlanError. An offer is
+filled up with spaces to the size that its plan predicts, since that cannot know how many digits a threshold has.
 """
 
 from __future__ import annotations
@@ -9,15 +10,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 from gossipfl.errors import PlanError, RemoteProtocolError
-from gossipfl.inference.planning.json_values import read
-from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile, Plan, Range
+from gossipfl.inference.planning.json_values import MAX_INTEGER, read
+from gossipfl.inference.planning.profile import (
+    ON_DEVICE,
+    ON_SERVER,
+    DeviceProfile,
+    FallbackCost,
+    ModelProfile,
+    Plan,
+    Prediction,
+    Range,
+    Stage,
+)
 from gossipfl.protocol.messages import FULL_BITS
+from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.segments.codecs.planes import MAX_PLANES, Planes
 
 SAMPLE_BITS = 8
@@ -52,7 +66,8 @@ class Ask:
     """A plan for this device, please, within this loss of accuracy (None: the server's choice).
 
     It has version `held` already (0: none), and of it `cached` planes of each of the first layers: the answer may wait until
-    there is a newer one, for at most `wait_s`. `samples` is the digest of those it has to compile engines with.
+    there is a newer one, for at most `wait_s`. `samples` is the digest of those it has to compile engines with. Those engines
+    that are `refused` do not work on it or are slower than "fp32" there, and are not planned.
     """
 
     device: DeviceProfile
@@ -61,6 +76,7 @@ class Ask:
     wait_s: float = 0.0
     cached: tuple[int, ...] = ()
     samples: str = ""
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +210,41 @@ def split(codec: str, range_: Range, payload: memoryview) -> Iterator[tuple[Piec
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def to_json(value: Ask | Manifest) -> bytes:
+def to_json(value: Ask | LayerOffer | Manifest) -> bytes:
     return json.dumps(_plain(value), allow_nan=False, separators=(",", ":")).encode()
+
+
+def offer_to_json(manifest: Manifest) -> bytes:
+    """As long as its plan predicts (`offer_bytes`), and the samples."""
+    return to_json(manifest).ljust(manifest.plan.prediction.offer_bytes + len(manifest.samples))
+
+
+def offer_bytes(profile: ModelProfile, weight_bits: Sequence[int]) -> int:
+    """Of an offer without samples, of the first layers at these bits: the most that it takes.
+
+    Engines with long names and models whose names JSON has to escape may take a little more.
+    """
+    layers = zip(profile.layers, weight_bits, strict=False)
+    of_layers = sum(_layer_bytes(bits, layer.group, layer.bias is not None) for layer, bits in layers)
+    return _least_bytes() + of_layers + (len(profile.layers) - len(weight_bits)) * len('"float32",')
+
+
+@cache
+def _layer_bytes(bits: int, group: int, has_bias: bool) -> int:
+    """Of what an offer says of a layer on the device: its digests, its codec there and in the plan, and its bits."""
+    codec, digest = Planes(0, bits, group).name, "0" * 32
+    return len(to_json(LayerOffer(codec, (digest,) * bits, digest if has_bias else None))) + len(f',"{codec}",{bits},')
+
+
+@cache
+def _least_bytes() -> int:
+    """Of an offer of no layers, where each number and name in it is as long as it may be."""
+    real, count, many = sys.float_info.max, 10**5, 10**15
+    prediction = Prediction(real, real, real, real, real, real, many, many, many, real, many, many)
+    stages = tuple(Stage(where, count, count, (), "e" * 16) for where in (ON_DEVICE, ON_SERVER))
+    cost = FallbackCost(real, real, many)
+    plan = Plan(MAX_INTEGER, stages, count, (), FULL_BITS, prediction, "continued", cost, cost)
+    return len(to_json(Manifest("m" * MAX_NAME_BYTES, MAX_INTEGER, "0" * 16, plan, (), real, "softmax", real, real)))
 
 
 def ask_from_json(payload: bytes | memoryview) -> Ask:

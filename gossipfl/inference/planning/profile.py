@@ -115,6 +115,8 @@ class Prediction:
     accuracy_loss: float
     sample_bytes: int = 0
     """Of the samples that the device compiles its engine with, where it gets them."""
+    offer_bytes: int = 0
+    """Of the rest of the offer that this is part of: the plan, and a digest for each piece of the layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,3 +145,8 @@ class Plan:
     """None where there is nothing to fall back from."""
     continued: FallbackCost | None = None
     """None where there is nothing left to send, or starting afresh is as cheap: then nobody continues."""
+
+    @property
+    def device_engines(self) -> tuple[str, ...]:
+        """What a certificate of the plan speaks of; the rest runs in full precision."""
+        return tuple(stage.engine for stage in self.stages if stage.device == ON_DEVICE)

@@ -8,7 +8,7 @@ at 0.08 to 0.66 % of accuracy lost). Thresholds are those of ARI (arXiv 2408.145
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,16 +73,21 @@ def full_scores(calibrator: Calibrator, inputs: np.ndarray) -> np.ndarray:
 
 
 def plan_rows(
-    calibrator: Calibrator, catalogue: Catalogue, harm: dict[float, dict[int, float]], inputs: np.ndarray, labels: np.ndarray
+    calibrator: Calibrator,
+    catalogue: Catalogue,
+    harm: dict[float, dict[int, float]],
+    devices: Iterable[DeviceProfile],
+    inputs: np.ndarray,
+    labels: np.ndarray,
 ) -> Iterator[PlanRow]:
-    """For each level: all on the device, and the cut that each of DEVICES would get."""
+    """For each level: all on the device, and the cut that each of `devices` would get."""
     profile = catalogue.profile
     full = full_scores(calibrator, inputs).argmax(1)
     known: dict[tuple[int, tuple[int, ...], int, str], np.ndarray] = {}
     for level in sorted(catalogue.levels):
         if not level:
             continue
-        for device in (ALONE, *DEVICES):
+        for device in (ALONE, *devices):
             plan, _ = choose_plan(catalogue, device, level)
             engine = engine_of(plan)
             key = plan.cut, plan.weight_bits, plan.activation_bits, engine

@@ -49,7 +49,7 @@ class Answers:
         table.add_column("value", justify="right")
         rows = {
             "layers here": f"{last.cut} at {bits_text(last.weight_bits)} bits, by {last.engines[0]}" if last.cut else "none",
-            "pulled": size_text(device.bytes_pulled),
+            "pulled": size_text(device.bytes_pulled + device.bytes_offered),
             "sent up / down, each": " / ".join(
                 size_text(statistics.fmean(getattr(receipt, name) for receipt in self._receipts))
                 for name in ("bytes_up", "bytes_down")

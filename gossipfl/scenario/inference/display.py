@@ -114,7 +114,7 @@ def print_plan(console: Console, profile: ModelProfile, plan: Plan, rows: Sequen
         table.add_row(
             _place(profile, row.cut),
             f"{bits_text(row.weight_bits)} | {row.activation_bits or '-'}",
-            size_text(found.weight_bytes + found.sample_bytes),
+            size_text(found.weight_bytes + found.sample_bytes + found.offer_bytes),
             size_text(found.activation_bytes),
             f"{saved(profile, row.cut, row.weight_bits, row.activation_bits):.0%}",
             f"{1000 * found.latency_s:.2f} ms",

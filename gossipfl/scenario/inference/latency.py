@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.calibration import Calibrator, Progress
 from gossipfl.inference.execution.engines import undisturbed
 from gossipfl.inference.planning.cuts import Bits, Catalogue, Overhead, choose_plan, fetch_seconds
@@ -33,6 +34,8 @@ LEAST_TURNS, MOST_TURNS = 3, 25
 PAUSE_S = 0.05
 """Rest before each request: who is asked once in a while begins cold, which takes up to three times as long."""
 PATIENCE_S = 60.0
+MANY = 10**15
+"""Requests, for each of which nothing is fetched."""
 MODEL = "m"
 Overheads = tuple[Overhead, Overhead, Overhead]
 
@@ -57,7 +60,7 @@ class LatencyRow:
     predicted_up: int
     measured_up: int
     predicted_pull: int
-    """With the samples that come with the offer, if the engine is compiled with any."""
+    """With the offer, and the samples in it that the engine may be compiled with."""
     measured_pull: int
     predicted_pull_s: float
     measured_pull_s: float
@@ -75,13 +78,20 @@ class LatencyRow:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A device that has answered once, and what it has to do: the only cut of `forced`."""
+    """A device that has answered once, and what it has to do: the only cut of `forced`.
+
+    `offered` are the plans that it had, one more than it has refused engines.
+    """
 
     device: DeviceProfile
     forced: Catalogue
-    plan: Plan
+    offered: list[Plan]
     edge: EdgeDevice
     receipts: list[Receipt] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        return self.offered[-1]
 
     def ask(self, inputs: np.ndarray, turn: int) -> None:
         """About one sample, after a rest."""
@@ -90,8 +100,8 @@ class Opened:
 
     def predicted_s(self, overheads: Overheads) -> float:
         """Of a request with the weights there."""
-        catalogue = replace(self.forced, overheads=overheads)
-        plan, _ = choose_plan(catalogue, self.device, min(catalogue.levels), cached=self.plan.weight_bits, has_samples=True)
+        catalogue, device = replace(self.forced, overheads=overheads), replace(self.device, requests=MANY)
+        plan, _ = choose_plan(catalogue, device, LEVEL, self.plan.weight_bits, True, self.edge.refused)
         return plan.prediction.latency_s
 
     @property
@@ -112,6 +122,14 @@ def measure_overheads(calibrator: Calibrator, catalogue: Catalogue, inputs: np.n
         for turn in range(MOST_TURNS):
             _ask_all(unlinked, inputs, turn)
         return _overheads(unlinked)
+
+
+def check_emulated(devices: Iterable[DeviceProfile]) -> None:
+    """ConfigError for a device that is faster than this machine."""
+    for device in devices:
+        if device.speed > 1:
+            what = f"speed = {device.speed} of device {device.name!r}"
+            raise ConfigError(f"{what} cannot be emulated, as waiting only makes slower; give 1 at most")
 
 
 def latency_rows(
@@ -227,7 +245,6 @@ def _relay(stack: ExitStack, address: str, device: DeviceProfile) -> str:
 def _open(
     stack: ExitStack, calibrator: Calibrator, forced: Catalogue, device: DeviceProfile, address: str, inputs: np.ndarray
 ) -> Opened:
-    plan, _ = choose_plan(forced, device, LEVEL)
     edge = EdgeDevice(
         [address],
         calibrator.chain,
@@ -236,11 +253,15 @@ def _open(
         model=MODEL,
         patience_s=PATIENCE_S,
         audit_share=0.0,
-        emulated_speed=min(device.speed, 1.0),
+        emulated_speed=device.speed,
     )
     stack.callback(edge.close)
     edge.predict(inputs[:1], PATIENCE_S)
-    return Opened(device, forced, plan, edge)
+    offered: list[Plan] = []
+    for num_refused in range(len(edge.refused) + 1):
+        has_samples = any(plan.prediction.sample_bytes for plan in offered)
+        offered.append(choose_plan(forced, device, LEVEL, (), has_samples, edge.refused[:num_refused])[0])
+    return Opened(device, forced, offered, edge)
 
 
 def _row(one: Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
@@ -258,8 +279,9 @@ def _row(one: Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
         statistics.median(receipt.seconds["total"] for receipt in one.receipts),
         plan.prediction.activation_bytes,
         one.receipts[0].bytes_up,
-        plan.prediction.weight_bytes + plan.prediction.sample_bytes,
-        one.edge.bytes_pulled,
+        plan.prediction.weight_bytes
+        + sum(offer.prediction.sample_bytes + offer.prediction.offer_bytes for offer in one.offered),
+        one.edge.bytes_pulled + one.edge.bytes_offered,
         fetch_seconds(one.forced, one.device, plan.weight_bits),
         one.edge.seconds_pulled,
     )

@@ -42,9 +42,11 @@ class LinkRow:
 
 
 def link_rows(devices: Iterable[DeviceProfile]) -> list[LinkRow]:
-    """Of devices whose links have latencies and rates."""
+    """Of those devices whose links have both a latency and rates."""
     rows = []
     for device in devices:
+        if not device.latency_s or math.inf in (device.uplink, device.downlink):
+            continue
         with ExitStack() as stack:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
@@ -57,7 +59,7 @@ def link_rows(devices: Iterable[DeviceProfile]) -> list[LinkRow]:
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for direction, source, sink, rate in (("up", near, far, device.uplink), ("down", far, near, device.downlink)):
                 latency_s = statistics.median(_seconds(source, sink, 1) - 1 / rate for _ in range(TURNS))
-                size = int(rate * BULK_S)
+                size = math.ceil(rate * BULK_S)
                 bulk_s = statistics.median(_seconds(source, sink, size) - device.latency_s for _ in range(TURNS // 2))
                 rows.append(LinkRow(device.name, direction, device.latency_s, latency_s, rate, size / bulk_s))
     return rows

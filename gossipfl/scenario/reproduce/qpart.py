@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.chain import Chain
-from gossipfl.scenario.inference.bench import PlanRow, plan_rows
+from gossipfl.scenario.inference.bench import DEVICES, PlanRow, plan_rows
 from gossipfl.scenario.inference.calibrate import ALONE
 from gossipfl.scenario.inference.display import bits_text
 from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arm, Arms, Reproduction, Row, Table
@@ -79,7 +79,7 @@ def measure(name: str, arm: Arm, folder: Path) -> Measured:
     catalogue, found = calibrator.catalogue()
     calibrate_s = time.perf_counter() - began
     harm = {level: {cut: row.harm for cut, row in cuts.items()} for level, cuts in found.items()}
-    rows = tuple(plan_rows(calibrator, catalogue, harm, trained.inputs(dataset.x_test), dataset.y_test))
+    rows = tuple(plan_rows(calibrator, catalogue, harm, DEVICES, trained.inputs(dataset.x_test), dataset.y_test))
     accuracy = trained.engine.evaluate(trained.engine.flat.read())
     measured = Measured(name, accuracy, len(kept), len(dataset.y_test), rows, trained.seconds, calibrate_s)
     write_record(folder, name, measured)
