@@ -365,8 +365,8 @@ def test_where_nobody_knows_how_many_fall_back_the_plan_says_so_and_is_chosen_as
     assert unknown == plan and all(row.fallback_rate is row.expected is None for row in rows)
 
 
-class Counted(tuple):
-    """Seconds of an engine, which count how often they are looked at."""
+class Counted(dict):
+    """Bits by cut, which count how often they are looked at."""
 
     looks = 0
 
@@ -379,11 +379,11 @@ class Counted(tuple):
 def test_every_cut_is_priced_once_for_each_level_that_is_allowed(num_layers):
     layers = tuple(layer(f"l{index}", 40 * index, 4, 9, ((4, 5, 5),)) for index in range(num_layers))
     levels = {
-        level: {cut: ((bits,) * cut, bits if cut < num_layers else 0) for cut in range(num_layers + 1)}
+        level: Counted({cut: ((bits,) * cut, bits if cut < num_layers else 0) for cut in range(num_layers + 1)})
         for level, bits in zip(LEVELS, (8, 6, 4), strict=True)
     }
-    device_s = {"fp32": Counted((0.0,) + (1.0,) * num_layers)}
-    catalogue = Catalogue(ModelProfile(layers, (1, 5, 5), 10), 1, levels, device_s, {"fp32": (1.0,) * num_layers + (0.0,)})
+    times = (0.0,) + (1.0,) * num_layers
+    catalogue = Catalogue(ModelProfile(layers, (1, 5, 5), 10), 1, levels, {"fp32": times}, {"fp32": times[::-1]})
     for rate, num_levels in ((None, 1), (0.0, 1), (0.5, 3)):
         known = {} if rate is None else {level: dict.fromkeys(cuts, FallbackRates(rate)) for level, cuts in levels.items()}
         catalogue = replace(catalogue, fallback_rates=known)

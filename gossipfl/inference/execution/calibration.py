@@ -81,10 +81,15 @@ class Calibration:
     """Versions, machine and seed."""
 
     def certificates_for(self, plan: Plan) -> tuple[Certificate, ...]:
-        """Those of the plan with either fallback that were made by now."""
+        """Those of the plan that were made by now: with either fallback where it may continue, else of the one."""
         wanted = plan.version, plan.cut, plan.weight_bits, plan.activation_bits, engines_of(plan)
-        found = ((one, one.basis) for one in self.certificates)
-        return tuple(one for one, of in found if (of.version, of.cut, of.weight_bits, of.activation_bits, of.engines) == wanted)
+        found = [
+            one
+            for one, of in ((one, one.basis) for one in self.certificates)
+            if (of.version, of.cut, of.weight_bits, of.activation_bits, of.engines) == wanted
+        ]
+        tried = 1 if plan.continued is None else max((one.tried for one in found), default=1)
+        return tuple(one for one in found if one.tried == tried)
 
     def to_json(self) -> str:
         values = {

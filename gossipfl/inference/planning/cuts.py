@@ -26,7 +26,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -283,7 +283,8 @@ class _Pieces:
             return _Fetched(0, 0, 0, 0)
         codecs = set(zip(weight_bits, self._groups, strict=False))
         num_pulls = max(len(codecs) + 1, -(-num_pieces // MAX_RANGES))
-        return _Fetched(int(pieces.sum()), num_pieces, int((-(-pieces // MAX_PAYLOAD_BYTES)).sum()), num_pulls)
+        num_messages = int((-(-pieces // MAX_PAYLOAD_BYTES)).sum())
+        return _Fetched(int(pieces.sum()), num_pieces, num_messages, num_pulls)
 
     def resident_bytes(self, cut: int, engine: str) -> int:
         """Of the first `cut` layers: weights as `engine` holds them, biases, and twice the largest live set in float32."""
@@ -324,21 +325,30 @@ def _best_row(
     catalogue: Catalogue, device: DeviceProfile, levels: Sequence[float], cut: int, pieces: _Pieces, afresh: FallbackCost
 ) -> CutRow:
     """With the bits of the first level; or of a later, stricter one where with its fallbacks that is cheaper."""
-    best = _priced(catalogue, device, _row(catalogue, device, levels[0], cut, pieces), afresh)
+    computing = _computing(catalogue, device, cut, pieces)
+    best = _row(catalogue, device, levels[0], cut, pieces, computing, afresh)
     for level in levels[1:]:
         if best.prediction is not None and not best.fallback_rate:
             break  # where nothing falls back, more bits save nothing; where that is not known, nobody can tell
-        row = _priced(catalogue, device, _row(catalogue, device, level, cut, pieces), afresh)
+        row = _row(catalogue, device, level, cut, pieces, computing, afresh)
         if row.fallback_rate is not None and (best.prediction is None or row.cost < best.cost):
             best = row
     return best
 
 
-def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, pieces: _Pieces) -> CutRow:
-    profile = catalogue.profile
-    if cut not in catalogue.levels[level]:
-        return CutRow(cut, obstacle=f"has no bits for a loss of {level}")
-    weights, activations = catalogue.levels[level][cut]
+class _Computing(NamedTuple):
+    """What a cut takes but for its bits."""
+
+    engine: str
+    server_engine: str
+    device_s: float
+    server_s: float
+    memory_bytes: int
+    sample_bytes: int
+    obstacle: str | None
+
+
+def _computing(catalogue: Catalogue, device: DeviceProfile, cut: int, pieces: _Pieces) -> _Computing:
     device_times, server_times = _times(catalogue.device_s, cut), _times(catalogue.server_s, cut)
     memory = {engine: pieces.resident_bytes(cut, engine) for engine in device_times}
     fitting = [engine for engine, num_bytes in memory.items() if num_bytes <= device.memory_bytes]
@@ -355,9 +365,27 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, pi
     overhead = catalogue.overhead(cut)
     device_s = (device_times[engine] + overhead.device_s) / device.speed
     server_s = server_times[server_engine] + overhead.server_s
+    obstacle = None if fitting else f"takes {memory[engine]:,} bytes of memory, of {device.memory_bytes:,}"
+    return _Computing(engine, server_engine, device_s, server_s, memory[engine], samples[engine], obstacle)
+
+
+def _row(
+    catalogue: Catalogue,
+    device: DeviceProfile,
+    level: float,
+    cut: int,
+    pieces: _Pieces,
+    computing: _Computing,
+    afresh: FallbackCost,
+) -> CutRow:
+    profile, overhead = catalogue.profile, catalogue.overhead(cut)
+    if cut not in catalogue.levels[level]:
+        return CutRow(cut, obstacle=f"has no bits for a loss of {level}")
+    weights, activations = catalogue.levels[level][cut]
+    engine, server_engine, device_s, server_s, memory, samples, obstacle = computing
     fetched = pieces.fetched(weights)
     up = activation_bytes(profile, cut, activations)
-    fetch_s = (fetched.seconds(catalogue, device) + samples[engine] / device.downlink) / device.requests
+    fetch_s = (fetched.seconds(catalogue, device) + samples / device.downlink) / device.requests
     uplink_s = answer_s = 0.0
     if cut < len(profile.layers):
         uplink_s, answer_s = _exchange_seconds(profile, device, up)
@@ -366,32 +394,28 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, pi
     energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
     cost = device.time_weight * latency_s + device.energy_weight * energy_j + device.price_weight * server_s
     prediction = Prediction(
-        latency_s, device_s, server_s, transfer_s, energy_j, cost, fetched.num_bytes, up, memory[engine], level, samples[engine]
+        latency_s, device_s, server_s, transfer_s, energy_j, cost, fetched.num_bytes, up, memory, level, samples
     )
-    obstacle = None if fitting else f"takes {memory[engine]:,} bytes of memory, of {device.memory_bytes:,}"
-    return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle)
+    fallback = _fallback(catalogue, device, cut, activations, prediction, afresh)
+    return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle, *fallback)
 
 
-def _priced(catalogue: Catalogue, device: DeviceProfile, row: CutRow, afresh: FallbackCost) -> CutRow:
-    """With the way to fall back that is cheaper: for all that take it, where it is known how many do, else for each."""
-    cut, bits, reduced = row.cut, row.activation_bits, row.prediction
-    if reduced is None:
-        return row
+def _fallback(
+    catalogue: Catalogue, device: DeviceProfile, cut: int, bits: int, reduced: Prediction, afresh: FallbackCost
+) -> tuple[Fallback, FallbackCost | None, FallbackCost | None, float | None, Expected | None]:
+    """The last fields of a row: the way that is cheaper, for all that take it where it is known how many do, else for each."""
     if not cut and bits == EXACT_BITS:
-        return replace(row, fallback_rate=0.0, expected=with_fallbacks(reduced, None, 0.0))
-    continued = None
-    if 0 < bits < MAX_BITS:
-        continued = _fallback_cost(catalogue, device, cut, missing_bytes(catalogue.profile, cut, bits))
-        continued = continued if continued.cost < afresh.cost else None
+        return "full", None, None, 0.0, with_fallbacks(reduced, None, 0.0)
     rates = catalogue.fallback_rates.get(reduced.accuracy_loss, {}).get(cut)
+    continued = None
+    if 0 < bits < MAX_BITS and (rates is None or rates.continued is not None):
+        found = _fallback_cost(catalogue, device, cut, missing_bytes(catalogue.profile, cut, bits))
+        continued = found if found.cost < afresh.cost else None
     if rates is None:
-        return replace(row, fallback="continued" if continued else "full", afresh=afresh, continued=continued)
+        return "continued" if continued else "full", afresh, continued, None, None
     if continued and rates.continued is not None and rates.continued * continued.cost < rates.full * afresh.cost:
-        known = with_fallbacks(reduced, continued, rates.continued)
-        return replace(
-            row, fallback="continued", afresh=afresh, continued=continued, fallback_rate=rates.continued, expected=known
-        )
-    return replace(row, afresh=afresh, fallback_rate=rates.full, expected=with_fallbacks(reduced, afresh, rates.full))
+        return "continued", afresh, continued, rates.continued, with_fallbacks(reduced, continued, rates.continued)
+    return "full", afresh, None, rates.full, with_fallbacks(reduced, afresh, rates.full)
 
 
 def _exchange_seconds(profile: ModelProfile, device: DeviceProfile, up: int) -> tuple[float, float]:

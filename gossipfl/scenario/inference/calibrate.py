@@ -111,7 +111,12 @@ def alone(catalogue: Catalogue) -> dict[float, Plan]:
     last, plans = len(catalogue.profile.layers), {}
     for level, cuts in sorted(catalogue.levels.items()):
         if last in cuts:
-            forced = replace(catalogue, levels={level: {last: cuts[last]}}, fallback_rates={})
+            rates = catalogue.fallback_rates.get(level, {})
+            forced = replace(
+                catalogue,
+                levels={level: {last: cuts[last]}},
+                fallback_rates={level: {last: rates[last]}} if last in rates else {},
+            )
             plans[level], _ = choose_plan(forced, ALONE, level)
     return plans
 

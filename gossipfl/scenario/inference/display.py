@@ -128,9 +128,9 @@ def print_plan(
             size_text(found.weight_bytes + found.sample_bytes),
             size_text(found.activation_bytes),
             f"{saved(profile, row.cut, row.weight_bits, row.activation_bits):.0%}",
-            f"{1000 * found.latency_s:.2f}{_added_ms(row)}",
+            f"{_thousandths(found.latency_s)}{_added_ms(row)}",
             "?" if row.fallback_rate is None else f"{row.fallback_rate:.1%}",
-            f"{1000 * found.energy_j:.2f}",
+            _thousandths(found.energy_j),
             size_text(found.memory_bytes),
             style="bold" if row.cut == plan.cut else "dim" if row.obstacle else None,
         )
@@ -163,7 +163,11 @@ def _added_ms(row: CutRow) -> str:
     """What fallbacks add to a mean request."""
     if row.prediction is None or row.expected is None or not row.fallback_rate:
         return ""
-    return f" + {1000 * (row.expected.latency_s - row.prediction.latency_s):.2f}"
+    return f" + {_thousandths(row.expected.latency_s - row.prediction.latency_s)}"
+
+
+def _thousandths(value: float) -> str:
+    return f"{1000 * value:.2f}" if value < 0.1 else f"{1000 * value:.0f}"
 
 
 def _cost_of_fallbacks(plan: Plan) -> str:
@@ -171,6 +175,8 @@ def _cost_of_fallbacks(plan: Plan) -> str:
         return ""
     if plan.fallback_rate is None or plan.fallback_cost is None:
         return ", fallbacks left out: nobody has measured how many there are"
+    if not plan.fallback_rate:
+        return ", nothing of it for fallbacks: none were seen"
     return f", of which {plan.fallback_rate * plan.fallback_cost.cost:.3g} for the {plan.fallback_rate:.1%} that fall back"
 
 
