@@ -22,7 +22,15 @@ from gossipfl.inference.planning.cuts import (
     weight_bytes,
 )
 from gossipfl.inference.planning.offers import offer_bytes
-from gossipfl.inference.planning.profile import ON_DEVICE, ON_SERVER, DeviceProfile, LayerProfile, ModelProfile, Stage
+from gossipfl.inference.planning.profile import (
+    ON_DEVICE,
+    ON_SERVER,
+    DeviceProfile,
+    FallbackRates,
+    LayerProfile,
+    ModelProfile,
+    Stage,
+)
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import Activation, Continuation, Data, Pull, Result
 from gossipfl.segments.codecs import codec
@@ -267,6 +275,125 @@ def test_where_the_values_at_the_cut_are_more_than_the_input_a_slow_link_starts_
     assert (inputs.fallback, inputs.continued.bytes_up, inputs.afresh.bytes_up) == ("continued", 12 * 5 + 1, 4 * 36)
 
 
+# --- the price of falling back ----------------------------------------------------------------------------------------
+
+
+def rated(catalogue, rng):
+    """With shares that fall back, of some rows or of all; more bits than 31 are the full model's."""
+    rates = {
+        level: {cut: FallbackRates(rng.choice([0.0, rng.random()]), rng.choice([None, rng.random()])) for cut in cuts}
+        for level, cuts in catalogue.levels.items()
+    }
+    return replace(catalogue, fallback_rates=rates)
+
+
+@given(catalogue=catalogues(), device=devices, seed=st.integers(0, 2**32 - 1))
+@quick
+def test_with_its_fallbacks_the_plan_is_the_cheapest_of_all_cuts_and_levels(catalogue, device, seed):
+    """Costs alone are those of a catalogue without rates, one cut at a time."""
+    catalogue = rated(catalogue, np.random.default_rng(seed))
+    device = replace(device, memory_bytes=2**30)
+    best = {}
+    for cut in range(len(catalogue.profile.layers) + 1):
+        for level in sorted(catalogue.levels, reverse=True):
+            if cut not in catalogue.levels[level]:
+                continue
+            only = replace(catalogue, levels={level: {cut: catalogue.levels[level][cut]}}, fallback_rates={})
+            plan, _ = choose_plan(only, device, level)
+            rates, cost, rate = catalogue.fallback_rates[level][cut], plan.prediction.cost, 0.0
+            if plan.afresh is not None:
+                ways = [(rates.full * plan.afresh.cost, rates.full)]
+                if plan.continued is not None and rates.continued is not None:
+                    ways.append((rates.continued * plan.continued.cost, rates.continued))
+                added, rate = min(ways)
+                cost += added
+            best[cut] = min(best.get(cut, math.inf), cost)
+            if not rate:
+                break
+    plan, rows = choose_plan(catalogue, device, 1.0)
+    for row in rows:
+        assert row.cost == (pytest.approx(best[row.cut]) if row.cut in best else math.inf)
+    assert rows[plan.cut].cost == pytest.approx(min(best.values()))
+
+
+# As above, cut 1: 86 bytes go up, and 131 more where an answer is continued, 144 where the full model starts afresh.
+@pytest.mark.parametrize(("rates", "way"), [(FallbackRates(0.25, 0.25), "continued"), (FallbackRates(0.25), "full")])
+def test_a_share_of_a_fallback_is_in_every_term(rates, way):
+    device = DeviceProfile(
+        speed=0.5, uplink=50.0, downlink=46.0, latency_s=0.25, transmit_w=5.0, energy_weight=0.1, price_weight=0.01
+    )
+    bare = replace(EXAMPLE, levels={0.01: {1: ((4,), 6)}})
+    known, _ = choose_plan(bare, device, 0.01)
+    catalogue = replace(bare, fallback_rates={0.01: {1: rates}})
+    plan, rows = choose_plan(catalogue, device, 0.01)
+    reduced, each = plan.prediction, known.continued if way == "continued" else known.afresh
+    assert (plan.fallback, plan.fallback_rate, plan.fallback_cost) == (way, 0.25, each)
+    assert reduced == known.prediction and (plan.continued is not None) == (way == "continued")
+    mean = rows[1].expected
+    assert mean.latency_s == reduced.latency_s + 0.25 * each.latency_s
+    assert mean.server_s == reduced.server_s + 0.25 * (2.0 if way == "continued" else 3.0)
+    assert mean.energy_j == reduced.energy_j + 0.25 * each.energy_j
+    assert mean.bytes_up == 86 + 0.25 * (131 if way == "continued" else 144)
+    assert mean.cost == pytest.approx(mean.latency_s + 0.1 * mean.energy_j + 0.01 * mean.server_s) == rows[1].cost
+
+
+def test_where_many_fall_back_another_cut_or_more_bits_are_the_cheaper():
+    device = DeviceProfile(uplink=100.0, downlink=1e9, requests=10**9, latency_s=0.1)
+    alone = replace(EXAMPLE, levels={level: {cut: EXAMPLE.levels[level][cut] for cut in (0, 3)} for level in EXAMPLE.levels})
+    sure = {level: {cut: FallbackRates(0.0) for cut in (0, 3)} for level in EXAMPLE.levels}
+    found = []
+    for rate, strict in ((0.0, 0.0), (0.5, 0.0), (0.9, 0.9)):
+        rates = {0.01: sure[0.01] | {3: FallbackRates(strict)}, 0.05: sure[0.05] | {3: FallbackRates(rate)}}
+        plan, _ = choose_plan(replace(alone, fallback_rates=rates), device, 0.05)
+        found.append((plan.cut, plan.prediction.accuracy_loss))
+    assert found == [(3, 0.05), (3, 0.01), (0, 0.05)]
+
+
+def test_inputs_as_they_are_never_fall_back_and_go_up_where_others_do():
+    levels = {0.0: {0: ((), 32)}, 0.05: {0: ((), 4)}}
+    for rate, bits in ((0.1, 4), (0.95, 32)):
+        rates = {0.0: {0: FallbackRates(0.0)}, 0.05: {0: FallbackRates(rate)}}
+        plan, rows = choose_plan(replace(EXAMPLE, levels=levels, fallback_rates=rates), DeviceProfile(uplink=100.0), 0.05)
+        assert plan.activation_bits == bits and rows[0].expected.cost == rows[0].cost
+    assert (plan.fallback_rate, plan.fallback_cost, rows[0].expected.bytes_up) == (0.0, None, 4 * 36)
+
+
+def test_where_nobody_knows_how_many_fall_back_the_plan_says_so_and_is_chosen_as_if_none_did():
+    catalogue = replace(EXAMPLE, fallback_rates={0.05: {cut: FallbackRates(1.0) for cut in (0, 1, 2)}})
+    plan, rows = choose_plan(catalogue, DeviceProfile(price_weight=100.0), 0.05)
+    assert (plan.cut, plan.fallback_rate, plan.prediction.accuracy_loss) == (3, None, 0.05)
+    assert rows[3].expected is None and rows[3].cost == rows[3].prediction.cost
+    unknown, rows = choose_plan(EXAMPLE, DeviceProfile(price_weight=100.0), 0.05)
+    assert unknown == plan and all(row.fallback_rate is row.expected is None for row in rows)
+
+
+class Counted(dict):
+    """Bits by cut, which count how often they are looked at."""
+
+    looks = 0
+
+    def __getitem__(self, cut):
+        Counted.looks += 1
+        return super().__getitem__(cut)
+
+
+@pytest.mark.parametrize("num_layers", [10, 20, 40])
+def test_every_cut_is_priced_once_for_each_level_that_is_allowed(num_layers):
+    layers = tuple(layer(f"l{index}", 40 * index, 4, 9, ((4, 5, 5),)) for index in range(num_layers))
+    levels = {
+        level: Counted({cut: ((bits,) * cut, bits if cut < num_layers else 0) for cut in range(num_layers + 1)})
+        for level, bits in zip(LEVELS, (8, 6, 4), strict=True)
+    }
+    times = (0.0,) + (1.0,) * num_layers
+    catalogue = Catalogue(ModelProfile(layers, (1, 5, 5), 10), 1, levels, {"fp32": times}, {"fp32": times[::-1]})
+    for rate, num_levels in ((None, 1), (0.0, 1), (0.5, 3)):
+        known = {} if rate is None else {level: dict.fromkeys(cuts, FallbackRates(rate)) for level, cuts in levels.items()}
+        catalogue = replace(catalogue, fallback_rates=known)
+        Counted.looks = 0
+        choose_plan(catalogue, DeviceProfile(), 1.0)
+        assert Counted.looks == num_levels * (num_layers + 1)
+
+
 @pytest.mark.parametrize("bits", [2, 7, 15])
 def test_what_is_continued_is_counted_as_it_is_sent(bits):
     for cut, shapes in ((0, [(1, 6, 6)]), (1, [(4, 5, 5)]), (2, [(2, 3, 3), (4, 5, 5)])):
@@ -420,9 +547,10 @@ def test_cached_bits_that_cannot_be_are_a_plan_error(cached):
 # --- the catalogue's JSON ---------------------------------------------------------------------------------------------
 
 
-@given(catalogue=catalogues())
+@given(catalogue=catalogues(), seed=st.integers(0, 2**32 - 1), is_rated=st.booleans())
 @quick
-def test_a_catalogue_survives_json(catalogue):
+def test_a_catalogue_survives_json(catalogue, seed, is_rated):
+    catalogue = rated(catalogue, np.random.default_rng(seed)) if is_rated else catalogue
     assert Catalogue.from_json(json.loads(json.dumps(catalogue.to_json(), allow_nan=False))) == catalogue
 
 
@@ -485,6 +613,31 @@ LAYER = ("profile", "layers", 1)
         (("overheads",), [], r"catalogue.overheads = \[\] is not a list of 3"),
         (("overheads", 1, "rest_s"), -1.0, r"catalogue.overheads\[1\] = \(0.0, 0.0, -1.0\) is not seconds of at least 0"),
         (("sample_bytes",), -1, "catalogue.sample_bytes = -1 is not a number of at least 0"),
+        (
+            ("fallback_rates", "0.02"),
+            {"0": {"full": 0.5, "continued": None}},
+            "catalogue.fallback_rates.0.02.0 = 0 is not a cut",
+        ),
+        (
+            ("fallback_rates", "0.01"),
+            {"4": {"full": 0.5, "continued": None}},
+            "catalogue.fallback_rates.0.01.4 = 4 is not a cut",
+        ),
+        (
+            ("fallback_rates", "0.01"),
+            {"0": {"full": 1.5, "continued": None}},
+            "catalogue.fallback_rates.0.01.0 = .* is not a share",
+        ),
+        (
+            ("fallback_rates", "0.01"),
+            {"0": {"full": 0.5, "continued": -1}},
+            "catalogue.fallback_rates.0.01.0 = .* is not a share",
+        ),
+        (
+            ("fallback_rates", "0.01"),
+            {"0": [0.5, 0.5]},
+            "catalogue.fallback_rates.0.01.0 = .* is not a table of full, continued",
+        ),
         (("server_s", "fp32", 1), None, "catalogue.server_s = {} is not a table with an engine that runs cut 1"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -21,9 +22,13 @@ from safetensors.numpy import load_file
 import gossipfl
 from gossipfl.cli import main
 from gossipfl.inference.execution import engines
+from gossipfl.inference.planning.cuts import choose_plan
+from gossipfl.inference.planning.offers import Ask, manifest_from_json
+from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.learning.models import build_model
+from gossipfl.runtime.served import ServedVersion
 from gossipfl.scenario.inference import latency
-from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration, served_here, timed_here
+from gossipfl.scenario.inference.calibrate import calibrator_like, certifier, load_calibration, served_here, timed_here
 from gossipfl.scenario.inference.trained import load_trained
 
 SCENARIO = {
@@ -79,8 +84,35 @@ def test_a_plan_names_every_cut_and_the_cheapest(run):
     code, stdout, _ = call("plan-inference", run, "--json", "--max-accuracy-loss", "0.02")
     plan = json.loads(stdout)
     assert code == 0 and [row["cut"] for row in plan["cuts"]] == [0, 1, 2]
-    costs = {row["cut"]: row["prediction"]["cost"] for row in plan["cuts"] if not row["obstacle"]}
+    costs = {row["cut"]: row["expected"]["cost"] for row in plan["cuts"] if not row["obstacle"]}
     assert plan["plan"]["cut"] == min(costs, key=costs.get)
+    for row in plan["cuts"]:
+        assert row["cost"] == row["expected"]["cost"] >= row["prediction"]["cost"] and 0 <= row["fallback_rate"] <= 1
+
+
+def test_a_plan_tells_what_those_that_fall_back_add_and_from_when_answers_stand(run, tmp_path):
+    """At bits of the greatest loss alone, with all to be done by a device that is far from the server."""
+    copy, device = shutil.copytree(run, tmp_path / "copy"), tmp_path / "far.toml"
+    file = copy / "models" / "average.calibration.json"
+    stored = json.loads(file.read_text())
+    bits = stored["catalogue"]["levels"]["0.05"]
+    stored["catalogue"]["levels"], stored["harm"] = {"0.05": {"2": bits["2"]}}, {"0.05": {"2": 0.04}}
+    stored["catalogue"]["fallback_rates"] = {"0.05": {"2": {"full": 0.125, "continued": None}}}
+    file.write_text(json.dumps(stored))
+    device.write_text('name = "far"\nlatency = "100s"\nrequests = 1000000000\n')
+    code, stdout, stderr = call("plan-inference", copy, "--device", device, "--max-accuracy-loss", "0.05")
+    said = " ".join(stdout.split())
+    assert code == 0, stderr
+    assert re.search(r" \+ 25\d\d\d ", said) and "12.5%" in said and "for the 12.5% that fall back" in said
+    (certificate,) = [one for one in stored["certificates"] if one["basis"]["weight_bits"] == bits["2"][0]]
+    assert f"certified on {certificate['n']} samples where a fallback starts afresh: from margin" in said
+    assert f"{certificate['fallback_rate']:.1%} fall back" in said
+    stored["certificates"], stored["catalogue"]["fallback_rates"] = [], {}
+    file.write_text(json.dumps(stored))
+    _, stdout, _ = call("plan-inference", copy, "--device", device, "--max-accuracy-loss", "0.05")
+    said = " ".join(stdout.split())
+    assert "?" in said and "fallbacks left out: nobody has measured how many there are" in said
+    assert "not certified yet: a server does that when it first offers this plan" in said
 
 
 def test_the_device_by_example_gets_a_plan(run):
@@ -101,6 +133,14 @@ def test_the_bench_tells_what_was_promised_and_what_was_kept(run):
     for row in tables["latency"]:
         assert row["predicted_up"] == row["measured_up"] and row["predicted_pull"] == row["measured_pull"]
     assert {row["fallback"] for row in tables["fallbacks"]} == {"continued", "full"}
+    for row in tables["plans"]:
+        assert all(0 <= row[key] <= 1 for key in ("predicted_fallback", "certified_fallback", "measured_fallback"))
+    assert {row["device"] for row in tables["cascades"] if row["is_chosen"]} == {"sensor", "phone", "gateway"}
+    for row in tables["cascades"]:
+        assert row["measured_s"] > 0 and row["error_at_rate"] == row["at_rate_s"] / row["measured_s"] - 1
+        assert row["turns"] == 4 and row["measured_rate"] in (0, 0.25, 0.5, 0.75, 1)
+        if row["cut"] == row["num_layers"]:
+            assert row["measured_up"] == row["measured_rate"] * 4 * 64
     for row in tables["fallbacks"]:
         assert row["predicted_up"] == row["measured_up"] and row["measured_s"] > 0
         if row["is_chosen"]:
@@ -149,6 +189,67 @@ def test_a_device_that_is_faster_than_this_machine_cannot_be_emulated(run, tmp_p
     assert code == 2 and "speed = 2.0 of device 'mainframe' cannot be emulated" in stderr
 
 
+def test_a_certificate_that_a_plan_asks_for_is_kept_beside_the_model(run, tmp_path):
+    trained = load_trained(shutil.copytree(run, tmp_path / "copy"))
+    calibration = load_calibration(trained)
+    calibrator = calibrator_like(trained, calibration)
+    forced = latency.only(calibration.catalogue, 1, ((4,), 3))
+    plan, _ = choose_plan(forced, DeviceProfile(uplink=1.0), 0.01)
+    assert plan.fallback == "continued" and calibration.certificates_for(plan) == ()
+    afresh, alone = replace(plan, fallback="full"), replace(plan, fallback="full", continued=None)
+    made = [certifier(trained, calibration, calibrator)(one) for one in (afresh, alone)]
+    assert [one.tried for one in made] == [2, 1], "to choose from two, each at half of delta, or there is one only"
+    stored = load_calibration(trained)
+    assert stored.certificates == (*calibration.certificates, *made) and not calibration.certificates_for(alone)
+    assert [stored.certificates_for(one) for one in (plan, alone)] == [(made[0],), (made[1],)]
+    assert replace(stored, certificates=calibration.certificates) == calibration
+    calibrator.certify = None  # what is kept is not made again
+    again = certifier(trained, stored, calibrator)
+    assert [again(one) for one in (afresh, alone)] == made
+    assert load_calibration(trained) == stored
+
+
+def test_a_certificate_is_not_kept_with_a_calibration_at_other_levels_nor_where_there_is_none(run, tmp_path, caplog):
+    trained = load_trained(shutil.copytree(run, tmp_path / "copy"))
+    calibration = load_calibration(trained)
+    calibrator = calibrator_like(trained, calibration)
+    plan, _ = choose_plan(latency.only(calibration.catalogue, 1, ((4,), 3)), DeviceProfile(), 0.01)
+    plan = replace(plan, fallback="full", continued=None)
+    other = replace(calibration, certificates=tuple(replace(one, alpha=0.1) for one in calibration.certificates))
+    trained.calibration_file.write_text(other.to_json())
+    assert certifier(trained, calibration, calibrator)(plan).alpha == 0.02
+    assert load_calibration(trained) == other
+    trained.calibration_file.unlink()
+    with caplog.at_level("INFO"):
+        assert certifier(trained, calibration, calibrator)(plan).alpha == 0.02
+    assert "a certificate is not kept" in caplog.text and not trained.calibration_file.exists()
+
+
+@pytest.mark.parametrize("uplink", [1e3, 1e9])
+def test_whatever_plan_is_offered_there_is_a_certificate_of_the_way_that_it_falls_back(run, uplink):
+    trained = load_trained(run)
+    calibration = load_calibration(trained)
+    calibrator = calibrator_like(trained, calibration)
+    catalogue, certificates, ways = calibration.catalogue, [], set()
+
+    def certify(plan):
+        certificates.append(calibrator.certify(plan))
+        return certificates[-1]
+
+    for level, cuts in catalogue.levels.items():
+        for cut, bits in cuts.items():
+            forced = latency.only(catalogue, cut, bits, catalogue.fallback_rates[level][cut])
+            served = ServedVersion("m", catalogue.version, calibrator.chain, calibrator.vector, forced, certify)
+            certificates.clear()
+            manifest = manifest_from_json(served.offer(Ask(DeviceProfile(uplink=uplink), 0.01)))
+            (offered,) = [one for one in certificates if one and one.basis.fallback == manifest.plan.fallback]
+            assert offered.basis == calibrator.basis(manifest.plan)
+            assert (manifest.threshold, manifest.alpha, manifest.delta) == (offered.threshold, 0.02, 0.05)
+            assert manifest.plan.fallback_rate == offered.fallback_rate
+            ways.add(manifest.plan.fallback)
+    assert "full" in ways
+
+
 def test_a_plan_needs_a_calibration(run):
     code, _, stderr = call("plan-inference", run, "--model", "p2")
     assert code == 2 and "gossipfl calibrate" in stderr
@@ -190,7 +291,7 @@ def test_a_calibration_that_was_damaged_is_refused(run, tmp_path, spoil):
 
 
 def of_another_machine(run, folder):
-    """The run as if calibrated where all takes a second, and there is an engine more."""
+    """The run as if calibrated where all takes a second, there is an engine more, and nobody measured what falls back."""
     shutil.copytree(run, folder)
     file = folder / "models" / "average.calibration.json"
     stored = json.loads(file.read_text())
@@ -198,6 +299,7 @@ def of_another_machine(run, folder):
     stored["made_with"]["kernels"] = "a Cray-1"
     catalogue["device_s"] = {"fp32": [0, *[1] * last], "int8": [0, *[1] * last], "vector": [0, *[0.5] * last]}
     catalogue["server_s"] = {"fp32": [*[1] * last, 0]}
+    catalogue["fallback_rates"] = {}
     catalogue["overheads"] = [{"device_s": 3, "server_s": 3, "rest_s": 3}] * 3
     file.write_text(json.dumps(stored))
     return load_trained(folder)

@@ -358,6 +358,23 @@ def test_with_two_cascades_to_choose_from_the_risk_is_above_alpha_as_rarely_as_p
     assert num_continued > 0
 
 
+def test_of_several_plans_one_may_be_chosen_by_other_samples_but_not_by_those_of_the_certificates():
+    """By what certificates let fall back the lucky ones are chosen, which let too much through."""
+    n, calibrations, num_plans = 500, 300, 10
+    rng, violations = np.random.default_rng(0), {"own": 0, "other": 0}
+
+    def certificate():
+        values = rng.random(n, np.float32)
+        return certify(values, rng.random(n) < HEIGHT * np.exp(-values / DECAY), BASIS, ALPHA, DELTA)
+
+    for _ in range(calibrations):
+        own, other = ([certificate() for _ in range(num_plans)] for _ in range(2))
+        for name, by in (("own", own), ("other", other)):
+            chosen = min(range(num_plans), key=lambda plan, by=by: by[plan].fallback_rate)
+            violations[name] += known_risk(own[chosen].threshold) > ALPHA
+    assert violations["other"] / calibrations <= DELTA < 3 * DELTA < violations["own"] / calibrations
+
+
 def test_on_held_out_digits_disagreement_is_above_alpha_as_rarely_as_promised():
     from scipy.stats import binom
     from sklearn.datasets import load_digits

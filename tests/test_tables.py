@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from gossipfl.errors import CodecError
+from gossipfl.inference.execution import calibration
 from gossipfl.inference.execution.activations import (
     EXACT_BITS,
     decode_continued,
@@ -23,10 +24,14 @@ from gossipfl.inference.execution.activations import (
     samples_from_text,
     samples_to_text,
 )
+from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.sensitivity import BITS, measure, quantized
 from gossipfl.inference.execution.tables import LEVELS, harm_bound, make_tables, planned_scores
-from gossipfl.inference.planning.certificates import samples_needed
+from gossipfl.inference.planning.certificates import ALPHA, DELTA, allowed_disagreements, samples_needed
+from gossipfl.inference.planning.cuts import choose_plan
+from gossipfl.inference.planning.margins import margins
+from gossipfl.inference.planning.profile import DeviceProfile, FallbackRates
 from gossipfl.learning.datasets import load_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.scenario.inference.payload import payload, payload_32, saved
@@ -244,6 +249,78 @@ def test_without_labels_a_change_of_class_is_harm(trained, sensitivity):
     for level in without:
         for cut, row in without[level].items():
             assert sum(row.weight_bits) >= sum(with_labels[level][cut].weight_bits)
+
+
+# --- how many fall back -----------------------------------------------------------------------------------------------
+
+SECONDS = {"fp32": ([0.0, 1e-3, 2e-3], [2e-3, 1e-3, 0.0])}
+
+
+def calibrator_of(trained, kept=None):
+    """449 samples for the tables and 449 for certificates, or other ones in the place of these."""
+    chain, vector, fit, ((x, y), (other_x, other_y)) = trained
+    unseen = np.concatenate([x, other_x[: len(x)] if kept is None else kept]), np.concatenate([y, other_y[: len(y)]])
+    return Calibrator(chain, fit, unseen, data="digits", vector=vector, engines=["fp32"])
+
+
+def test_what_falls_back_is_what_a_certificate_on_the_tables_samples_would_let_fall_back(trained):
+    chain, vector, _, ((x, _), _) = trained
+    catalogue, rows = calibrator_of(trained).catalogue(seconds=SECONDS)
+    assert {level: set(cuts) for level, cuts in catalogue.fallback_rates.items()} == {
+        level: set(cuts) for level, cuts in catalogue.levels.items()
+    }
+    assert catalogue.fallback_rates[0.0] == {0: FallbackRates(0.0)}
+    full = planned_scores(chain, vector, 0, ((), 0), x).argmax(1)
+    assert [allowed_disagreements(449, ALPHA, DELTA / tried) for tried in (1, 2)] == [3, 3]
+    seen = set()
+    for level in list(rows)[1:]:
+        for cut, row in rows[level].items():
+            scores = planned_scores(chain, vector, cut, (row.weight_bits, row.activation_bits), x)
+            found, differs = margins(scores), scores.argmax(1) != full
+            changing = np.sort(found[differs])[::-1]
+            rate = float((found <= changing[3]).mean()) if len(changing) > 3 else 0.0
+            rates = catalogue.fallback_rates[level][cut]
+            assert rates.full == pytest.approx(rate)
+            seen.add(rates.full > 0)
+            if rates.continued is not None:
+                again = planned_scores(chain, vector, cut, (row.weight_bits, 16), x).argmax(1)
+                assert cut < 2 and (again != full).sum() <= 3 and rates.continued >= rates.full > 0
+                seen.add("continued")
+    assert seen == {True, False, "continued"}
+
+
+def test_samples_that_certificates_are_tested_on_have_no_part_in_the_choice_of_plans(trained):
+    noise = np.random.default_rng(0).standard_normal((449, 1, 8, 8)).astype(np.float32)
+    one, other = calibrator_of(trained), calibrator_of(trained, kept=noise)
+    assert len(one._kept) == len(other._kept) == 449 and not np.array_equal(one._kept, other._kept)
+    catalogues = [calibrator.catalogue(seconds=SECONDS)[0] for calibrator in (one, other)]
+    assert catalogues[0] == catalogues[1]
+    plan, _ = choose_plan(catalogues[0], DeviceProfile(price_weight=1e9), 0.05)
+    assert one.certify(plan) != other.certify(plan)
+
+
+def test_to_know_how_many_fall_back_takes_no_more_passes_than_there_are_rows(trained, monkeypatch):
+    passes = []
+
+    def counted(*words):
+        passes.append(len(words[-1]))
+        return planned_scores(*words)
+
+    calibrator = calibrator_of(trained)
+    rows = make_tables(calibrator.chain, calibrator.vector, calibrator.sensitivity(), *calibrator._tried)
+    monkeypatch.setattr(calibration, "planned_scores", counted)
+    rates = calibrator._fallback_rates(rows)
+    once = {(cut, row) for level, cuts in rows.items() for cut, row in cuts.items() if cut < 2 and rates[level][cut].full}
+    assert 0 < len(once) < sum(map(len, rows.values()))
+    assert passes == [449] * (len(once) + 1), "that of the full model, and each whose fallbacks could be continued"
+
+
+@pytest.mark.parametrize("num_unseen", [0, 100, 148])
+def test_with_too_few_samples_for_a_certificate_all_fall_back(trained, num_unseen):
+    chain, vector, fit, ((x, y), _) = trained
+    few = Calibrator(chain, fit, (x[:num_unseen], y[:num_unseen]), data="digits", vector=vector, engines=["fp32"])
+    rates = few.catalogue(seconds=SECONDS)[0].fallback_rates
+    assert {rate for level in list(rates)[1:] for rate in rates[level].values()} == {FallbackRates(1.0)}
 
 
 def test_the_bytes_of_a_request_are_those_of_its_codecs(trained):

@@ -77,13 +77,20 @@ def plan_inference(run: Path, model: str, device_file: Path | None, max_accuracy
     from gossipfl.scenario.inference.trained import load_trained
 
     device = read_device(device_file) if device_file else DeviceProfile()
-    catalogue = load_calibration(load_trained(run, model)).catalogue
-    plan, rows = choose_plan(catalogue, device, max_accuracy_loss)
+    calibration = load_calibration(load_trained(run, model))
+    plan, rows = choose_plan(calibration.catalogue, device, max_accuracy_loss)
+    certificates = calibration.certificates_for(plan)
     if as_json:
-        values = {"plan": asdict(plan), "cuts": [asdict(row) for row in rows], "device": asdict(device)}
+        values = {
+            "plan": asdict(plan),
+            "cuts": [asdict(row) | {"cost": row.cost} for row in rows],
+            "device": asdict(device),
+            "certificates": [asdict(certificate) for certificate in certificates],
+        }
         click.echo(json.dumps(plain(values)))
     else:
-        print_plan(Console(), catalogue.profile, plan, rows, f"{device.name}, for a loss of {max_accuracy_loss:.1%} at most")
+        title = f"{device.name}, for a loss of {max_accuracy_loss:.1%} at most"
+        print_plan(Console(), calibration.catalogue.profile, plan, rows, title, certificates)
 
 
 @click.command("bench-inference", epilog=EPILOG)
@@ -112,8 +119,10 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
     from gossipfl.scenario.device_file import read_device
     from gossipfl.scenario.inference.bench import DEVICES, plan_rows, threshold_rows
     from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration, timed_here
+    from gossipfl.scenario.inference.cascades import cascade_rows
     from gossipfl.scenario.inference.display import (
         plain,
+        print_cascade_rows,
         print_fallback_rows,
         print_latency_rows,
         print_link_rows,
@@ -136,6 +145,7 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
     thresholds = list(threshold_rows(calibrator, catalogue, *samples))
     with progress(quiet) as told:
         latencies = latency_rows(calibrator, catalogue, devices, samples[0], told=told)
+        cascades = cascade_rows(calibrator, catalogue, devices, samples[0], told=told)
         fallbacks = fallback_rows(calibrator, catalogue, devices, samples[0], told=told)
     links = link_rows(devices)
     if as_json:
@@ -144,6 +154,7 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
             "thresholds": [asdict(row) for row in thresholds],
             "fallbacks": [asdict(row) for row in fallbacks],
             "latency": [asdict(row) | {"error": row.error, "error_now": row.error_now} for row in latencies],
+            "cascades": [asdict(row) | {"error": row.error, "error_at_rate": row.error_at_rate} for row in cascades],
             "links": [asdict(row) | {"latency_error": row.latency_error, "rate_error": row.rate_error} for row in links],
         }
         click.echo(json.dumps(plain(values)))
@@ -151,6 +162,7 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
         print_plan_rows(Console(), plans)
         print_threshold_rows(Console(), thresholds)
         print_latency_rows(Console(), latencies)
+        print_cascade_rows(Console(), cascades)
         if fallbacks:
             print_fallback_rows(Console(), fallbacks)
         if links:

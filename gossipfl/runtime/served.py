@@ -15,7 +15,7 @@ from gossipfl.inference.planning.cascade import cheapest
 from gossipfl.inference.planning.certificates import Certificate
 from gossipfl.inference.planning.cuts import Catalogue, choose_plan
 from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, offer_to_json, samples_digest
-from gossipfl.inference.planning.profile import Fallback, Plan, Range, Stage
+from gossipfl.inference.planning.profile import FULL, Fallback, Plan, Range, Stage
 from gossipfl.runtime.content_cache import digest_of
 from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
 from gossipfl.segments.codecs import all_finite, codec
@@ -26,7 +26,6 @@ CACHE_BYTES = 64 * 1024 * 1024
 """Of encoded ranges that are no layer's, by version."""
 Certifier = Callable[[Plan], Certificate | None]
 """Of the plan with its fallback; None where nothing is certified. With `Plan.continued` it is asked for both fallbacks."""
-FULL: Fallback = "full"
 
 
 @dataclass
@@ -134,7 +133,10 @@ class ServedVersion:
             self._offers[key] = self._certificates(plan), tuple(self._layer_offers(plan))
         certificates, layers = self._offers[key]
         certificate = cheapest(certificates, plan)
-        plan = replace(plan, fallback="full" if certificate is None else certificate.basis.fallback)
+        if certificate is not None:
+            plan = replace(plan, fallback=certificate.basis.fallback, fallback_rate=certificate.fallback_rate)
+        else:  # then every answer is accepted
+            plan = replace(plan, fallback=FULL, fallback_rate=0.0)
         manifest = Manifest(self.model, self.version, self.chain.layout.digest, plan, layers)
         if plan.cut and plan.stages[0].engine != FULL_ENGINE and not has_samples:
             manifest = replace(manifest, samples=self._samples_text)

@@ -7,6 +7,11 @@
 Two kinds of samples: `seen` ones, that the model was trained on, for the noise of each layer and the ranges of activations; and
 `unseen` ones, in two disjoint parts, for the harm of each table (`tables`) and for `planning.certificates`. Where there are too
 few unseen ones for both, the tables are made from seen ones and `warning` says so.
+
+How many requests fall back is measured twice. For the choice of a plan, with each row of the tables, on their samples: what a
+certificate on as many samples as are kept would let fall back there. For the guarantee, on the samples kept. Were plans chosen
+by what certificates let fall back, the lucky ones among them, which let too much through, would be chosen more often than one
+time in 1 / delta; chosen by other samples, any plan's certificate has the delta that it says, however many were to choose from.
 """
 
 from __future__ import annotations
@@ -37,10 +42,10 @@ from gossipfl.inference.planning.certificates import (
     certify_continued,
     samples_needed,
 )
-from gossipfl.inference.planning.cuts import EXACT_BITS, MAX_BITS, Catalogue
+from gossipfl.inference.planning.cuts import EXACT_BITS, EXACT_ENGINE, MAX_BITS, Catalogue
 from gossipfl.inference.planning.margins import Scale, differing, margins
 from gossipfl.inference.planning.offers import SAMPLE_BITS
-from gossipfl.inference.planning.profile import Plan
+from gossipfl.inference.planning.profile import FallbackRates, Plan
 from gossipfl.learning.datasets import Dataset, normalise
 
 Samples = tuple[np.ndarray, np.ndarray | None]
@@ -73,8 +78,16 @@ class Calibration:
     made_with: dict[str, str]
     """Versions, machine and seed."""
 
-    def certificate_for(self, basis: Basis) -> Certificate | None:
-        return next((certificate for certificate in self.certificates if certificate.holds_for(basis)), None)
+    def certificates_for(self, plan: Plan) -> tuple[Certificate, ...]:
+        """Those of the plan that were made by now: with either fallback where it may continue, else of the one."""
+        wanted = plan.version, plan.cut, plan.weight_bits, plan.activation_bits, plan.device_engines
+        found = [
+            one
+            for one, of in ((one, one.basis) for one in self.certificates)
+            if (of.version, of.cut, of.weight_bits, of.activation_bits, of.engines) == wanted
+        ]
+        tried = 1 if plan.continued is None else max((one.tried for one in found), default=1)
+        return tuple(one for one in found if one.tried == tried)
 
     def to_json(self) -> str:
         values = {
@@ -140,12 +153,15 @@ def continuation_of(plan: Plan) -> Plan:
 
 
 def by_side(seconds: Seconds) -> tuple[EngineSeconds, EngineSeconds]:
-    """Those of the device and of the server as a catalogue has them: None where an engine cannot be used."""
+    """Those of the device and of the server as a catalogue has them: None where an engine cannot be used.
+
+    The server runs the full model, and nothing faster in its place.
+    """
     device_s, server_s = (
         {engine: tuple(time if math.isfinite(time) else None for time in times[side]) for engine, times in seconds.items()}
         for side in (0, 1)
     )
-    return device_s, server_s
+    return device_s, {EXACT_ENGINE: server_s[EXACT_ENGINE]}
 
 
 class Calibrator:
@@ -186,6 +202,7 @@ class Calibrator:
                 f"the model was trained on; keep {needed} with data.calibration_fraction"
             )
         self._full: np.ndarray | None = None
+        self._known: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
         self._measured: Catalogue | None = None
 
     @property
@@ -211,8 +228,11 @@ class Calibrator:
             sensitivity,
             *self._tried,
             lambda share: progress("bits for each cut", begun + (tabled - begun) * share),
+            self.scale,
         )
-        rows = {0.0: {0: Row((), EXACT_BITS, 0.0)}, **{level: cuts for level, cuts in rows.items() if cuts}}
+        exact = Row((), EXACT_BITS, 0.0, np.zeros(0, np.float32), np.zeros(0, bool))
+        rates = {0.0: {0: FallbackRates(0.0)}, **self._fallback_rates(rows)}
+        rows = {0.0: {0: exact}, **{level: cuts for level, cuts in rows.items() if cuts}}
         seconds = seconds or stage_seconds(self.chain, self.vector, self.samples, self.engines)
         progress("seconds of each engine", 1.0)
         levels = {
@@ -220,8 +240,36 @@ class Calibrator:
         }
         device_s, server_s = by_side(seconds)
         sample_bytes = len(samples_to_text(self.samples))
-        self._measured = Catalogue(self.chain.profile, self.version, levels, device_s, server_s, sample_bytes=sample_bytes)
+        self._measured = Catalogue(
+            self.chain.profile, self.version, levels, device_s, server_s, sample_bytes=sample_bytes, fallback_rates=rates
+        )
         return self._measured, rows
+
+    def _fallback_rates(self, rows: dict[float, dict[int, Row]]) -> dict[float, dict[int, FallbackRates]]:
+        """Of each row, what a certificate on as many of the tables' samples as are kept would let fall back.
+
+        Layers are computed in float32, as for the harm of the row. It takes a pass over these samples for each row whose
+        fallbacks could be continued, which is less than the tables have taken.
+        """
+        inputs = self._tried[0][: len(self._kept)]
+        full: np.ndarray | None = None
+        known: dict[tuple[int, Row], FallbackRates] = {}
+        for cut, row in dict.fromkeys((cut, row) for cuts in rows.values() for cut, row in cuts.items()):
+            found, differs = row.margins[: len(inputs)], row.differs[: len(inputs)]
+            basis = Basis(self.digest, self.version, cut, row.weight_bits, row.activation_bits, (), self.data, self.scale)
+            afresh = certify(found, differs, basis, self.alpha, self.delta).fallback_rate
+            known[cut, row] = FallbackRates(afresh)
+            if afresh and 0 < row.activation_bits < MAX_BITS and self._has_enough_for_two(len(inputs)):
+                if full is None:
+                    full = planned_scores(self.chain, self.vector, 0, ((), EXACT_BITS), inputs).argmax(1)
+                scores = planned_scores(self.chain, self.vector, cut, (row.weight_bits, MAX_BITS), inputs)
+                basis, continued = replace(basis, fallback="continued"), differing(scores.argmax(1), full)
+                certificate = certify_continued(found, differs, continued, basis, self.alpha, self.delta, tried=2)
+                known[cut, row] = FallbackRates(afresh, None if certificate is None else certificate.fallback_rate)
+        return {level: {cut: known[cut, row] for cut, row in cuts.items()} for level, cuts in rows.items() if cuts}
+
+    def _has_enough_for_two(self, num_samples: int) -> bool:
+        return num_samples >= samples_needed(self.alpha, self.delta / 2)
 
     def basis(self, plan: Plan) -> Basis:
         """What a certificate of this plan speaks of."""
@@ -237,22 +285,31 @@ class Calibrator:
             plan.fallback,
         )
 
+    def tried(self, plan: Plan) -> int:
+        """Of how many certificates the plan's is chosen: of two where it may continue, and the samples suffice for two."""
+        return 2 if plan.continued is not None and self._has_enough_for_two(len(self._kept)) else 1
+
     def certify(self, plan: Plan) -> Certificate | None:
         """From which margin on the plan's answers may be accepted, with its fallback. None where that is no good at any.
 
         Where the plan could continue there are two to choose from, and each of them is tested at half of delta; unless there
         are too few samples for that.
         """
-        scores, differs = self.kept_scores(plan)
-        found, basis = margins(scores, self.scale), self.basis(plan)
-        has_choice = plan.continued is not None and len(self._kept) >= samples_needed(self.alpha, self.delta / 2)
-        tried = 2 if has_choice else 1
+        if plan.fallback == "continued" and self.tried(plan) == 1:
+            return None
+        (found, differs), basis, tried = self._judged(plan), self.basis(plan), self.tried(plan)
         if plan.fallback == "full":
             return certify(found, differs, basis, self.alpha, self.delta, tried=tried)
-        if not has_choice:
-            return None
-        continued = self.kept_scores(continuation_of(plan))[1]
+        continued = self._judged(continuation_of(plan))[1]
         return certify_continued(found, differs, continued, basis, self.alpha, self.delta, tried=tried)
+
+    def _judged(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+        """Margins of the samples kept for certificates, and where classes differ; once for plans that compute alike."""
+        key = plan.cut, plan.weight_bits, plan.activation_bits, plan.device_engines
+        if key not in self._known:
+            scores, differs = self.kept_scores(plan)
+            self._known[key] = margins(scores, self.scale), differs
+        return self._known[key]
 
     def kept_scores(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """The plan's scores (f32[n, K]) of the samples kept for certificates, and where its class is not the full model's."""

@@ -15,7 +15,7 @@ as far as harm grows with the budget: to save time, the search for a cut begins 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, quantized, rounded
 from gossipfl.inference.planning.bits import allocate_bits
 from gossipfl.inference.planning.certificates import DELTA, samples_needed
+from gossipfl.inference.planning.margins import Scale, differing, margins
 
 LEVELS = (0.002, 0.005, 0.01, 0.02, 0.05)
 """Losses of accuracy that tables are made for."""
@@ -40,12 +41,15 @@ Bits = tuple[tuple[int, ...], int]
 class Row:
     """The fewest bits found for one cut that keep within a level.
 
-    `harm` is the upper bound of what was measured, true with probability 1 - DELTA.
+    `harm` is the upper bound of what was measured, true with probability 1 - DELTA. `margins` f32[n] are of the samples that it
+    was measured on; `differs` bool[n]: where the class is not the full model's.
     """
 
     weight_bits: tuple[int, ...]
     activation_bits: int
     harm: float
+    margins: np.ndarray = field(compare=False, repr=False)
+    differs: np.ndarray = field(compare=False, repr=False)
 
 
 def bits_for(sensitivity: Sensitivity, chain: Chain, cut: int, budget: float) -> Bits:
@@ -85,8 +89,9 @@ def make_tables(
     inputs: np.ndarray,
     labels: np.ndarray | None = None,
     progress: Callable[[float], None] = lambda share: None,
+    scale: Scale = "softmax",
 ) -> dict[float, dict[int, Row]]:
-    """Rows by level and cut (0..L), measured on `inputs` (f32[n, *input_shape]).
+    """Rows by level and cut (0..L), measured on `inputs` (f32[n, *input_shape]), with margins on `scale`.
 
     Without labels (i64[n]) every change of class counts as harm. A level that n samples cannot vouch for, or a cut at which no
     budget keeps within it, is left out.
@@ -98,14 +103,16 @@ def make_tables(
     last = len(chain.profile.layers)
     places = dict.fromkeys(levels, 0)  # where the search begins: where it ended for the cut before
     for cut in range(last + 1):
-        known: dict[Bits, float] = {}
+        known: dict[Bits, Row] = {}
 
-        def row(place: int, cut: int = cut, known: dict[Bits, float] = known) -> Row:
+        def row(place: int, cut: int = cut, known: dict[Bits, Row] = known) -> Row:
             bits = bits_for(sensitivity, chain, cut, BUDGETS[place])
             if bits not in known:
-                found = planned_scores(chain, vector, cut, bits, inputs).argmax(1)
-                known[bits] = harm_bound(int((is_right & (found != full)).sum()), len(inputs))
-            return Row(*bits, known[bits])
+                scores = planned_scores(chain, vector, cut, bits, inputs)
+                differs = differing(scores.argmax(1), full)
+                harm = harm_bound(int((is_right & differs).sum()), len(inputs))
+                known[bits] = Row(*bits, harm, margins(scores, scale), differs)
+            return known[bits]
 
         for level in levels:
             place = places[level]

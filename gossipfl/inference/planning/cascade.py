@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from gossipfl.errors import ConfigError
 from gossipfl.inference.planning.certificates import Certificate
-from gossipfl.inference.planning.profile import ModelProfile, Plan
+from gossipfl.inference.planning.profile import Expected, FallbackCost, ModelProfile, Plan, Prediction
 
 FULL_STREAM_BITS = 12
 FULL_BITS = 16
@@ -25,6 +25,19 @@ FULL_MANTISSA_BITS = 10
 def cascade_cost(reduced: float, full: float, fallback_rate: float) -> float:
     """Mean cost of a request, in the unit of both."""
     return reduced + fallback_rate * full
+
+
+def with_fallbacks(reduced: Prediction, fallback: FallbackCost | None, fallback_rate: float) -> Expected:
+    """Of a mean request; `fallback` is None where the answer is the full model's already."""
+    if fallback is None:
+        return Expected(reduced.latency_s, reduced.server_s, reduced.energy_j, reduced.cost, reduced.activation_bytes)
+    return Expected(
+        cascade_cost(reduced.latency_s, fallback.latency_s, fallback_rate),
+        cascade_cost(reduced.server_s, fallback.server_s, fallback_rate),
+        cascade_cost(reduced.energy_j, fallback.energy_j, fallback_rate),
+        cascade_cost(reduced.cost, fallback.cost, fallback_rate),
+        cascade_cost(reduced.activation_bytes, fallback.bytes_up, fallback_rate),
+    )
 
 
 def saving(reduced: float, full: float, fallback_rate: float) -> float:

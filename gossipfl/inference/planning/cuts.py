@@ -13,28 +13,35 @@ before them comes the offer, with the samples that an engine is compiled with if
 Messages take the link's latency and have headers, a request takes more than its layers and bytes, and the part on the device
 must fit its memory.
 
-A plan also says what it costs to fall back: afresh, with the input as it is and all layers, or by continuing, with the planes
-that the values at the cut lack and the layers after it. It names the cheaper one; whether answers that continue are certified
-is not known here (`margins`).
+To fall back costs as well: afresh, with the input as it is and all layers, or by continuing, with the planes that the values at
+the cut lack and the layers after it. Where it was measured how many requests fall back, each cut is priced with its share of
+the cheaper way, and bits of stricter levels compete with those of the level: more bytes, but fewer fallbacks. Where it was
+not, the cheapest cut is taken as if none fell back, and the plan says so. The shares are of samples that no certificate is
+tested on (`Calibrator.catalogue`), so that a certificate holds for the plan that is chosen as for any other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
-from typing import Any
+from dataclasses import asdict, astuple, dataclass, field, replace
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gossipfl.errors import ConfigError, PlanError
+from gossipfl.inference.planning.cascade import with_fallbacks
 from gossipfl.inference.planning.json_values import read
 from gossipfl.inference.planning.offers import offer_bytes
 from gossipfl.inference.planning.profile import (
     ON_DEVICE,
     ON_SERVER,
     DeviceProfile,
+    Expected,
+    Fallback,
     FallbackCost,
+    FallbackRates,
     LayerProfile,
     ModelProfile,
     Plan,
@@ -79,6 +86,7 @@ class Catalogue:
     `levels` has bits by loss of accuracy and cut; a level may leave out cuts. `device_s` and `server_s` are seconds per sample
     by engine, for each cut 0..L: of layers 1..cut on a device of speed 1, and of the layers after the cut on the server; None
     where an engine does not run them. `overheads` are of requests that the server computes alone, both, and the device alone.
+    `fallback_rates` are of bits of `levels`, by level and cut, as far as they were measured.
     """
 
     profile: ModelProfile
@@ -89,6 +97,7 @@ class Catalogue:
     overheads: tuple[Overhead, Overhead, Overhead] = (Overhead(), Overhead(), Overhead())
     sample_bytes: int = 0
     """Of the samples that an offer carries, for engines on the device other than "fp32"."""
+    fallback_rates: Mapping[float, Mapping[int, FallbackRates]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_profile(self.profile)
@@ -108,6 +117,12 @@ class Catalogue:
         _check_times(self.device_s, "catalogue.device_s", num_layers, none=0)
         _check_times(self.server_s, "catalogue.server_s", num_layers, none=num_layers)
         _require(self.sample_bytes >= 0, "catalogue.sample_bytes", self.sample_bytes, "a number of at least 0")
+        for level, by_cut in self.fallback_rates.items():
+            for cut, rates in by_cut.items():
+                key = f"catalogue.fallback_rates.{level}.{cut}"
+                _require(cut in self.levels.get(level, ()), key, cut, "a cut that has bits at this level")
+                is_right = 0 <= rates.full <= 1 and (rates.continued is None or 0 <= rates.continued <= 1)
+                _require(is_right, key, rates, "a share of 0 to 1 for each way to fall back")
         for index, overhead in enumerate(self.overheads):
             values = astuple(overhead)
             is_right = all(0 <= value < math.inf for value in values)
@@ -132,7 +147,10 @@ class Catalogue:
 
 @dataclass(frozen=True, slots=True)
 class CutRow:
-    """One cut for one device. Nothing but `obstacle` is known of a cut without bits at the level."""
+    """One cut for one device. Nothing but `obstacle` is known of a cut without bits at the level.
+
+    `fallback_rate` and what is `expected` with it are None where nobody has measured how many fall back.
+    """
 
     cut: int
     weight_bits: tuple[int, ...] = ()
@@ -142,6 +160,18 @@ class CutRow:
     prediction: Prediction | None = None
     obstacle: str | None = None
     """Why this cut cannot be; None if it can."""
+    fallback: Fallback = "full"
+    afresh: FallbackCost | None = None
+    continued: FallbackCost | None = None
+    fallback_rate: float | None = None
+    expected: Expected | None = None
+
+    @property
+    def cost(self) -> float:
+        """What is minimised: infinite for a cut that cannot be."""
+        if self.prediction is None or self.obstacle is not None:
+            return math.inf
+        return self.prediction.cost if self.expected is None else self.expected.cost
 
 
 def choose_plan(
@@ -164,20 +194,24 @@ def choose_plan(
     num_layers = len(catalogue.profile.layers)
     if len(cached) > num_layers or not all(0 <= bits <= MAX_BITS for bits in cached):
         raise PlanError(f"cached bits {tuple(cached)} are not 0 to {MAX_BITS} for each of at most {num_layers} layers")
-    level = _level_within(catalogue, max_accuracy_loss)
+    levels = _levels_within(catalogue, max_accuracy_loss)
+    if not catalogue.fallback_rates:
+        levels = levels[:1]  # nothing speaks for more bits than are needed
     known = replace(catalogue, sample_bytes=0) if has_samples else catalogue
     if EXACT_ENGINE in catalogue.device_s:
         left = {name: times for name, times in catalogue.device_s.items() if name == EXACT_ENGINE or name not in refused}
         known = replace(known, device_s=left)
-    rows = tuple(_row(known, device, level, cut, cached) for cut in range(num_layers + 1))
-    costs = {row.cut: row.prediction.cost for row in rows if row.prediction and row.obstacle is None}
-    if not costs:
+    pieces = _Pieces(catalogue.profile, cached)
+    afresh = _fallback_cost(catalogue, device, 0, activation_bytes(catalogue.profile, 0, EXACT_BITS))
+    rows = tuple(_best_row(known, device, levels, cut, pieces, afresh) for cut in range(num_layers + 1))
+    best = min(rows, key=lambda row: row.cost)
+    if not best.cost < math.inf:
         memory, cut = min((row.prediction.memory_bytes, row.cut) for row in rows if row.prediction)
         raise PlanError(
             f"memory_bytes = {device.memory_bytes:,} of device {device.name!r} is too little for every cut; "
             f"the smallest, after {cut} of {num_layers} layers, takes {memory:,}"
         )
-    return _plan(catalogue, device, rows[min(costs, key=costs.__getitem__)]), rows
+    return _plan(catalogue, best), rows
 
 
 def check_device(device: DeviceProfile) -> None:
@@ -206,33 +240,66 @@ def check_device(device: DeviceProfile) -> None:
 
 def weight_bytes(profile: ModelProfile, weight_bits: Sequence[int], cached: Sequence[int] = ()) -> int:
     """Bytes to fetch for the first layers at these bits, where `cached` planes of each are there (with scales and biases)."""
-    return int(_pieces(profile, weight_bits, cached).sum())
+    return _Pieces(profile, cached).fetched(weight_bits).num_bytes
+
+
+def resident_bytes(profile: ModelProfile, cut: int, engine: str) -> int:
+    """Of the first `cut` layers: weights as `engine` holds them, biases, and twice the largest live set in float32."""
+    return _Pieces(profile, ()).resident_bytes(cut, engine)
 
 
 def fetch_seconds(catalogue: Catalogue, device: DeviceProfile, weight_bits: Sequence[int], cached: Sequence[int] = ()) -> float:
     """Of pulling what is missing of them, all at once, with the headers of all messages; 0 where nothing is."""
-    pieces = _pieces(catalogue.profile, weight_bits, cached)
-    num_pieces = int((pieces > 0).sum())
-    if not num_pieces:
-        return 0.0
-    codecs = {(bits, layer.group) for bits, layer in zip(weight_bits, catalogue.profile.layers, strict=False)}
-    num_pulls = max(len(codecs) + 1, -(-num_pieces // MAX_RANGES))
-    down = int(pieces.sum()) + HEADER_BYTES * int((-(-pieces // MAX_PAYLOAD_BYTES)).sum())
-    up = HEADER_BYTES * num_pulls + RANGE_BYTES * num_pieces
-    return up / device.uplink + down / device.downlink + 2 * device.latency_s + catalogue.overheads[0].rest_s
+    return _Pieces(catalogue.profile, cached).fetched(weight_bits).seconds(catalogue, device)
 
 
-def _pieces(profile: ModelProfile, weight_bits: Sequence[int], cached: Sequence[int]) -> np.ndarray:
-    """Bytes to fetch of the weights (first row) and biases of each layer, i64[2, n]; 0 where there is nothing to fetch."""
-    held = np.zeros(len(weight_bits), np.int64)
-    held[: min(len(cached), held.size)] = cached[: held.size]
-    layers = profile.layers[: held.size]
-    planes = np.array([-(-layer.num_weights // 8) for layer in layers], np.int64)
-    scales = np.array([4 * layer.channels for layer in layers], np.int64)
-    biases = np.array([4 * _num_biases(layer) for layer in layers], np.int64)
-    missing = np.maximum(np.array(weight_bits, np.int64) - held, 0)
-    is_new = held == 0
-    return np.stack([missing * planes + scales * is_new, biases * is_new])
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """What is pulled for a device, in how many pieces, messages and Pulls."""
+
+    num_bytes: int
+    num_pieces: int
+    num_messages: int
+    num_pulls: int
+
+    def seconds(self, catalogue: Catalogue, device: DeviceProfile) -> float:
+        if not self.num_pieces:
+            return 0.0
+        down = self.num_bytes + HEADER_BYTES * self.num_messages
+        up = HEADER_BYTES * self.num_pulls + RANGE_BYTES * self.num_pieces
+        return up / device.uplink + down / device.downlink + 2 * device.latency_s + catalogue.overheads[0].rest_s
+
+
+class _Pieces:
+    """Bytes of each layer, counted once for all cuts: to fetch its planes, and scales and bias if it is new; in memory."""
+
+    def __init__(self, profile: ModelProfile, cached: Sequence[int]) -> None:
+        layers, input_size = profile.layers, math.prod(profile.input_shape)
+        self._num_weights = (0, *accumulate(layer.num_weights for layer in layers))
+        self._num_biases = (0, *accumulate(_num_biases(layer) for layer in layers))
+        self._num_live = tuple(accumulate((layer.num_live for layer in layers), max, initial=input_size))
+        self._held = np.zeros(len(layers), np.int64)
+        self._held[: len(cached)] = cached[: len(layers)]
+        self._groups = [layer.group for layer in layers]
+        self._planes = np.array([-(-layer.num_weights // 8) for layer in layers], np.int64)
+        self._scales = np.array([4 * layer.channels for layer in layers], np.int64) * (self._held == 0)
+        self._biases = np.array([4 * _num_biases(layer) for layer in layers], np.int64) * (self._held == 0)
+
+    def fetched(self, weight_bits: Sequence[int]) -> _Fetched:
+        count = len(weight_bits)
+        missing = np.maximum(np.array(weight_bits, np.int64) - self._held[:count], 0)
+        pieces = np.concatenate([missing * self._planes[:count] + self._scales[:count], self._biases[:count]])
+        num_pieces = int(np.count_nonzero(pieces))
+        if not num_pieces:
+            return _Fetched(0, 0, 0, 0)
+        codecs = set(zip(weight_bits, self._groups, strict=False))
+        num_pulls = max(len(codecs) + 1, -(-num_pieces // MAX_RANGES))
+        num_messages = int((-(-pieces // MAX_PAYLOAD_BYTES)).sum())
+        return _Fetched(int(pieces.sum()), num_pieces, num_messages, num_pulls)
+
+    def resident_bytes(self, cut: int, engine: str) -> int:
+        weights = self._num_weights[cut] * WEIGHT_BYTES.get(engine, 4)
+        return weights + 4 * self._num_biases[cut] + 2 * 4 * self._num_live[cut]
 
 
 def activation_bytes(profile: ModelProfile, cut: int, bits: int) -> int:
@@ -249,37 +316,51 @@ def missing_bytes(profile: ModelProfile, cut: int, bits: int) -> int:
     return activation_bytes(profile, cut, MAX_BITS) - activation_bytes(profile, cut, bits) + 1
 
 
-def resident_bytes(profile: ModelProfile, cut: int, engine: str) -> int:
-    """Memory of the first `cut` layers: weights as `engine` holds them, biases, and twice the largest live set in float32."""
-    layers = profile.layers[:cut]
-    weights = sum(layer.num_weights for layer in layers) * WEIGHT_BYTES.get(engine, 4)
-    biases = 4 * sum(_num_biases(layer) for layer in layers)
-    live = max([math.prod(profile.input_shape), *(layer.num_live for layer in layers)])
-    return weights + biases + 2 * 4 * live
-
-
 def _num_biases(layer: LayerProfile) -> int:
     return layer.bias[1] - layer.bias[0] if layer.bias else 0
 
 
-def _level_within(catalogue: Catalogue, max_accuracy_loss: float) -> float:
-    """The largest stored level that `max_accuracy_loss` allows."""
+def _levels_within(catalogue: Catalogue, max_accuracy_loss: float) -> list[float]:
+    """The stored levels that `max_accuracy_loss` allows, the largest first."""
     if not max_accuracy_loss >= 0:
         raise PlanError(f"max_accuracy_loss = {max_accuracy_loss} is no loss of accuracy; give a share of at least 0, as 0.01")
     allowed = [level for level in catalogue.levels if level <= max_accuracy_loss]
     if not allowed:
         nearest = min(catalogue.levels)
         raise PlanError(f"no plan keeps within max_accuracy_loss = {max_accuracy_loss}; the nearest is {nearest}")
-    return max(allowed)
+    return sorted(allowed, reverse=True)
 
 
-def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, cached: Sequence[int]) -> CutRow:
-    profile = catalogue.profile
-    if cut not in catalogue.levels[level]:
-        return CutRow(cut, obstacle=f"has no bits for a loss of {level}")
-    weights, activations = catalogue.levels[level][cut]
+def _best_row(
+    catalogue: Catalogue, device: DeviceProfile, levels: Sequence[float], cut: int, pieces: _Pieces, afresh: FallbackCost
+) -> CutRow:
+    """With the bits of the first level; or of a later, stricter one where with its fallbacks that is cheaper."""
+    computing = _computing(catalogue, device, cut, pieces)
+    best = _row(catalogue, device, levels[0], cut, pieces, computing, afresh)
+    for level in levels[1:]:
+        if best.prediction is not None and not best.fallback_rate:
+            break  # where nothing falls back, more bits save nothing; where that is not known, nobody can tell
+        row = _row(catalogue, device, level, cut, pieces, computing, afresh)
+        if row.fallback_rate is not None and (best.prediction is None or row.cost < best.cost):
+            best = row
+    return best
+
+
+class _Computing(NamedTuple):
+    """What a cut takes but for its bits."""
+
+    engine: str
+    server_engine: str
+    device_s: float
+    server_s: float
+    memory_bytes: int
+    sample_bytes: int
+    obstacle: str | None
+
+
+def _computing(catalogue: Catalogue, device: DeviceProfile, cut: int, pieces: _Pieces) -> _Computing:
     device_times, server_times = _times(catalogue.device_s, cut), _times(catalogue.server_s, cut)
-    memory = {engine: resident_bytes(profile, cut, engine) for engine in device_times}
+    memory = {engine: pieces.resident_bytes(cut, engine) for engine in device_times}
     fitting = [engine for engine, num_bytes in memory.items() if num_bytes <= device.memory_bytes]
     samples = {engine: catalogue.sample_bytes if cut and engine != EXACT_ENGINE else 0 for engine in device_times}
 
@@ -294,11 +375,29 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, ca
     overhead = catalogue.overhead(cut)
     device_s = (device_times[engine] + overhead.device_s) / device.speed
     server_s = server_times[server_engine] + overhead.server_s
-    down = weight_bytes(profile, weights, cached)
+    obstacle = None if fitting else f"takes {memory[engine]:,} bytes of memory, of {device.memory_bytes:,}"
+    return _Computing(engine, server_engine, device_s, server_s, memory[engine], samples[engine], obstacle)
+
+
+def _row(
+    catalogue: Catalogue,
+    device: DeviceProfile,
+    level: float,
+    cut: int,
+    pieces: _Pieces,
+    computing: _Computing,
+    afresh: FallbackCost,
+) -> CutRow:
+    profile, overhead = catalogue.profile, catalogue.overhead(cut)
+    if cut not in catalogue.levels[level]:
+        return CutRow(cut, obstacle=f"has no bits for a loss of {level}")
+    weights, activations = catalogue.levels[level][cut]
+    engine, server_engine, device_s, server_s, memory, samples, obstacle = computing
+    fetched = pieces.fetched(weights)
     up = activation_bytes(profile, cut, activations)
     offer = offer_bytes(profile, weights)
-    offer_s = _message_bytes(offer + samples[engine]) / device.downlink
-    fetch_s = (offer_s + fetch_seconds(catalogue, device, weights, cached)) / device.requests
+    offer_s = _message_bytes(offer + samples) / device.downlink
+    fetch_s = (offer_s + fetched.seconds(catalogue, device)) / device.requests
     uplink_s = answer_s = 0.0
     if cut < len(profile.layers):
         uplink_s, answer_s = _exchange_seconds(profile, device, up)
@@ -307,10 +406,28 @@ def _row(catalogue: Catalogue, device: DeviceProfile, level: float, cut: int, ca
     energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
     cost = device.time_weight * latency_s + device.energy_weight * energy_j + device.price_weight * server_s
     prediction = Prediction(
-        latency_s, device_s, server_s, transfer_s, energy_j, cost, down, up, memory[engine], level, samples[engine], offer
+        latency_s, device_s, server_s, transfer_s, energy_j, cost, fetched.num_bytes, up, memory, level, samples, offer
     )
-    obstacle = None if fitting else f"takes {memory[engine]:,} bytes of memory, of {device.memory_bytes:,}"
-    return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle)
+    fallback = _fallback(catalogue, device, cut, activations, prediction, afresh)
+    return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle, *fallback)
+
+
+def _fallback(
+    catalogue: Catalogue, device: DeviceProfile, cut: int, bits: int, reduced: Prediction, afresh: FallbackCost
+) -> tuple[Fallback, FallbackCost | None, FallbackCost | None, float | None, Expected | None]:
+    """The last fields of a row: the way that is cheaper, for all that take it where it is known how many do, else for each."""
+    if not cut and bits == EXACT_BITS:
+        return "full", None, None, 0.0, with_fallbacks(reduced, None, 0.0)
+    rates = catalogue.fallback_rates.get(reduced.accuracy_loss, {}).get(cut)
+    continued = None
+    if 0 < bits < MAX_BITS and (rates is None or rates.continued is not None):
+        found = _fallback_cost(catalogue, device, cut, missing_bytes(catalogue.profile, cut, bits))
+        continued = found if found.cost < afresh.cost else None
+    if rates is None:
+        return "continued" if continued else "full", afresh, continued, None, None
+    if continued and rates.continued is not None and rates.continued * continued.cost < rates.full * afresh.cost:
+        return "continued", afresh, continued, rates.continued, with_fallbacks(reduced, continued, rates.continued)
+    return "full", afresh, None, rates.full, with_fallbacks(reduced, afresh, rates.full)
 
 
 def _exchange_seconds(profile: ModelProfile, device: DeviceProfile, up: int) -> tuple[float, float]:
@@ -333,7 +450,7 @@ def _fallback_cost(catalogue: Catalogue, device: DeviceProfile, cut: int, up: in
     latency_s = device_s + uplink_s + server_s + answer_s + overhead.rest_s
     energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
     cost = device.time_weight * latency_s + device.energy_weight * energy_j + device.price_weight * server_s
-    return FallbackCost(latency_s, cost, up)
+    return FallbackCost(latency_s, server_s, energy_j, cost, up)
 
 
 def _times(times: Mapping[str, Sequence[float | None]], cut: int) -> dict[str, float]:
@@ -341,9 +458,8 @@ def _times(times: Mapping[str, Sequence[float | None]], cut: int) -> dict[str, f
     return {engine: value for engine, seconds in times.items() if (value := seconds[cut]) is not None}
 
 
-def _plan(catalogue: Catalogue, device: DeviceProfile, row: CutRow) -> Plan:
-    profile, cut, bits = catalogue.profile, row.cut, row.activation_bits
-    layers = profile.layers
+def _plan(catalogue: Catalogue, row: CutRow) -> Plan:
+    layers, cut = catalogue.profile.layers, row.cut
     codecs = tuple(f"planes:0-{bits}:{layer.group}" for bits, layer in zip(row.weight_bits, layers, strict=False))
     stages = []
     if cut:
@@ -351,15 +467,18 @@ def _plan(catalogue: Catalogue, device: DeviceProfile, row: CutRow) -> Plan:
     if cut < len(layers):
         stages.append(Stage(ON_SERVER, cut, len(layers), ("float32",) * (len(layers) - cut), row.server_engine))
     assert row.prediction is not None, "a row that was chosen"
-    plan = Plan(catalogue.version, tuple(stages), cut, row.weight_bits, bits, row.prediction)
-    if bits == EXACT_BITS and not cut:
-        return plan
-    afresh = _fallback_cost(catalogue, device, 0, activation_bytes(profile, 0, EXACT_BITS))
-    if 0 < bits < MAX_BITS:
-        continued = _fallback_cost(catalogue, device, cut, missing_bytes(profile, cut, bits))
-        if continued.cost < afresh.cost:
-            return replace(plan, fallback="continued", afresh=afresh, continued=continued)
-    return replace(plan, afresh=afresh)
+    return Plan(
+        catalogue.version,
+        tuple(stages),
+        cut,
+        row.weight_bits,
+        row.activation_bits,
+        row.prediction,
+        row.fallback,
+        row.afresh,
+        row.continued,
+        row.fallback_rate,
+    )
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

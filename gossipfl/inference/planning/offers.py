@@ -242,8 +242,8 @@ def _least_bytes() -> int:
     real, count, many = sys.float_info.max, 10**5, 10**15
     prediction = Prediction(real, real, real, real, real, real, many, many, many, real, many, many)
     stages = tuple(Stage(where, count, count, (), "e" * 16) for where in (ON_DEVICE, ON_SERVER))
-    cost = FallbackCost(real, real, many)
-    plan = Plan(MAX_INTEGER, stages, count, (), FULL_BITS, prediction, "continued", cost, cost)
+    cost = FallbackCost(real, real, real, real, many)
+    plan = Plan(MAX_INTEGER, stages, count, (), FULL_BITS, prediction, "continued", cost, cost, real)
     return len(to_json(Manifest("m" * MAX_NAME_BYTES, MAX_INTEGER, "0" * 16, plan, (), real, "softmax", real, real)))
 
 

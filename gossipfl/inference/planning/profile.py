@@ -18,6 +18,7 @@ Shape = tuple[int, ...]
 Fallback = Literal["full", "continued"]
 """What answers where the reduced model is unsure: the full model, afresh from the input; or the layers after the cut once more,
 from the values at the cut with all planes (the layers before it stay quantized)."""
+FULL: Fallback = "full"
 ON_DEVICE, ON_SERVER = "device", "server"
 
 
@@ -124,8 +125,29 @@ class FallbackCost:
     """What a sample that falls back is predicted to cost beside what it has cost already."""
 
     latency_s: float
+    server_s: float
+    energy_j: float
     cost: float
     bytes_up: int
+
+
+@dataclass(frozen=True, slots=True)
+class FallbackRates:
+    """Shares of the requests that fall back, by way; `continued` is None where continuing cannot be certified."""
+
+    full: float
+    continued: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a mean request is predicted to cost: each the reduced model's part, and some a fallback's as well."""
+
+    latency_s: float
+    server_s: float
+    energy_j: float
+    cost: float
+    bytes_up: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +167,15 @@ class Plan:
     """None where there is nothing to fall back from."""
     continued: FallbackCost | None = None
     """None where there is nothing left to send, or starting afresh is as cheap: then nobody continues."""
+    fallback_rate: float | None = None
+    """Share of the requests that fall back; None where nobody has measured it: then the plan was chosen as if none did."""
 
     @property
     def device_engines(self) -> tuple[str, ...]:
         """What a certificate of the plan speaks of; the rest runs in full precision."""
         return tuple(stage.engine for stage in self.stages if stage.device == ON_DEVICE)
+
+    @property
+    def fallback_cost(self) -> FallbackCost | None:
+        """Of the way that is named."""
+        return self.continued if self.fallback == "continued" else self.afresh

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.tables import planned_scores
-from gossipfl.inference.planning.cascade import cascade_cost, relative_energy_of_integers, saving
+from gossipfl.inference.planning.cascade import cascade_cost, cheapest, relative_energy_of_integers, saving
+from gossipfl.inference.planning.certificates import Certificate
 from gossipfl.inference.planning.cuts import EXACT_BITS, Catalogue, choose_plan
 from gossipfl.inference.planning.margins import THRESHOLDS, accepted, differing, margins
-from gossipfl.inference.planning.profile import ON_DEVICE, DeviceProfile, Plan
-from gossipfl.scenario.inference.calibrate import ALONE
+from gossipfl.inference.planning.profile import FULL, ON_DEVICE, DeviceProfile, Fallback, Plan
+from gossipfl.scenario.inference.calibrate import ALONE, alone
 from gossipfl.scenario.inference.payload import payload, payload_32
 
 DEVICES = (
@@ -45,6 +46,12 @@ class PlanRow:
     predicted_loss: float
     measured_loss: float
     changed: float
+    fallback: Fallback
+    """The way that is certified and costs a mean request the least."""
+    predicted_fallback: float
+    """Share that falls back: of the tables' samples, of those that were certified on, and of the test samples."""
+    certified_fallback: float
+    measured_fallback: float
 
     @property
     def saved(self) -> float:
@@ -68,6 +75,15 @@ class ThresholdRow:
     """With the seconds that were measured for both models on this machine."""
 
 
+def certified(calibrator: Calibrator, plan: Plan) -> Certificate:
+    """What a server offers: of the certified ways to fall back that which costs a mean request the least."""
+    ways = dict.fromkeys((FULL, plan.fallback))
+    found = filter(None, (calibrator.certify(replace(plan, fallback=way)) for way in ways))
+    certificate = cheapest(found, plan)
+    assert certificate is not None, "to start afresh is always certified, if only where all do"
+    return certificate
+
+
 def full_scores(calibrator: Calibrator, inputs: np.ndarray) -> np.ndarray:
     return planned_scores(calibrator.chain, calibrator.vector, 0, ((), EXACT_BITS), inputs)
 
@@ -84,18 +100,20 @@ def plan_rows(
     profile = catalogue.profile
     full = full_scores(calibrator, inputs).argmax(1)
     known: dict[tuple[int, tuple[int, ...], int, str], np.ndarray] = {}
+    all_on_device = alone(catalogue)
     for level in sorted(catalogue.levels):
         if not level:
             continue
-        for device in (ALONE, *devices):
-            plan, _ = choose_plan(catalogue, device, level)
+        plans = {ALONE.name: all_on_device[level]} if level in all_on_device else {}
+        for name, plan in (plans | {device.name: choose_plan(catalogue, device, level)[0] for device in devices}).items():
             engine = engine_of(plan)
             key = plan.cut, plan.weight_bits, plan.activation_bits, engine
             if key not in known:
-                known[key] = calibrator.scores(plan, inputs).argmax(1)
-            classes = known[key]
+                known[key] = calibrator.scores(plan, inputs)
+            scores, certificate = known[key], certified(calibrator, plan)
+            classes = scores.argmax(1)
             yield PlanRow(
-                device.name,
+                name,
                 level,
                 plan.cut,
                 len(profile.layers),
@@ -104,9 +122,13 @@ def plan_rows(
                 engine,
                 payload(profile, plan.cut, plan.weight_bits, plan.activation_bits),
                 payload_32(profile, plan.cut),
-                harm[level].get(plan.cut, 0.0),
+                harm[plan.prediction.accuracy_loss].get(plan.cut, 0.0),
                 float((full == labels).mean() - (classes == labels).mean()),
                 float((classes != full).mean()),
+                certificate.basis.fallback,
+                plan.fallback_rate or 0.0,
+                certificate.fallback_rate,
+                1 - float(accepted(margins(scores, calibrator.scale), certificate.threshold).mean()),
             )
 
 
@@ -116,10 +138,7 @@ def threshold_rows(
     """For each level, all on the device: the paper's thresholds and the certified one, side by side."""
     full = full_scores(calibrator, inputs).argmax(1)
     seen: set[tuple[int, ...]] = set()
-    for level in sorted(catalogue.levels):
-        if len(catalogue.profile.layers) not in catalogue.levels[level]:
-            continue
-        plan, _ = choose_plan(catalogue, ALONE, level)
+    for level, plan in alone(catalogue).items():
         if plan.weight_bits in seen:
             continue
         seen.add(plan.weight_bits)

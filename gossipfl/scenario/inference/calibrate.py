@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,6 @@ from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.calibration import Calibration, Calibrator, Progress, by_side
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import available_engines, stage_seconds
-from gossipfl.inference.execution.tables import Row
 from gossipfl.inference.planning.certificates import ALPHA, DELTA, Certificate
 from gossipfl.inference.planning.cuts import Catalogue, choose_plan
 from gossipfl.inference.planning.profile import DeviceProfile, Plan
@@ -20,6 +20,8 @@ from gossipfl.learning.checkpoint import write_atomically
 from gossipfl.scenario.inference.latency import measure_overheads
 from gossipfl.scenario.inference.trained import Trained
 from gossipfl.scenario.records import machine, processor
+
+logger = logging.getLogger(__name__)
 
 ALONE = DeviceProfile("alone", time_weight=1e-9, price_weight=1e9, requests=10**9)
 """Whatever the server does costs it dearly, so it does all by itself."""
@@ -56,7 +58,7 @@ def calibrate(trained: Trained, calibrator: Calibrator, progress: Progress = lam
         data=trained.data_name,
         catalogue=catalogue,
         harm={level: {cut: row.harm for cut, row in cuts.items()} for level, cuts in rows.items()},
-        certificates=tuple(filter(None, map(calibrator.certify, alone(catalogue, rows).values()))),
+        certificates=tuple(filter(None, map(calibrator.certify, dict.fromkeys(alone(catalogue).values())))),
         warning=calibrator.warning,
         made_with={
             "version": __version__,
@@ -104,10 +106,46 @@ def served_here(catalogue: Catalogue, here: Catalogue) -> Catalogue:
     return replace(here, device_s=device_s, overheads=(overheads[0], overheads[1], overheads[2]))
 
 
-def alone(catalogue: Catalogue, rows: Mapping[float, Mapping[int, Row]]) -> dict[float, Plan]:
-    """By level, the plan that has all layers on the device."""
-    last = len(catalogue.profile.layers)
-    return {level: choose_plan(catalogue, ALONE, level)[0] for level, cuts in rows.items() if last in cuts}
+def alone(catalogue: Catalogue) -> dict[float, Plan]:
+    """By level, the plan that has all layers on the device, at the bits of that level."""
+    last, plans = len(catalogue.profile.layers), {}
+    for level, cuts in sorted(catalogue.levels.items()):
+        if last in cuts:
+            rates = catalogue.fallback_rates.get(level, {})
+            forced = replace(
+                catalogue,
+                levels={level: {last: cuts[last]}},
+                fallback_rates={level: {last: rates[last]}} if last in rates else {},
+            )
+            plans[level], _ = choose_plan(forced, ALONE, level)
+    return plans
+
+
+def certifier(trained: Trained, calibration: Calibration, calibrator: Calibrator) -> Callable[[Plan], Certificate | None]:
+    """Certificates of plans: those of the calibration; others are made when they are first asked for, and kept with it."""
+    known = list(calibration.certificates)
+
+    def certificate(plan: Plan) -> Certificate | None:
+        basis, tried = calibrator.basis(plan), calibrator.tried(plan)
+        found = next((one for one in known if one.tried == tried and one.holds_for(basis)), None)
+        if found is None and (found := calibrator.certify(plan)) is not None:
+            known.append(found)
+            _keep(trained, found)
+        return found
+
+    return certificate
+
+
+def _keep(trained: Trained, certificate: Certificate) -> None:
+    """With what is stored now, which may have been calibrated anew; where it cannot be, the next server makes it again."""
+    try:
+        stored = load_calibration(trained)
+        levels = {(one.alpha, one.delta) for one in stored.certificates}
+        if certificate not in stored.certificates and levels <= {(certificate.alpha, certificate.delta)}:
+            stored = replace(stored, certificates=(*stored.certificates, certificate))
+            write_atomically(trained.calibration_file, stored.to_json().encode())
+    except (ConfigError, OSError) as error:
+        logger.info("a certificate is not kept: %s", error)
 
 
 def load_calibration(trained: Trained) -> Calibration:

@@ -20,10 +20,12 @@ from rich.table import Table
 
 from gossipfl.inference.execution.calibration import Calibration, Progress
 from gossipfl.inference.execution.engines import UNDISTURBED
+from gossipfl.inference.planning.certificates import Certificate
 from gossipfl.inference.planning.cuts import CutRow
 from gossipfl.inference.planning.profile import ModelProfile, Plan
 from gossipfl.scenario.inference.bench import PlanRow, ThresholdRow
 from gossipfl.scenario.inference.calibrate import certificates_by_bits
+from gossipfl.scenario.inference.cascades import CascadeRow
 from gossipfl.scenario.inference.fallbacks import FallbackRow
 from gossipfl.scenario.inference.latency import LatencyRow
 from gossipfl.scenario.inference.link_error import LinkRow
@@ -99,10 +101,19 @@ def print_calibration(console: Console, calibration: Calibration) -> None:
         console.print(f"note: {calibration.warning}", highlight=False)
 
 
-def print_plan(console: Console, profile: ModelProfile, plan: Plan, rows: Sequence[CutRow], device: str) -> None:
+def print_plan(
+    console: Console,
+    profile: ModelProfile,
+    plan: Plan,
+    rows: Sequence[CutRow],
+    device: str,
+    certificates: Sequence[Certificate],
+) -> None:
+    """`certificates` of the plan that there are by now."""
     title = f"every cut of {len(profile.layers)} layers for {device}"
-    table = Table("cut after", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("bits: layers | cut", "down", "up", "saved", "latency", "energy", "memory"):
+    table = Table("cut after", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    columns = ("bits: layers | cut", "down", "up", "saved", "latency\nin ms", "falls\nback", "energy\nin mJ", "memory")
+    for column in columns:
         table.add_column(
             column, justify="left" if column.startswith("bits") else "right", no_wrap=not column.startswith("bits")
         )
@@ -117,20 +128,56 @@ def print_plan(console: Console, profile: ModelProfile, plan: Plan, rows: Sequen
             size_text(found.weight_bytes + found.sample_bytes + found.offer_bytes),
             size_text(found.activation_bytes),
             f"{saved(profile, row.cut, row.weight_bits, row.activation_bits):.0%}",
-            f"{1000 * found.latency_s:.2f} ms",
-            f"{1000 * found.energy_j:.2f} mJ",
+            f"{_thousandths(found.latency_s)}{_added_ms(row)}",
+            "?" if row.fallback_rate is None else f"{row.fallback_rate:.1%}",
+            _thousandths(found.energy_j),
             size_text(found.memory_bytes),
             style="bold" if row.cut == plan.cut else "dim" if row.obstacle else None,
         )
     console.print(table)
+    if any(row.fallback_rate for row in rows):
+        console.print("in ms: the reduced model's + what those that fall back add to a mean request", highlight=False)
     for row in rows:
         if row.obstacle and row.prediction:
             console.print(f"not after {_place(profile, row.cut)}: {row.obstacle}", highlight=False)
-    console.print(f"chosen  cut after {_place(profile, plan.cut)}, cost {plan.prediction.cost:.3g}", highlight=False)
-    if plan.afresh is not None:
-        ways = {"starts afresh": plan.afresh} | ({"continues": plan.continued} if plan.continued else {})
-        texts = [f"{way}: {size_text(cost.bytes_up)} up, {1000 * cost.latency_s:.2f} ms" for way, cost in ways.items()]
-        console.print(f"a fallback that {' | that '.join(texts)}", highlight=False)
+    chosen = next(row for row in rows if row.cut == plan.cut)
+    console.print(
+        f"chosen  cut after {_place(profile, plan.cut)}, cost {chosen.cost:.3g}{_cost_of_fallbacks(plan)}", highlight=False
+    )
+    if plan.afresh is None:
+        return
+    ways = {"starts afresh": plan.afresh} | ({"continues": plan.continued} if plan.continued else {})
+    texts = [f"{way}: {size_text(cost.bytes_up)} up, {1000 * cost.latency_s:.2f} ms" for way, cost in ways.items()]
+    console.print(f"a fallback that {' | that '.join(texts)}", highlight=False)
+    for one in certificates:
+        way = "continues" if one.basis.fallback == "continued" else "starts afresh"
+        margin = f"from margin {one.threshold:.3f} on answers stand" if math.isfinite(one.threshold) else "no answer stands"
+        console.print(
+            f"certified on {one.n} samples where a fallback {way}: {margin}, {one.fallback_rate:.1%} fall back", highlight=False
+        )
+    if not certificates:
+        console.print("not certified yet: a server does that when it first offers this plan", highlight=False)
+
+
+def _added_ms(row: CutRow) -> str:
+    """What fallbacks add to a mean request."""
+    if row.prediction is None or row.expected is None or not row.fallback_rate:
+        return ""
+    return f" + {_thousandths(row.expected.latency_s - row.prediction.latency_s)}"
+
+
+def _thousandths(value: float) -> str:
+    return f"{1000 * value:.2f}" if value < 0.1 else f"{1000 * value:.0f}"
+
+
+def _cost_of_fallbacks(plan: Plan) -> str:
+    if plan.afresh is None:
+        return ""
+    if plan.fallback_rate is None or plan.fallback_cost is None:
+        return ", fallbacks left out: nobody has measured how many there are"
+    if not plan.fallback_rate:
+        return ", nothing of it for fallbacks: none were seen"
+    return f", of which {plan.fallback_rate * plan.fallback_cost.cost:.3g} for the {plan.fallback_rate:.1%} that fall back"
 
 
 def _place(profile: ModelProfile, cut: int) -> str:
@@ -150,7 +197,7 @@ def print_plan_rows(console: Console, rows: Sequence[PlanRow]) -> None:
     """Devices that get the same plan share a line."""
     title = "QPART: bytes of one cold request against 32 bits, and accuracy on test samples"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("loss", "cut", "bits: layers | cut", "bytes", "saved", "predicted", "measured", "devices"):
+    for column in ("loss", "cut", "bits: layers | cut", "bytes", "saved", "loses", "falls back", "devices"):
         table.add_column(column, justify="left" if column in ("bits: layers | cut", "devices") else "right")
     devices: dict[PlanRow, list[str]] = {}
     for row in rows:
@@ -162,11 +209,15 @@ def print_plan_rows(console: Console, rows: Sequence[PlanRow]) -> None:
             f"{bits_text(row.weight_bits)} | {row.activation_bits or '-'}",
             size_text(row.payload),
             f"{row.saved:.1%}",
-            f"{row.predicted_loss:.2%}",
-            f"{row.measured_loss:.2%}",
+            f"{row.predicted_loss:.2%} | {row.measured_loss:.2%}",
+            f"{100 * row.predicted_fallback:.1f}, {100 * row.certified_fallback:.1f} | {row.measured_fallback:.1%}",
             ", ".join(names),
         )
     console.print(table)
+    console.print(
+        "predicted | measured on test samples; falls back: of the samples that tables were made from, and certificates",
+        highlight=False,
+    )
 
 
 def print_threshold_rows(console: Console, rows: Sequence[ThresholdRow]) -> None:
@@ -234,6 +285,30 @@ def print_latency_rows(console: Console, rows: Sequence[LatencyRow]) -> None:
         f"measured: the quantile {UNDISTURBED} of {rows[0].turns} requests, little disturbed by other work; predicted: with "
         "what a request takes beside its layers as it was meanwhile; calibrated: the error of what the plan says",
         highlight=False,
+    )
+
+
+def print_cascade_rows(console: Console, rows: Sequence[CascadeRow]) -> None:
+    """The plan that each device gets is in bold."""
+    title = "certified plans with their fallbacks, a mean request: predicted | measured, on emulated devices and links"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("device, cut", "bits", "fall back", "way", "ms", "error", "at that rate", "bytes up"):
+        table.add_column(column, justify="left" if column in ("device, cut", "bits", "way") else "right")
+    for row in rows:
+        table.add_row(
+            f"{row.device} {row.cut}/{row.num_layers}",
+            bits_text(row.weight_bits),
+            f"{row.predicted_rate:.1%} | {row.measured_rate:.1%}",
+            "continue" if row.fallback == "continued" else "afresh",
+            f"{_ms(row.predicted_s)} | {_ms(row.measured_s)}",
+            f"{row.error:+.1%}",
+            f"{row.error_at_rate:+.1%}",
+            f"{row.predicted_up:.0f} | {row.measured_up:.0f}",
+            style="bold" if row.is_chosen else None,
+        )
+    console.print(table)
+    console.print(
+        f"of {rows[0].turns} requests each; at that rate: had it been known how many of them fall back", highlight=False
     )
 
 

@@ -19,7 +19,7 @@ from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.calibration import Calibrator, Progress
 from gossipfl.inference.execution.engines import undisturbed
 from gossipfl.inference.planning.cuts import Bits, Catalogue, Overhead, choose_plan, fetch_seconds
-from gossipfl.inference.planning.profile import ON_DEVICE, DeviceProfile, Plan
+from gossipfl.inference.planning.profile import ON_DEVICE, DeviceProfile, FallbackRates, Plan
 from gossipfl.inference.planning.receipts import Receipt
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import InferenceServer
@@ -118,10 +118,10 @@ class Opened:
 def measure_overheads(calibrator: Calibrator, catalogue: Catalogue, inputs: np.ndarray) -> Overheads:
     """For `Catalogue.overheads`, on this machine and without a link. `inputs` f32[n, *input_shape]."""
     with ExitStack() as stack:
-        unlinked = _open_unlinked(stack, calibrator, catalogue, inputs, relayed=False)
+        unlinked = open_unlinked(stack, calibrator, catalogue, inputs, relayed=False)
         for turn in range(MOST_TURNS):
-            _ask_all(unlinked, inputs, turn)
-        return _overheads(unlinked)
+            ask_all(unlinked, inputs, turn)
+        return overheads_of(unlinked)
 
 
 def check_emulated(devices: Iterable[DeviceProfile]) -> None:
@@ -142,23 +142,23 @@ def latency_rows(
 ) -> list[LatencyRow]:
     """For each device the plan that it gets, the middle cut and all on the server, where these can be; by turns."""
     with ExitStack() as stack:
-        unlinked = _open_unlinked(stack, calibrator, catalogue, inputs, relayed=True)
+        unlinked = open_unlinked(stack, calibrator, catalogue, inputs, relayed=True)
         opened: list[Opened] = []
         chosen: list[bool] = []
-        servers: dict[int, InferenceServer] = {}
+        servers: dict[tuple[int, Bits], InferenceServer] = {}
         for device in devices:
             for forced, is_chosen in worth_measuring(catalogue, device):
-                cut = cut_of(forced)
-                if cut not in servers:
-                    servers[cut] = serve(stack, calibrator, forced)
-                opened.append(open_linked(stack, calibrator, forced, device, servers[cut], inputs))
+                ((only_row,),) = (cuts.items() for cuts in forced.levels.values())
+                if only_row not in servers:
+                    servers[only_row] = serve(stack, calibrator, forced)
+                opened.append(open_linked(stack, calibrator, forced, device, servers[only_row], inputs))
                 chosen.append(is_chosen)
         predicted_s = sum(one.predicted_s(catalogue.overheads) for one in opened)
         turns = turns_within(total_s, predicted_s)
         for turn in range(turns):
             told("requests over emulated links", turn / turns)
-            _ask_all([*unlinked, *opened], inputs, turn)
-        now = _overheads(unlinked)
+            ask_all([*unlinked, *opened], inputs, turn)
+        now = overheads_of(unlinked)
         return [_row(one, is_chosen, now) for one, is_chosen in zip(opened, chosen, strict=True)]
 
 
@@ -173,16 +173,16 @@ def worth_measuring(catalogue: Catalogue, device: DeviceProfile) -> Iterator[tup
     able = {row.cut: (row.weight_bits, row.activation_bits) for row in rows if row.obstacle is None}
     between = [cut for cut in able if 0 < cut < len(catalogue.profile.layers)]
     for cut in dict.fromkeys((plan.cut, *between[len(between) // 2 :][:1], *([0] if 0 in able else []))):
-        yield _only(catalogue, cut, able[cut]), cut == plan.cut
+        yield only(catalogue, cut, able[cut]), cut == plan.cut
 
 
-def _ask_all(devices: Sequence[Opened], inputs: np.ndarray, turn: int) -> None:
+def ask_all(devices: Sequence[Opened], inputs: np.ndarray, turn: int) -> None:
     """In an order of its own for each turn: how cold a request begins hangs on what came before it."""
     for index in np.random.default_rng(turn).permutation(len(devices)):
         devices[index].ask(inputs, turn)
 
 
-def _open_unlinked(
+def open_unlinked(
     stack: ExitStack, calibrator: Calibrator, catalogue: Catalogue, inputs: np.ndarray, relayed: bool
 ) -> list[Opened]:
     """For each of `Catalogue.overheads` a device as fast as the server; `relayed` through a link without limits.
@@ -193,7 +193,7 @@ def _open_unlinked(
     bare, last = replace(catalogue, overheads=(Overhead(),) * 3), len(catalogue.profile.layers)
     device, opened = DeviceProfile(memory_bytes=2**40), []
     for cut in (0, last // 2, last):
-        forced = _only(bare, cut, ((8,) * cut, 8 if cut < last else 0))
+        forced = only(bare, cut, ((8,) * cut, 8 if cut < last else 0))
         address = serve(stack, calibrator, forced).address
         if relayed:
             address = _relay(stack, address, device)
@@ -201,19 +201,14 @@ def _open_unlinked(
     return opened
 
 
-def _overheads(unlinked: Sequence[Opened]) -> Overheads:
+def overheads_of(unlinked: Sequence[Opened]) -> Overheads:
     server_alone, both, device_alone = (one.overhead for one in unlinked)
     return server_alone, both, device_alone
 
 
-def cut_of(forced: Catalogue) -> int:
-    (cuts,) = forced.levels.values()
-    return next(iter(cuts))
-
-
-def _only(catalogue: Catalogue, cut: int, bits: Bits) -> Catalogue:
-    """Where there is nothing else to choose."""
-    return replace(catalogue, levels={LEVEL: {cut: bits}})
+def only(catalogue: Catalogue, cut: int, bits: Bits, rates: FallbackRates | None = None) -> Catalogue:
+    """Where there is nothing else to choose; nor is anything known of fallbacks but these `rates`."""
+    return replace(catalogue, levels={LEVEL: {cut: bits}}, fallback_rates={LEVEL: {cut: rates}} if rates else {})
 
 
 def serve(

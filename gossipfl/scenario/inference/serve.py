@@ -16,8 +16,7 @@ import torch
 
 from gossipfl.errors import ConfigError, RunError
 from gossipfl.inference.execution.chain import Chain
-from gossipfl.inference.planning.certificates import Certificate
-from gossipfl.inference.planning.profile import DeviceProfile, Plan
+from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Answer
 from gossipfl.learning.datasets import normalise, open_dataset
 from gossipfl.learning.models import MODELS, build_model
@@ -26,7 +25,7 @@ from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import INFERENCE_RUN, InferenceServer
 from gossipfl.runtime.model_list import Architecture, ask_models
 from gossipfl.scenario.config import Scenario
-from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration, served_here, timed_here
+from gossipfl.scenario.inference.calibrate import calibrator_like, certifier, load_calibration, served_here, timed_here
 from gossipfl.scenario.inference.trained import Trained
 from gossipfl.scenario.preparation import prepare
 
@@ -34,14 +33,12 @@ Say = Callable[[str], None]
 
 
 def open_server(trained: Trained, bind: str, advertise: str | None, insecure: bool, say: Say) -> InferenceServer:
-    """A server of a calibrated model; certificates that it has not got yet are made when a plan asks for them."""
+    """A server of a calibrated model; certificates that it has not got yet are made when a plan asks for them, and kept."""
     calibration = load_calibration(trained)
     calibrator = calibrator_like(trained, calibration)
     catalogue = served_here(calibration.catalogue, timed_here(calibration, calibrator, say))
 
-    def certificate(plan: Plan) -> Certificate | None:
-        return calibration.certificate_for(calibrator.basis(plan)) or calibrator.certify(plan)
-
+    certificate = certifier(trained, calibration, calibrator)
     architecture = architecture_of(trained)
     chain = calibrator.chain
     server = InferenceServer(
