@@ -130,6 +130,13 @@ def test_a_sweep_leaves_a_record_of_each_run_and_a_table_and_goes_on_where_it_st
     assert kept == [(out / row["run"] / "summary.json").stat().st_mtime_ns for row in first if row is not first[2]]
     assert [row["models_sha256"] for row in rows(out)] == [row["models_sha256"] for row in first]
 
+    summary = out / first[0]["run"] / "summary.json"
+    ours = summary.read_text()
+    summary.write_text(json.dumps(json.loads(ours) | {"version": "0.0.1"}))
+    code, _, error = sweep(*words, "--skip-existing")
+    assert code == 2 and "holds a run of gossipfl 0.0.1; pass --force to replace it" in error
+    summary.write_text(ours)
+
     code, _, error = sweep(*words, "--skip-existing", "--set", "training.batch_size=8")
     assert code == 2 and "holds a run of another scenario; pass --force to replace it, or another --out" in error
 

@@ -183,7 +183,8 @@ def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -
 @click.command(epilog=EPILOG)
 @click.argument("name")
 @click.option("--full", is_flag=True, help="The paper's size, which may take hours, instead of a quarter of an hour.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the records (default: runs/reproduce-<name>).")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the records (default: runs/reproduce-<name>[-full]).")
+@click.option("--force", is_flag=True, help="Begin again, and replace the records of earlier runs.")
 @click.option("--jobs", type=click.IntRange(1), help="Arms that run at once (default: one per core).")
 @click.option(
     "--data",
@@ -194,10 +195,10 @@ def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
 @errors_are_messages
-def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: Path, as_json: bool) -> None:
+def reproduce(name: str, full: bool, out: Path | None, force: bool, jobs: int | None, data: Path, as_json: bool) -> None:
     """Run a published comparison again: what was published and what is measured, side by side.
 
-    NAME is combo, bacombo, epidemic, mosaic, ari or qpart.
+    NAME is combo, bacombo, epidemic, mosaic, ari or qpart. The same command again goes on where it stopped.
 
     \b
     gossipfl reproduce combo
@@ -212,12 +213,13 @@ def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: P
     arms, missing = find_data(reproduction.arms(full), data)
     if missing:
         click.echo(f"left out, for want of them in {data}/: {', '.join(missing)}", err=True)
-    folder = out or Path("runs") / f"reproduce-{name}"
-    jobs = min(jobs or num_cores(), len(arms))
-    progress = ArmsProgress(Console(stderr=True), len(arms), jobs, folder)
+    folder = out or Path("runs") / f"reproduce-{name}{'-full' if full else ''}"
+    finished = {} if force else reproduction.find_finished(arms, folder)
+    jobs = max(1, min(jobs or num_cores(), len(arms) - len(finished)))
+    progress = ArmsProgress(Console(stderr=True), len(arms), jobs, folder, len(finished))
     try:
         with progress:
-            outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run)
+            outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run, finished)
     except KeyboardInterrupt:
         progress.interrupted()
         sys.exit(130)

@@ -163,8 +163,9 @@ def print_summary(console: Console, result: RunResult) -> None:
 class ArmsProgress:
     """How many of the arms of a comparison have run, and which came last."""
 
-    def __init__(self, console: Console, num_arms: int, jobs: int, folder: Path) -> None:
-        self._console, self._num_arms, self._jobs, self._folder, self._num_done = console, num_arms, jobs, folder, 0
+    def __init__(self, console: Console, num_arms: int, jobs: int, folder: Path, num_found: int = 0) -> None:
+        self._console, self._num_arms, self._jobs, self._folder = console, num_arms, jobs, folder
+        self._num_done = self._num_found = num_found
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -176,8 +177,10 @@ class ArmsProgress:
 
     def __enter__(self) -> ArmsProgress:
         self._print(f"{self._num_arms} arms, {self._jobs} at once, records in {self._folder}/")
+        if self._num_found:
+            self._print(f"{self._num_found} of {self._num_arms} arms found finished there; --force begins again")
         self._progress.start()
-        self._progress.add_task("running", total=self._num_arms)
+        self._progress.add_task("running", total=self._num_arms, completed=self._num_found)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -186,7 +189,7 @@ class ArmsProgress:
     def interrupted(self) -> None:
         """Ctrl-C, in the middle of it."""
         done = f"{self._num_done} of {self._num_arms} arms {'is' if self._num_done == 1 else 'are'} done"
-        self._print(f"interrupted: {done}, with records in {self._folder}/; the same command begins again")
+        self._print(f"interrupted: {done}, with records in {self._folder}/; the same command goes on from there")
 
     def done(self, name: str, outcome: object) -> None:
         self._num_done += 1

@@ -74,6 +74,30 @@ def _is_free(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
+def finished_summary(folder: Path, scenario: Scenario) -> dict[str, Any] | None:
+    """The summary of a run of this very scenario, by this version, that has ended well in `folder`."""
+    summary = _summary_in(folder)
+    return summary if summary and summary.get("exit_code") == 0 and not other_run_in(folder, scenario) else None
+
+
+def other_run_in(folder: Path, scenario: Scenario) -> str | None:
+    """Of what `folder` has the record, where that is another scenario, clock or version; None where it has none."""
+    summary = _summary_in(folder)
+    if summary is None:
+        return None
+    if (summary.get("scenario_sha256"), summary.get("clock")) != (scenario.sha256, scenario.resolved_clock):
+        return "another scenario"
+    return None if summary.get("version") == __version__ else f"gossipfl {summary.get('version')}"
+
+
+def _summary_in(folder: Path) -> dict[str, Any] | None:
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # it has not ended, or was cut short
+    return summary if isinstance(summary, dict) else None
+
+
 class RunFolder:
     """The folder for a run that is about to begin: `out`, or the first free of runs/<name>, runs/<name>-2, ...
 

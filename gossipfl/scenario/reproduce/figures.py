@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from gossipfl.errors import DataError
+from gossipfl.errors import ConfigError, DataError
 from gossipfl.registry import Registry
+from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.pool import processes
+from gossipfl.scenario.records import finished_summary, other_run_in
 from gossipfl.scenario.runner import run
 from gossipfl.scenario.workers import num_cores
 
@@ -75,7 +78,25 @@ class Table:
 def run_scenario(name: str, scenario: Arm, folder: Path) -> Outcome:
     """An arm that is a scenario, under virtual time; its record is `folder / name`."""
     result = run(scenario | {"name": name}, clock="virtual", out=folder / name, force=True)
-    return outcome_of(result.folder, result.summary, scenario.get("stop", {}).get("target_accuracy"))
+    return outcome_of(result.folder, result.summary, _target(scenario))
+
+
+def finished_scenario(name: str, scenario: Arm, folder: Path) -> Outcome | None:
+    """What `run_scenario` has come to before; None if it has not ended well yet. ConfigError if something else is there."""
+    loaded = load_scenario(scenario | {"name": name}, ["clock=virtual"])
+    if other := other_run_in(folder / name, loaded):
+        raise another_run(folder / name, other)
+    summary = finished_summary(folder / name, loaded)
+    return None if summary is None else outcome_of(folder / name, summary, _target(scenario))
+
+
+def another_run(place: Path, other: str) -> ConfigError:
+    return ConfigError(f"{place} holds a run of {other}; pass --force to begin again, or another --out")
+
+
+def _target(scenario: Arm) -> float | None:
+    target: float | None = scenario.get("stop", {}).get("target_accuracy")
+    return target
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +105,19 @@ class Reproduction:
 
     `run(name, arm, folder)` carries out one arm in a process of its own and returns its outcome, the tables' material: anything
     that is plain data and says in a line (`str`) what it came to. By default an arm is a scenario; a reproduction that trains
-    and measures by itself gives a function of its own, of a module (it is named across processes).
+    and measures by itself gives a function of its own, of a module (it is named across processes). `finished` takes the same
+    and returns the outcome of an earlier `run` of that very arm, by its record in `folder`, or None.
     """
 
     arms: Callable[[bool], Arms]
     tables: Callable[[Mapping[str, Any], bool], list[Table]]
     run: Callable[[str, Arm, Path], Any] = run_scenario
+    finished: Callable[[str, Arm, Path], Any] = finished_scenario
+
+    def find_finished(self, arms: Arms, folder: Path) -> dict[str, Any]:
+        """The outcomes, by name, of the arms that have ended well in `folder` before."""
+        outcomes = {name: self.finished(name, arm, folder) for name, arm in arms.items()}
+        return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
 
 REPRODUCTIONS: Registry[Callable[[], Reproduction]] = Registry("reproduction")
@@ -101,12 +129,17 @@ def run_arms(
     jobs: int | None = None,
     on_done: Callable[[str, Any], None] = lambda name, outcome: None,
     run: Callable[[str, Arm, Path], Any] = run_scenario,
+    finished: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Run all arms, several at once, each in a process of its own; records are kept under `folder`. Outcomes by name."""
-    outcomes: dict[str, Any] = {}
-    workers = min(jobs or num_cores(), len(arms))
+    """Run all arms but the `finished` ones, several at once, each in a process of its own, with records under `folder`.
+
+    Outcomes by name, in the order of the arms.
+    """
+    outcomes = dict(finished)
+    waiting = arms.keys() - outcomes.keys()
+    workers = min(jobs or num_cores(), max(1, len(waiting)))
     with processes(workers) as pool:
-        largest_first = sorted(arms, key=lambda name: -arms[name].get("peers", 0))
+        largest_first = sorted(filter(waiting.__contains__, arms), key=lambda name: -arms[name].get("peers", 0))
         names = {pool.submit(run, name, arms[name], folder): name for name in largest_first}
         for done in as_completed(names):
             outcomes[names[done]] = done.result()
