@@ -240,18 +240,20 @@ def reproduce(name: str, full: bool, out: Path | None, force: bool, jobs: int | 
 def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Show who is whose neighbour in a SCENARIO, how far peers are apart, and how fast averaging brings them together.
 
+    Where a run on it would be refused, that is said at the end.
+
     \b
     gossipfl topology quickstart --set topology.kind=ring
     gossipfl topology my.toml --set topology.kind=regular --set topology.degree=4 --out graph.svg
     gossipfl topology my.toml --json | jq .spectral_gap
     """
     from gossipfl.overlay.graph_figures import measure
-    from gossipfl.scenario import load_scenario
+    from gossipfl.scenario.config import load_graph
     from gossipfl.scenario.topology_view import check_path, print_topology, write_topology
 
     if out is not None:
         check_path(out)
-    loaded = load_scenario(scenario, overrides)
+    loaded, refusal = load_graph(scenario, overrides)
     graph = loaded.build_topology()
     if out is not None:
         write_topology(graph, out)
@@ -260,6 +262,8 @@ def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_jso
         click.echo(json.dumps(asdict(figures) | {"rounds_to_tenth": figures.rounds_to_tenth}))
     else:
         print_topology(Console(), loaded, graph, figures)
+    if refusal is not None:
+        click.echo(f"a run on it would be refused: {refusal}", err=True)
 
 
 @click.command(epilog=EPILOG)
