@@ -219,7 +219,7 @@ def reproduce(name: str, full: bool, out: Path | None, force: bool, jobs: int | 
     progress = ArmsProgress(Console(stderr=True), len(arms), jobs, folder, len(finished))
     try:
         with progress:
-            outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run, finished)
+            outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run, finished, progress.share)
     except KeyboardInterrupt:
         progress.interrupted()
         sys.exit(130)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from gossipfl.scenario.config import Scenario
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 MAX_ROWS = 32
 BAR_WIDTH = 6
 """So that a line fits 80 columns."""
-LINE_S = 2.0
-"""Where there is no terminal, seconds between two lines of progress."""
+LINE_S, ARMS_LINE_S = 2.0, 60.0
+"""Where there is no terminal, seconds between two lines of progress of a run, and of a comparison."""
 
 
 _PLANNED = {"kill": "is killed", "rejoin": "comes back", "join": "joins"}
@@ -166,13 +166,8 @@ class ArmsProgress:
     def __init__(self, console: Console, num_arms: int, jobs: int, folder: Path, num_found: int = 0) -> None:
         self._console, self._num_arms, self._jobs, self._folder = console, num_arms, jobs, folder
         self._num_done = self._num_found = num_found
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+        self._began = self._shown_at = time.monotonic()
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}")
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
 
     def __enter__(self) -> ArmsProgress:
@@ -180,7 +175,7 @@ class ArmsProgress:
         if self._num_found:
             self._print(f"{self._num_found} of {self._num_arms} arms found finished there; --force begins again")
         self._progress.start()
-        self._progress.add_task("running", total=self._num_arms, completed=self._num_found)
+        self._progress.add_task(f"{self._num_done}/{self._num_arms} arms", total=1.0, left="")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -193,9 +188,18 @@ class ArmsProgress:
 
     def done(self, name: str, outcome: object) -> None:
         self._num_done += 1
-        self._progress.update(self._progress.task_ids[0], completed=self._num_done, description=name)
+        self._progress.update(self._progress.task_ids[0], description=f"{self._num_done}/{self._num_arms} arms, last {name}")
         if not self._console.is_terminal:
             self._print(f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}")
+
+    def share(self, share: float) -> None:
+        """How much of the work is done, but for arms found finished. Less is left where targets are reached early."""
+        now = time.monotonic()
+        left = f"at most {timedelta(seconds=round((now - self._began) * (1 - share) / share))} left" if share else ""
+        self._progress.update(self._progress.task_ids[0], completed=share, left=left)
+        if not self._console.is_terminal and now - self._shown_at > ARMS_LINE_S and share < 1:
+            self._shown_at = now
+            self._print(f"{self._num_done:3d}/{self._num_arms}  {share:.2%} of the work is done  {left}".rstrip())
 
     def _print(self, text: str) -> None:
         if self._console.is_terminal:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +25,10 @@ from gossipfl.scenario.workers import num_cores
 Arm = dict[str, Any]
 """The settings of one run, plain values. Where it has a table `data`, its `path` is the data set's name (see `find_data`)."""
 Arms = dict[str, Arm]
+WATCHED_S = 2.0
+"""How often running arms are looked at."""
+LAST_BYTES = 2**16
+"""Of a record: the lines of many a peer in a round."""
 WITHOUT_FILES = ("digits", "synthetic")
 """Kinds of data that need none."""
 
@@ -130,10 +136,11 @@ def run_arms(
     on_done: Callable[[str, Any], None] = lambda name, outcome: None,
     run: Callable[[str, Arm, Path], Any] = run_scenario,
     finished: Mapping[str, Any] = MappingProxyType({}),
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
     """Run all arms but the `finished` ones, several at once, each in a process of its own, with records under `folder`.
 
-    Outcomes by name, in the order of the arms.
+    Outcomes by name, in the order of the arms. `on_share` hears now and then what share of their work has been done.
     """
     outcomes = dict(finished)
     waiting = arms.keys() - outcomes.keys()
@@ -141,10 +148,36 @@ def run_arms(
     with processes(workers) as pool:
         largest_first = sorted(filter(waiting.__contains__, arms), key=lambda name: -arms[name].get("peers", 0))
         names = {pool.submit(run, name, arms[name], folder): name for name in largest_first}
-        for done in as_completed(names):
-            outcomes[names[done]] = done.result()
-            on_done(names[done], done.result())
+        began, running = time.time(), set(names)
+        while running:
+            ended, running = wait(running, WATCHED_S, FIRST_COMPLETED)
+            for done in ended:
+                outcomes[names[done]] = done.result()
+                on_done(names[done], done.result())
+            shares = {name: 1.0 if name in outcomes else _share(arms[name], folder / name, began) for name in waiting}
+            on_share(
+                sum(_work(arms[name]) * share for name, share in shares.items()) / sum(_work(arms[name]) for name in waiting)
+            )
     return {name: outcomes[name] for name in arms}
+
+
+def _work(arm: Arm) -> int:
+    """Local steps of all peers and rounds, as far as the arm tells."""
+    steps: int = arm.get("peers", 1) * arm.get("rounds", 1) * arm.get("training", {}).get("local_steps", 1)
+    return steps
+
+
+def _share(arm: Arm, folder: Path, began: float) -> float:
+    """How much of its rounds an arm has behind it, by the last lines of a record that was written to since `began`."""
+    try:
+        with (folder / "events.jsonl").open("rb") as file:
+            about = os.fstat(file.fileno())
+            file.seek(max(0, about.st_size - LAST_BYTES))
+            last = file.read() if about.st_mtime >= began else b""
+    except OSError:
+        return 0.0
+    rounds = re.findall(rb'^{"event": "round", "peer": "[^"]*", "round": (\d+)', last, re.MULTILINE)
+    return int(rounds[-1]) / arm["rounds"] if rounds else 0.0
 
 
 def find_data(arms: Arms, folder: Path) -> tuple[Arms, list[str]]:
