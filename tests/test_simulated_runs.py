@@ -153,6 +153,23 @@ def test_a_lossy_network_delays_a_run_and_does_not_stop_it(tmp_path):
     assert result.summary["virtual_seconds"] > run(tmp_path / "lossless", network={"latency": "5ms"}).summary["virtual_seconds"]
 
 
+def test_in_a_crowd_in_which_not_everybody_has_met_everybody_nobody_lingers_for_long_and_nothing_is_missed(tmp_path):
+    """Of 299 neighbours 128 are greeted or greet; of stragglers, in rounds of 0.25 s, most are pulled from by few."""
+    result = run(
+        tmp_path / "run",
+        peers=300,
+        rounds=3,
+        evaluate_every=0,
+        gossip={"segments": 1, "replicas": 1},
+        training={"local_steps": 1},
+        compute={"step_time": "50ms", "stragglers": {"fraction": 0.1, "slowdown": 5}},
+        network={"latency": "20ms"},
+    )
+    last = max(event["time_s"] for event in events(result, "round"))
+    assert result.summary["virtual_seconds"] < last + 1.0
+    assert result.summary["faults"]["missing_segments"] == 0 and not events(result, "fault")
+
+
 def test_a_killed_peer_is_missed_and_one_that_comes_back_adopts_the_newest_model(tmp_path):
     churn = {"kill": [{"peer": "p1", "at": "0.5s"}, {"peer": "p3", "at": "0.5s"}], "rejoin": [{"peer": "p3", "at": "2.5s"}]}
     result = run(tmp_path / "run", rounds=12, churn=churn, compute={"step_time": "100ms"}, network={"latency": "5ms"})
