@@ -633,6 +633,9 @@ def test_statistics_of_batch_norm_that_a_codec_blurs_are_warned_of_in_a_line(clo
         def note(self, text: str) -> None:
             notes.append(text)
 
+        def warn(self, text: str) -> None:
+            notes.append(text)
+
     x, y = blobs(60, 0)
     dataset = gossipfl.Dataset(x[:45], y[:45], x[45:], y[45:], num_classes=3)
     scenario = {"peers": 3, "rounds": 1, "training": {"buffers": buffers}, "gossip": {"codec": codec}}

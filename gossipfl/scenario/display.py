@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -43,7 +42,6 @@ class Display(Observer):
         self._counts: dict[int, list[Event]] = {}
         self._bytes = 0
         self._shown_at = self._started_at = 0.0
-        self._has_diverged = False
         self._shown_accuracy = "accuracy", "not evaluated yet"
 
     def data_ready(self, scenario: Scenario, table: np.ndarray | None) -> None:
@@ -79,12 +77,6 @@ class Display(Observer):
             self.note(f"{event['peer']} {_PLANNED[event['change']]} as planned, at {event['time_s']:.3g} s")
         if event["event"] != "round":
             return
-        if not self._has_diverged and not math.isfinite(event.get("train_loss") or 0.0):
-            self._has_diverged = True
-            self.note(
-                f"training diverges: the loss of {event['peer']} in round {event['round']} is {event['train_loss']}; "
-                "lower training.learning_rate"
-            )
         self._counts.setdefault(event["round"], []).append(event)
         self._bytes += event["payload_bytes"]
         reported = self._counts[event["round"]]
@@ -106,7 +98,10 @@ class Display(Observer):
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.note(text)
 
     def ended(self, result: RunResult) -> None:
         self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.records import Event
 
+logger = logging.getLogger(__name__)
+
 MAX_REASONS = 3
 
 
 class Observer:
-    """What a run shows while it goes. Does nothing; the command line has one that draws."""
+    """What a run shows while it goes. It only warns; the command line has one that draws."""
 
     def data_ready(self, scenario: Scenario, table: np.ndarray | None) -> None:
         """`table`: i64[peers, classes], the training samples of each class that each peer has."""
@@ -28,7 +31,21 @@ class Observer:
 
     def note(self, text: str) -> None: ...
 
+    def warn(self, text: str) -> None:
+        """What changes how the result is to be read. It is logged, which is to stderr if logging is not set up otherwise."""
+        logger.warning("%s", text)
+
     def ended(self, result: RunResult) -> None: ...
+
+
+class NamedObserver(Observer):
+    """Of a run among others: what it warns of says which it is."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def warn(self, text: str) -> None:
+        super().warn(f"{self._name}: {text}")
 
 
 @dataclass(frozen=True)

@@ -230,10 +230,11 @@ def _run_side_by_side(waiting: deque[SweepRun], jobs: int, ended: Callable[..., 
 
 def _run_one(scenario: Scenario, folder: Path) -> tuple[dict[str, Any] | None, str]:
     """The summary of one run, and what went wrong with it."""
+    from gossipfl.scenario.results import NamedObserver
     from gossipfl.scenario.runner import run  # torch, which the parent of virtual runs needs not
 
     try:
-        summary = run(scenario, out=folder, force=True).summary
+        summary = run(scenario, out=folder, force=True, observer=NamedObserver(folder.name)).summary
     except GossipflError as error:
         return None, str(error)
     except Exception as error:

@@ -19,6 +19,7 @@ from gossipfl.registry import Registry
 from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.pool import processes
 from gossipfl.scenario.records import finished_summary, other_run_in
+from gossipfl.scenario.results import NamedObserver
 from gossipfl.scenario.runner import run
 from gossipfl.scenario.workers import num_cores
 
@@ -83,7 +84,7 @@ class Table:
 
 def run_scenario(name: str, scenario: Arm, folder: Path) -> Outcome:
     """An arm that is a scenario, under virtual time; its record is `folder / name`."""
-    result = run(scenario | {"name": name}, clock="virtual", out=folder / name, force=True)
+    result = run(scenario | {"name": name}, clock="virtual", out=folder / name, force=True, observer=NamedObserver(name))
     return outcome_of(result.folder, result.summary, _target(scenario))
 
 
