@@ -150,6 +150,15 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_told(tmp_path):
     assert good["error"] == "" and float(good["accuracy_mean"]) > 0
 
 
+def test_a_run_in_which_too_few_peers_finish_is_told_with_its_figures(tmp_path):
+    killed = 'churn.kill=[{peer="p1", at="0.1s"}]'
+    words = ["--set", killed, "--set", "compute.step_time=100ms", "--param", "min_peers=4,3", "--out", tmp_path / "out"]
+    code, _, error = sweep(*words, "--jobs", "1")
+    assert code == 1 and "1/2  min_peers=4  failed: 1 of 4 peers did not finish" in error
+    failed, good = rows(tmp_path / "out")
+    assert good["error"] == "" and failed["accuracy_mean"] == good["accuracy_mean"] != ""
+
+
 def test_runs_on_this_machines_own_clock_go_one_after_another(tmp_path):
     overrides = ["peers=2", "rounds=1", "central=false", "gossip.replicas=1", "transport.kind=inproc"]
     runs = sweep_runs("quickstart", ["training.learning_rate=0.1,0.2"], (), tmp_path, overrides)

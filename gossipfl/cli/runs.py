@@ -54,7 +54,7 @@ def run(
     gossipfl run scenarios/quickstart.toml --set gossip.segments=4 --set peers=12 --out runs/mine --json
     """
     from gossipfl.scenario.display import Display
-    from gossipfl.scenario.results import Observer
+    from gossipfl.scenario.results import Observer, RunFailed, RunInterrupted
     from gossipfl.scenario.runner import run as run_scenario
 
     display = Display(Console(stderr=True))
@@ -70,6 +70,8 @@ def run(
             observer=observer,
             began=_process_began(),
         )
+    except (RunFailed, RunInterrupted) as ended:
+        result = ended.result
     finally:
         display.close()
     _end(result, as_json)

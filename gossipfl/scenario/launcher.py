@@ -49,13 +49,12 @@ from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal_to_files
 from gossipfl.scenario.presence import Presence, check_churn
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, final_models, planned_event, remove_files, summarize
-from gossipfl.scenario.results import Observer, RunResult
+from gossipfl.scenario.results import EXIT_INTERRUPTED, Observer, RunResult
 from gossipfl.scenario.temporary import temporary_folder
 from gossipfl.scenario.workers import WorkerHandle
 
 HEARS_S = 0.5
 """How long a command may take to be obeyed on a busy machine."""
-EXIT_INTERRUPTED = 130
 
 
 @dataclass

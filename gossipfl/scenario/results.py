@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gossipfl.errors import RunError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.records import Event
@@ -17,6 +18,7 @@ from gossipfl.scenario.records import Event
 logger = logging.getLogger(__name__)
 
 MAX_REASONS = 3
+EXIT_INTERRUPTED = 130
 
 
 class Observer:
@@ -63,7 +65,7 @@ class RunResult:
     def ending(self) -> str | None:
         """Why the run did not end well, in a sentence; None if it did."""
         num_done = self.summary["peers"] - len(self.summary["faults"]["dead_peers"])
-        if self.exit_code == 130:
+        if self.exit_code == EXIT_INTERRUPTED:
             return f"interrupted after {self.summary['rounds']} rounds"
         if self.exit_code == 0:
             return None
@@ -94,3 +96,31 @@ class RunResult:
         """The final tensors of a peer, or of the average model."""
         layout, vector = load_model(self.folder / "models" / f"{name}.safetensors")
         return layout.tensors(vector)
+
+    def check(self) -> RunResult:
+        """Itself, if the run ended well; else RunFailed or RunInterrupted."""
+        if self.exit_code == 0:
+            return self
+        raise RunInterrupted(self) if self.exit_code == EXIT_INTERRUPTED else RunFailed(self)
+
+
+class RunFailed(RunError):
+    """Fewer than `min_peers` peers finished. `result` is what there is of the run: its summary and its folder."""
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__(result.ending)
+        self.result = result
+
+    def __reduce__(self) -> tuple[type, tuple[RunResult]]:
+        return type(self), (self.result,)
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the run. `result` is what there is of it: its summary and its folder."""
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__(result.ending)
+        self.result = result
+
+    def __reduce__(self) -> tuple[type, tuple[RunResult]]:
+        return type(self), (self.result,)

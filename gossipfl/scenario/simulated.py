@@ -37,7 +37,7 @@ from gossipfl.scenario.interrupts import terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, planned_event, summarize
-from gossipfl.scenario.results import Observer, RunResult
+from gossipfl.scenario.results import EXIT_INTERRUPTED, Observer, RunResult
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.store import SegmentStore
 from gossipfl.simulation.simulator import SimulatedPeer, Simulator, Watcher
@@ -46,7 +46,6 @@ MAX_MODELS_BYTES = 2**30
 """Of the peers' final models together, to be kept one by one; beyond it only the average is."""
 MANY_PEERS = 64
 """From here on "auto" measures which engine is faster."""
-EXIT_INTERRUPTED = 130
 
 
 def simulate(

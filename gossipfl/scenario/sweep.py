@@ -230,19 +230,18 @@ def _run_side_by_side(waiting: deque[SweepRun], jobs: int, ended: Callable[..., 
 
 def _run_one(scenario: Scenario, folder: Path) -> tuple[dict[str, Any] | None, str]:
     """The summary of one run, and what went wrong with it."""
-    from gossipfl.scenario.results import NamedObserver
+    from gossipfl.scenario.results import NamedObserver, RunFailed
     from gossipfl.scenario.runner import run  # torch, which the parent of virtual runs needs not
 
     try:
-        summary = run(scenario, out=folder, force=True, observer=NamedObserver(folder.name)).summary
+        return run(scenario, out=folder, force=True, observer=NamedObserver(folder.name)).summary, ""
+    except RunFailed as failed:
+        summary = failed.result.summary
+        return summary, f"{len(summary['faults']['dead_peers'])} of {summary['peers']} peers did not finish"
     except GossipflError as error:
         return None, str(error)
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    if summary["exit_code"] == 130:
-        raise KeyboardInterrupt
-    dead = summary["faults"]["dead_peers"]
-    return summary, f"{len(dead)} of {summary['peers']} peers did not finish" if summary["exit_code"] else ""
 
 
 # ------------------------------------------------------------------------------------------------------------------ tables

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from gossipfl.errors import ConfigError, DataError
+from gossipfl.errors import ConfigError, DataError, RunError
 from gossipfl.registry import Registry
 from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.pool import processes
 from gossipfl.scenario.records import finished_summary, other_run_in
-from gossipfl.scenario.results import NamedObserver
+from gossipfl.scenario.results import NamedObserver, RunFailed
 from gossipfl.scenario.runner import run
 from gossipfl.scenario.workers import num_cores
 
@@ -84,7 +84,10 @@ class Table:
 
 def run_scenario(name: str, scenario: Arm, folder: Path) -> Outcome:
     """An arm that is a scenario, under virtual time; its record is `folder / name`."""
-    result = run(scenario | {"name": name}, clock="virtual", out=folder / name, force=True, observer=NamedObserver(name))
+    try:
+        result = run(scenario | {"name": name}, clock="virtual", out=folder / name, force=True, observer=NamedObserver(name))
+    except RunFailed as failed:
+        raise RunError(f"{name}: {failed}") from failed
     return outcome_of(result.folder, result.summary, _target(scenario))
 
 
