@@ -174,6 +174,22 @@ def test_two_combinations_that_would_share_a_folder_are_refused():
 
 
 @pytest.mark.processes
+def test_a_second_interrupt_changes_nothing_about_the_last_words_of_a_sweep(tmp_path):
+    words = ["--clock", "virtual", "--param", "rounds=1,100000,1000000", "--jobs", "1", "--out", "out"]
+    command = [sys.executable, "-m", "gossipfl.cli", "sweep", "quickstart", *words]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("1/3  rounds=1 ")
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline().startswith("interrupted: 1 of 3 runs is done; the same command with --skip-existing")
+        for _ in range(20):
+            process.send_signal(signal.SIGINT)
+            process.poll()
+        assert process.stderr.read() == "" and process.wait(timeout=30) == 130
+
+
+@pytest.mark.processes
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_an_interrupt_stops_the_processes_and_leaves_what_has_finished(tmp_path):
     words = ["--set", "central=false", "--clock", "virtual", "--param", "rounds=1,100000", "--jobs", "1", "--out", "out"]

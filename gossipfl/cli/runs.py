@@ -54,6 +54,7 @@ def run(
     gossipfl run scenarios/quickstart.toml --set gossip.segments=4 --set peers=12 --out runs/mine --json
     """
     from gossipfl.scenario.display import Display
+    from gossipfl.scenario.interrupts import last_interrupt
     from gossipfl.scenario.results import Observer, RunFailed, RunInterrupted
     from gossipfl.scenario.runner import run as run_scenario
 
@@ -70,8 +71,11 @@ def run(
             observer=observer,
             began=_process_began(),
         )
-    except (RunFailed, RunInterrupted) as ended:
-        result = ended.result
+    except RunFailed as failed:
+        result = failed.result
+    except RunInterrupted as interrupted:
+        last_interrupt()
+        result = interrupted.result
     finally:
         display.close()
     _end(result, as_json)
@@ -210,6 +214,7 @@ def reproduce(name: str, full: bool, out: Path | None, force: bool, jobs: int | 
     gossipfl reproduce ari --data ~/data                     also on what lies there: mnist/, fashion-mnist/, cifar10*
     """
     from gossipfl.scenario.display import ArmsProgress, print_tables
+    from gossipfl.scenario.interrupts import last_interrupt
     from gossipfl.scenario.reproduce import REPRODUCTIONS, find_data, run_arms
     from gossipfl.scenario.workers import num_cores
 
@@ -225,6 +230,7 @@ def reproduce(name: str, full: bool, out: Path | None, force: bool, jobs: int | 
         with progress:
             outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run, finished, progress.share)
     except KeyboardInterrupt:
+        last_interrupt()
         progress.interrupted()
         sys.exit(130)
     tables = reproduction.tables(outcomes, full)
@@ -333,6 +339,7 @@ def sweep(
     gossipfl sweep quickstart --clock virtual --param gossip.codec=float32,int8,topk:0.1 --seeds 0,1,2
     gossipfl sweep combo --param gossip.segments=1,2,4,8 --skip-existing       goes on where it stopped
     """
+    from gossipfl.scenario.interrupts import last_interrupt
     from gossipfl.scenario.sweep import SweepDisplay, parse_seeds, print_sweep, run_sweep, sweep_runs
 
     if clock:
@@ -344,6 +351,7 @@ def sweep(
         with display:
             rows = run_sweep(runs, folder, jobs=jobs, skip_existing=skip_existing, force=force, told=display.told)
     except KeyboardInterrupt:
+        last_interrupt()
         display.interrupted()
         sys.exit(130)
     print_sweep(Console(), rows, list(runs[0].settings))

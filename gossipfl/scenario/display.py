@@ -16,7 +16,7 @@ from rich.table import Table
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.records import Event
 from gossipfl.scenario.results import Observer, RunResult
-from gossipfl.scenario.terminal import print_figures, size_text
+from gossipfl.scenario.terminal import print_figures, print_line, size_text
 
 if TYPE_CHECKING:
     from gossipfl.scenario.reproduce.figures import Table as Comparison
@@ -166,9 +166,9 @@ class ArmsProgress:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
 
     def __enter__(self) -> ArmsProgress:
-        self._print(f"{self._num_arms} arms, {self._jobs} at once, records in {self._folder}/")
+        print_line(self._console, f"{self._num_arms} arms, {self._jobs} at once, records in {self._folder}/")
         if self._num_found:
-            self._print(f"{self._num_found} of {self._num_arms} arms found finished there; --force begins again")
+            print_line(self._console, f"{self._num_found} of {self._num_arms} arms found finished there; --force begins again")
         self._progress.start()
         self._progress.add_task(f"{self._num_done}/{self._num_arms} arms", total=1.0, left="")
         return self
@@ -179,13 +179,13 @@ class ArmsProgress:
     def interrupted(self) -> None:
         """Ctrl-C, in the middle of it."""
         done = f"{self._num_done} of {self._num_arms} arms {'is' if self._num_done == 1 else 'are'} done"
-        self._print(f"interrupted: {done}, with records in {self._folder}/; the same command goes on from there")
+        print_line(self._console, f"interrupted: {done}, with records in {self._folder}/; the same command goes on from there")
 
     def done(self, name: str, outcome: object) -> None:
         self._num_done += 1
         self._progress.update(self._progress.task_ids[0], description=f"{self._num_done}/{self._num_arms} arms, last {name}")
         if not self._console.is_terminal:
-            self._print(f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}")
+            print_line(self._console, f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}")
 
     def share(self, share: float) -> None:
         """How much of the work is done, but for arms found finished. Less is left where targets are reached early."""
@@ -194,13 +194,7 @@ class ArmsProgress:
         self._progress.update(self._progress.task_ids[0], completed=share, left=left)
         if not self._console.is_terminal and now - self._shown_at > ARMS_LINE_S and share < 1:
             self._shown_at = now
-            self._print(f"{self._num_done:3d}/{self._num_arms}  {share:.2%} of the work is done  {left}".rstrip())
-
-    def _print(self, text: str) -> None:
-        if self._console.is_terminal:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:  # the console prints a text twice where Ctrl-C comes between writing and forgetting it
-            print(text, file=self._console.file, flush=True)
+            print_line(self._console, f"{self._num_done:3d}/{self._num_arms}  {share:.2%} of the work is done  {left}".rstrip())
 
 
 def print_tables(console: Console, tables: Sequence[Comparison]) -> None:

@@ -22,6 +22,12 @@ def not_interrupted() -> Iterator[None]:
         yield
 
 
+def last_interrupt() -> None:
+    """Further ones are ignored for good: the program has its last words to say, and to end. Only for its main thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
     """Ctrl-C waits until afterwards. A process started within never hears of it: a terminal sends it to all."""

@@ -34,6 +34,7 @@ from gossipfl.learning.checkpoint import write_atomically, writing
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
 from gossipfl.scenario.pool import processes
 from gossipfl.scenario.records import finished_summary, other_run_in
+from gossipfl.scenario.terminal import print_line
 from gossipfl.scenario.workers import num_cores
 
 FIGURES = {
@@ -305,7 +306,7 @@ class SweepDisplay:
         """Ctrl-C, in the middle of it."""
         done = f"{self._num_done} of {self._num_runs} runs {'is' if self._num_done == 1 else 'are'} done"
         text = f"interrupted: {done}; the same command with --skip-existing goes on from there"
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(self._console, text)
 
     def told(self, run: SweepRun, row: Row) -> None:
         """A run has ended."""
@@ -316,4 +317,4 @@ class SweepDisplay:
             mean = row["accuracy_mean"]
             outcome = f"failed: {row['error']}" if row["error"] else "done" if mean is None else f"accuracy {mean:.3f}"
             line = f"{self._num_ended}/{self._num_runs}  {run.name}  {outcome}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            print_line(self._console, line)
