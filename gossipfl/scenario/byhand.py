@@ -38,6 +38,7 @@ from gossipfl.scenario.hosting import (
     tcp_address,
     tell_of_statistics,
 )
+from gossipfl.scenario.interrupts import interrupts_deferred, not_interrupted
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import RunFolder, check_free, final_models, remove_files, summarize
 from gossipfl.scenario.results import RunResult
@@ -135,13 +136,17 @@ def run_peer(
         serving=served,
         **settings,
     )
+    host: PeerHost | None = None
     try:
-        host = PeerHost(job)
-    except GossipflError:
-        record.close()
-        place.give_up()
+        with interrupts_deferred():
+            host = PeerHost(job)
+    except (GossipflError, KeyboardInterrupt):
+        with not_interrupted():
+            if host is not None:
+                host.close()
+            record.close()
+            place.give_up()
         raise
-    place.keep()
     problem: str | None = None
     is_served = False
 
@@ -161,6 +166,7 @@ def run_peer(
                 problem = error
 
     try:
+        place.keep()
         tell_of_statistics(scenario, host.engine.flat.has_statistics, say, record.warn)
         say(f"{name} listens at {host.address}; waiting for {len(peer.degrees)} neighbours")
         host.start({other: address for other, address in roster.peers.items() if other in peer.degrees or other == name})
@@ -177,9 +183,10 @@ def run_peer(
             while time.monotonic() < deadline and not host.is_collected:
                 host.work(hear, timeout_s=0.2)
     finally:
-        host.close(flush_s=1.0)
-        record.close()
-        shard.unlink(missing_ok=True)
+        with not_interrupted():  # or its socket would stay
+            host.close(flush_s=1.0)
+            record.close()
+            shard.unlink(missing_ok=True)
     return folder
 
 
