@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gossipfl.runtime.inference_server import InferenceServer as Server
     from gossipfl.runtime.peer import Peer
     from gossipfl.scenario.config import Scenario, load_scenario
-    from gossipfl.scenario.results import RunResult
+    from gossipfl.scenario.results import RunFailed, RunInterrupted, RunResult
     from gossipfl.scenario.runner import run
 
 _HOMES = {  # where they are, and what they are called there if it is something else
@@ -41,6 +41,8 @@ _HOMES = {  # where they are, and what they are called there if it is something 
     "GossipflError": "gossipfl.errors",
     "Peer": "gossipfl.runtime.peer",
     "RunError": "gossipfl.errors",
+    "RunFailed": "gossipfl.scenario.results",
+    "RunInterrupted": "gossipfl.scenario.results",
     "RunResult": "gossipfl.scenario.results",
     "Scenario": "gossipfl.scenario.config",
     "Server": "gossipfl.runtime.inference_server:InferenceServer",
@@ -60,6 +62,8 @@ __all__ = [
     "GossipflError",
     "Peer",
     "RunError",
+    "RunFailed",
+    "RunInterrupted",
     "RunResult",
     "Scenario",
     "Server",

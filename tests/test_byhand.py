@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -229,6 +231,27 @@ def test_collect_with_nobody_there_says_so_after_its_timeout(start, tmp_path):
     assert code == 1 and stdout == "" and time.monotonic() - began >= 1.5
     assert "gossipfl: none of p0, p1, p2 answered within 1.5 s; are they running, with this roster?" in collector.stderr
     assert "Traceback" not in collector.stderr and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("moment", ["as soon as it listens", "again, while it ends"])
+def test_a_peer_that_is_terminated_leaves_no_socket_behind(moment, start, tmp_path):
+    with tempfile.TemporaryDirectory() as short:  # a socket's path has 107 bytes at most
+        sockets = [Path(short) / name for name in NAMES]
+        lines = [f'{name} = "ipc://{socket}"\n' for name, socket in zip(NAMES, sockets, strict=True)]
+        (tmp_path / "roster.toml").write_text("[peers]\n" + "".join(lines))
+        alone, deadline = start(*peer("p1")), time.monotonic() + DEADLINE_S
+        if moment == "as soon as it listens":
+            while not sockets[1].exists() and time.monotonic() < deadline:
+                alone.process.poll()
+        else:
+            alone.await_line("waiting for 2 neighbours")
+        assert sockets[1].exists()
+        for _ in range(1 if moment == "as soon as it listens" else 20):
+            alone.process.send_signal(signal.SIGTERM)
+            alone.process.poll()
+        code, _ = alone.ended(20.0)
+        assert code == 130 and "Traceback" not in alone.stderr and list(Path(short).iterdir()) == []
 
 
 @pytest.mark.processes

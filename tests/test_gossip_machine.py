@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from gossipfl.protocol.gossip import Gossip, GossipConfig, Phase
-from gossipfl.protocol.membership import FIRST_ANSWER_S, MIN_ANSWER_S
+from gossipfl.protocol.membership import FIRST_ANSWER_S, MAX_CONTACTS, MIN_ANSWER_S
 from gossipfl.protocol.messages import (
     NEWEST,
     Contribution,
@@ -583,6 +583,68 @@ def test_lingering_ends_after_linger_s():
         now = a.next_deadline
         actions = a.handle(Wake(), now)
     assert now == 7.0 and actions == [Finish()]
+
+
+CROWD = tuple(f"n{index}" for index in range(10, 10 + MAX_CONTACTS + 2))
+"""The first of them are greeted on joining; the last two are met only if they are drawn, or ask."""
+
+
+def lingering_in_a_crowd(**config) -> tuple[Gossip, list[str]]:
+    """After a round of 2 s, at 2.0, with those two not met; and who had been met."""
+    a = machine(others=CROWD, rounds=1, seed=1, **config)
+    a.handle(Start(), 0.0)
+    for other in CROWD[:MAX_CONTACTS]:
+        a.handle(Received(other, Hello("L", 0, False)), 0.0)
+    asked = pulls(a.handle(Trained(1, 100), 1.0))
+    assert not {*CROWD[-2:]} & {*asked}
+    answer_all(a, asked, 2.0)
+    assert a.phase is Phase.LINGERING
+    return a, list(CROWD[:-2])
+
+
+def test_neighbours_that_were_never_met_are_lingered_for_as_long_as_the_last_round_took():
+    a, met = lingering_in_a_crowd()
+    for other in met:
+        assert a.handle(Received(other, Leave(1)), 2.5) == []
+    assert a.next_deadline == 3.0 and [action.peer for action in a.handle(Wake(), 3.0)] == met  # Leave, once more
+    assert a.next_deadline == 4.0 and a.handle(Wake(), 4.0) == [Finish()]
+
+
+def test_who_was_never_met_and_asks_in_that_time_is_served_to_its_end():
+    a, met = lingering_in_a_crowd()
+    for other in met:
+        a.handle(Received(other, Leave(1)), 2.5)
+    pull = Pull(1, 1, 1, SEGMENTS[:1], "float32", 1.0)
+    assert a.handle(Received(CROWD[-1], pull), 2.9) == [Serve(CROWD[-1], pull, 1)]
+    while a.next_deadline < 8.0:
+        assert Finish() not in a.handle(Wake(), a.next_deadline)
+    assert a.handle(Received(CROWD[-1], Leave(1)), 8.0) == [Finish()]
+
+
+def test_who_leaves_and_was_met_too_late_to_be_told_is_told_in_return():
+    a, met = lingering_in_a_crowd()
+    late, pull = CROWD[-1], Pull(1, 1, 1, SEGMENTS[:1], "float32", 1.0)
+    assert a.handle(Received(late, pull), 2.1) == [Serve(late, pull, 1)]
+    assert a.handle(Received(late, Leave(1)), 2.2) == [Send(late, Leave(1))]
+    assert a.handle(Received(late, Leave(1)), 2.3) == []
+    assert a.handle(Received(met[0], Leave(1)), 2.3) == []
+
+
+def test_nobody_who_was_met_is_left_behind_for_having_been_silent_that_long():
+    a, met = lingering_in_a_crowd()
+    for other in met[1:]:
+        a.handle(Received(other, Leave(1)), 2.5)
+    while a.next_deadline < 9.0:
+        assert Finish() not in a.handle(Wake(), a.next_deadline)
+    assert a.handle(Received(met[0], Leave(1)), 9.0) == [Finish()]
+
+
+def test_who_was_never_met_is_not_lingered_for_beyond_linger_s():
+    a, met = lingering_in_a_crowd(linger_s=1.5)
+    for other in met:
+        a.handle(Received(other, Leave(1)), 2.5)
+    a.handle(Wake(), 3.0)
+    assert a.next_deadline == 3.5 and a.handle(Wake(), 3.5) == [Finish()]
 
 
 def test_leave_is_said_again_less_and_less_often():

@@ -184,6 +184,22 @@ def test_the_command_shows_the_figures_and_the_links():
     assert "p0 ▄▀▄····▀" in shown
 
 
+def test_a_graph_on_which_a_run_would_be_refused_is_shown_all_the_same_with_the_reason(tmp_path):
+    code, shown, told = run("quickstart", "--set", "topology.kind=star")
+    assert code == 0 and re.search(r"diameter +│ +2 │", shown) and "p0 ▄█▀" not in shown
+    reason = "gossip.replicas = 2 exceeds the 1 neighbour of p1; lower it or densify the topology"
+    assert told.startswith("a run on it would be refused: ") and told.endswith(f": {reason}\n")
+    scenario = tmp_path / "mine.toml"
+    scenario.write_text('peers = 4\n[topology]\nkind = "star"\n[gossip]\nreplicas = 2\n[network]\nlatency_matrix = "ms.csv"\n')
+    (tmp_path / "ms.csv").write_text("0,1\n1,0\n")  # of two peers
+    code, shown, told = run(scenario, "--json")
+    assert code == 0 and json.loads(shown)["num_links"] == 3
+    assert told.startswith(f"a run on it would be refused: {scenario}:5: gossip.replicas = 2 exceeds")
+    code, shown, told = run(scenario, "--json", "--set", "gossip.replicas=1")
+    assert code == 0 and json.loads(shown)["num_links"] == 3 and "ms.csv" in told
+    assert run("quickstart", "--set", "topology.kind=star", "--set", "gossip.replicas=1")[2] == ""
+
+
 def test_the_command_shows_how_many_neighbours_peers_have_where_they_are_many():
     code, shown, _ = run("quickstart", "--set", "peers=72", "--set", "topology.kind=hierarchical")
     assert code == 0 and "▀" not in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -179,6 +180,23 @@ def test_a_run_that_diverges_is_remarked_upon_once(rate, tmp_path):
     code, lines = gossipfl_says("run", "quickstart", *SMALL, *words)
     told = [line for line in lines if line.startswith("training diverges: the loss of p")]
     assert code == 0 and len(told) == (rate == "1e30")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"] == told
+
+
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+def test_what_changes_how_a_result_is_to_be_read_is_told_also_where_nothing_else_is(clock, tmp_path):
+    trace = tmp_path / "rates.csv"
+    trace.write_text("time_s,peer,uplink,downlink\n0,p0,10,10\n0.001,p0,20,20\n")
+    words = ["--quiet", "--json", "--clock", clock, "--set", "training.learning_rate=1e30", "--set", f"network.trace={trace}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "gossipfl.cli", "run", "quickstart", *SMALL, *words, "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"GOSSIPFL_CACHE": str(tmp_path / "cache")},
+    )
+    told = done.stderr.splitlines()
+    assert [line.partition(":")[0] for line in told] == ["training diverges", "network.trace ends at 0.001 s"]
+    assert json.loads(done.stdout)["warnings"] == told
 
 
 def test_a_folder_that_is_taken_is_told_before_torch_is_loaded(tmp_path):

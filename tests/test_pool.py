@@ -95,8 +95,8 @@ def test_an_interrupted_reproduction_says_so_and_ends(number, tmp_path):
             assert parent.stderr is not None
             assert parent.stderr.readline() == f"18 arms, 2 at once, records in {tmp_path / 'out'}/\n"
             os.killpg(parent.pid, number)
-            told = f"interrupted: 0 of 18 arms are done, with records in {tmp_path / 'out'}/; the same command begins again\n"
-            assert parent.stderr.read() == told
+            told = f"interrupted: 0 of 18 arms are done, with records in {tmp_path / 'out'}/; "
+            assert parent.stderr.read() == f"{told}the same command goes on from there\n"
             assert parent.wait(20) == 130
         finally:
             with contextlib.suppress(ProcessLookupError):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
+import time
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from gossipfl.errors import DataError
+from gossipfl.cli import main
+from gossipfl.errors import ConfigError, DataError
 from gossipfl.learning.models import build_model
 from gossipfl.scenario.config import load_scenario
-from gossipfl.scenario.reproduce import REPRODUCTIONS, Outcome, Table, bacombo, epidemic, mosaic
+from gossipfl.scenario.reproduce import REPRODUCTIONS, Outcome, Reproduction, Row, Table, bacombo, epidemic, mosaic
 from gossipfl.scenario.reproduce.bacombo import PARAMETERS
-from gossipfl.scenario.reproduce.figures import find_data, run_arms, run_scenario
+from gossipfl.scenario.reproduce.figures import _share, find_data, finished_scenario, run_arms, run_scenario
 from gossipfl.scenario.runner import run
 
 AHEAD = "ahead, below the published best"
@@ -114,6 +118,70 @@ def test_an_arm_may_be_run_by_a_function_of_the_reproduction(tmp_path):
     outcomes = run_arms(arms, tmp_path / "here", 1, lambda name, outcome: seen.append(outcome), told)
     assert sorted(seen) == sorted(outcomes.values())
     assert list(outcomes.items()) == [("second", "second of nothing in here"), ("first", "first of x in here")]
+
+
+TINY = {"peers": 2, "rounds": 1, "gossip": {"replicas": 1}, "network": {"uplink": "1Mbit"}, "central": False}
+
+
+def tiny() -> Reproduction:
+    """Two arms, and a table of their accuracies."""
+    arms = {name: TINY | {"seed": seed} for seed, name in enumerate(("first", "second"))}
+    return Reproduction(
+        lambda full: arms,
+        lambda outcomes, full: [Table("tiny", [Row(name, {"is": str(found)}) for name, found in outcomes.items()])],
+    )
+
+
+def test_a_reproduction_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setitem(REPRODUCTIONS._functions, "tiny", tiny)
+    monkeypatch.setenv("GOSSIPFL_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+
+    def reproduced(*arguments: str) -> tuple[int, str, list[str]]:
+        result = CliRunner().invoke(main, ["reproduce", "tiny", "--json", "--jobs", "1", "--out", str(out), *arguments])
+        told = [line for line in result.stderr.splitlines() if "of the work" not in line]  # a slow machine tells more
+        return result.exit_code, result.stdout, told
+
+    code, tables, told = reproduced()
+    assert code == 0 and told[0] == f"2 arms, 1 at once, records in {out}/" and len(told) == 3
+    written = {name: (out / name / "summary.json").stat().st_mtime_ns for name in ("first", "second")}
+
+    (out / "second" / "summary.json").unlink()  # as if it had been cut short
+    code, again, told = reproduced()
+    assert code == 0 and told[1] == "1 of 2 arms found finished there; --force begins again"
+    assert [line.partition(":")[0] for line in told[2:]] == ["  2/2  second"]
+    assert written["first"] == (out / "first" / "summary.json").stat().st_mtime_ns
+    assert json.loads(again)[0]["rows"][0] == json.loads(tables)[0]["rows"][0]
+
+    assert reproduced()[2][1:] == ["2 of 2 arms found finished there; --force begins again"]
+    assert [line[:6] for line in reproduced("--force")[2][1:]] == ["  1/2 ", "  2/2 "]
+    assert written["first"] != (out / "first" / "summary.json").stat().st_mtime_ns
+
+
+def test_an_arm_is_found_by_its_scenario_and_its_end(tmp_path):
+    arm = TINY | {"stop": {"target_accuracy": 0.01}}
+    outcome = run_scenario("arm", arm, tmp_path)
+    assert outcome.rounds_to_target == 1 and finished_scenario("arm", arm, tmp_path) == outcome
+    summary = tmp_path / "arm" / "summary.json"
+    summary.write_text(json.dumps(outcome.summary | {"exit_code": 130}))
+    assert finished_scenario("arm", arm, tmp_path) is None
+    for changed in ({"seed": 1}, {"rounds": 2}):
+        with pytest.raises(ConfigError, match="arm holds a run of another scenario; pass --force to begin again, or another"):
+            finished_scenario("arm", arm | changed, tmp_path)
+    summary.write_text(json.dumps(outcome.summary | {"version": "0.0.1"}))
+    with pytest.raises(ConfigError, match=r"holds a run of gossipfl 0\.0\.1; pass --force"):
+        finished_scenario("arm", arm, tmp_path)
+
+
+def test_the_share_of_the_work_follows_the_rounds_of_running_arms_and_ends_at_all_of_it(tmp_path):
+    outcome = run_scenario("half", TINY, tmp_path)
+    assert _share(TINY | {"rounds": 4}, tmp_path / "half", 0.0) == 1 / 4
+    assert _share(TINY, tmp_path / "half", time.time() + 60) == 0.0  # a record of another time
+    assert _share(TINY, tmp_path / "none", 0.0) == 0.0
+    shares: list[float] = []
+    arms = {"found": TINY | {"rounds": 1000}, "run": TINY | {"rounds": 3}}
+    run_arms(arms, tmp_path, 1, finished={"found": outcome}, on_share=shares.append)
+    assert shares == sorted(shares) and shares[-1] == 1.0
 
 
 def test_data_sets_are_found_by_name_and_arms_without_theirs_are_left_out(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.planning.cascade import Cost
 from gossipfl.inference.planning.certificates import samples_needed
@@ -55,6 +56,15 @@ def test_the_arms_are_two_models_on_every_data_set_that_is_there(tmp_path):
 def test_every_published_rate_has_its_bits():
     assert all(len(rates) == len(STREAM_BITS) for rates in PUBLISHED.values())
     assert all(list(rates) == sorted(rates) for rates in PUBLISHED.values())
+
+
+def test_an_arm_that_was_measured_is_found_again(digits, tmp_path):
+    measured, record = digits
+    arm = ari().arms(False)["mlp-digits"]
+    (tmp_path / "mlp-digits.json").write_text(json.dumps(record))
+    assert ari().finished("mlp-digits", arm, tmp_path) == measured
+    with pytest.raises(ConfigError, match="holds a run of another scenario"):
+        ari().finished("mlp-digits", ari().arms(True)["mlp-digits"], tmp_path)
 
 
 def test_every_kind_of_reduced_model_is_measured(digits):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from gossipfl.errors import ConfigError
 from gossipfl.scenario.reproduce import REPRODUCTIONS, find_data
 
 
@@ -37,3 +38,18 @@ def test_the_tables_set_what_was_saved_beside_what_was_published(measured):
 def test_the_record_holds_every_row(measured):
     folder, _, found = measured
     assert len(json.loads((folder / "mlp-digits.json").read_text())["rows"]) == len(found.rows)
+
+
+def test_an_arm_that_was_measured_is_found_again_and_no_other_in_its_place(measured):
+    folder, reproduction, found = measured
+    arm = reproduction.arms(False)["mlp-digits"]
+    assert reproduction.finished("mlp-digits", arm, folder) == found
+    assert reproduction.finished("mlp-mnist", arm, folder) is None
+    with pytest.raises(ConfigError, match="holds a run of another scenario; pass --force to begin again"):
+        reproduction.finished("mlp-digits", arm | {"training": {"local_steps": 1}}, folder)
+    record = folder / "mlp-digits.json"
+    (folder / "cut.json").write_text(record.read_text()[:-100])
+    assert reproduction.finished("cut", arm, folder) is None
+    (folder / "old.json").write_text(json.dumps(json.loads(record.read_text()) | {"version": "0.0.1"}))
+    with pytest.raises(ConfigError, match=r"holds a run of gossipfl 0\.0\.1"):
+        reproduction.finished("old", arm, folder)

@@ -48,7 +48,7 @@ INPROC = (*SMALL, "transport.kind=inproc")
 SUMMARY_KEYS = {
     *("scenario", "scenario_sha256", "seed", "clock", "peers", "rounds", "segments", "replicas", "parameters", "accuracy"),
     *("consensus_distance", "bytes", "seconds", "virtual_seconds", "faults", "memory_mib", "models_sha256", "engine"),
-    *("to_target", "version", "machine", "messages", "exit_code"),
+    *("to_target", "version", "machine", "messages", "warnings", "exit_code"),
 }
 NESTED_KEYS = {
     "accuracy": {"mean", "min", "max", "std", "average_model", "before_merge_mean", "central"},
@@ -631,6 +631,9 @@ def test_statistics_of_batch_norm_that_a_codec_blurs_are_warned_of_in_a_line(clo
 
     class Notes(Observer):
         def note(self, text: str) -> None:
+            notes.append(text)
+
+        def warn(self, text: str) -> None:
             notes.append(text)
 
     x, y = blobs(60, 0)

@@ -419,13 +419,13 @@ def test_trainings_that_take_longer_than_told_are_counted_and_fidelity_is_not_cl
     notes: list[str] = []
 
     class Notes(Observer):
-        def note(self, text: str) -> None:
+        def warn(self, text: str) -> None:
             notes.append(text)
 
     overrides = [*SMALL, "compute.step_time=1us"]
     summary = gossipfl.run("quickstart", overrides=overrides, clock="local", out=tmp_path / "r", observer=Notes()).summary
     assert summary["overrun"] == 4 * 3 and summary["shaping"] is None
-    assert any("12 of 12 trainings" in note and "no fidelity" in note for note in notes)
+    assert any("12 of 12 trainings" in note and "no fidelity" in note for note in notes) and summary["warnings"] == notes
 
 
 @pytest.mark.parametrize("where", ["peers_per_process=2", "transport.kind=inproc"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import gossipfl
 from gossipfl.errors import ConfigError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario.display import print_summary
-from gossipfl.scenario.results import RunResult
+from gossipfl.scenario.results import Observer, RunResult
 
 SMALL = {
     "peers": 5,
@@ -153,6 +156,23 @@ def test_a_lossy_network_delays_a_run_and_does_not_stop_it(tmp_path):
     assert result.summary["virtual_seconds"] > run(tmp_path / "lossless", network={"latency": "5ms"}).summary["virtual_seconds"]
 
 
+def test_in_a_crowd_in_which_not_everybody_has_met_everybody_nobody_lingers_for_long_and_nothing_is_missed(tmp_path):
+    """Of 299 neighbours 128 are greeted or greet; of stragglers, in rounds of 0.25 s, most are pulled from by few."""
+    result = run(
+        tmp_path / "run",
+        peers=300,
+        rounds=3,
+        evaluate_every=0,
+        gossip={"segments": 1, "replicas": 1},
+        training={"local_steps": 1},
+        compute={"step_time": "50ms", "stragglers": {"fraction": 0.1, "slowdown": 5}},
+        network={"latency": "20ms"},
+    )
+    last = max(event["time_s"] for event in events(result, "round"))
+    assert result.summary["virtual_seconds"] < last + 1.0
+    assert result.summary["faults"]["missing_segments"] == 0 and not events(result, "fault")
+
+
 def test_a_killed_peer_is_missed_and_one_that_comes_back_adopts_the_newest_model(tmp_path):
     churn = {"kill": [{"peer": "p1", "at": "0.5s"}, {"peer": "p3", "at": "0.5s"}], "rejoin": [{"peer": "p3", "at": "2.5s"}]}
     result = run(tmp_path / "run", rounds=12, churn=churn, compute={"step_time": "100ms"}, network={"latency": "5ms"})
@@ -164,6 +184,31 @@ def test_a_killed_peer_is_missed_and_one_that_comes_back_adopts_the_newest_model
     planned = [(event["change"], event["peer"], event["time_s"]) for event in events(result, "planned")]
     assert planned == [("kill", "p1", 0.5), ("kill", "p3", 0.5), ("rejoin", "p3", 2.5)]
     assert result.summary["faults"]["dead_as_planned"] == ["p1"]
+
+
+def test_a_run_in_which_too_few_finish_is_an_error_that_has_the_result(tmp_path):
+    with pytest.raises(gossipfl.RunFailed, match="the run failed, for 4 of 5 peers finished; p1: was away") as caught:
+        run(tmp_path / "run", min_peers=5, churn={"kill": [{"peer": "p1", "at": "0.1s"}]}, compute={"step_time": "100ms"})
+    failed = caught.value
+    assert isinstance(failed, gossipfl.GossipflError) and failed.exit_code == failed.result.exit_code == 1
+    assert failed.result.summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert failed.result.model("p0").keys() == failed.result.model().keys()
+    again = copy.copy(failed)  # as it is when it comes from another process
+    assert str(again) == str(failed) and again.result == failed.result
+
+
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+def test_a_run_that_is_interrupted_does_not_return_and_has_left_its_record(clock, tmp_path):
+    class Interrupts(Observer):
+        def event(self, event: dict[str, Any], alive: int) -> None:
+            if event["event"] == "round":
+                os.kill(os.getpid(), signal.SIGINT)
+
+    overrides = ["rounds=1000000", "transport.kind=inproc", "central=false"]
+    with pytest.raises(gossipfl.RunInterrupted, match="interrupted after") as caught:
+        gossipfl.run(SMALL, overrides=overrides, clock=clock, out=tmp_path / "run", observer=Interrupts())
+    assert isinstance(caught.value, KeyboardInterrupt) and caught.value.result.exit_code == 130
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_code"] == 130
 
 
 def test_a_late_joiner_is_not_there_before_its_time(tmp_path):

@@ -130,6 +130,13 @@ def test_a_sweep_leaves_a_record_of_each_run_and_a_table_and_goes_on_where_it_st
     assert kept == [(out / row["run"] / "summary.json").stat().st_mtime_ns for row in first if row is not first[2]]
     assert [row["models_sha256"] for row in rows(out)] == [row["models_sha256"] for row in first]
 
+    summary = out / first[0]["run"] / "summary.json"
+    ours = summary.read_text()
+    summary.write_text(json.dumps(json.loads(ours) | {"version": "0.0.1"}))
+    code, _, error = sweep(*words, "--skip-existing")
+    assert code == 2 and "holds a run of gossipfl 0.0.1; pass --force to replace it" in error
+    summary.write_text(ours)
+
     code, _, error = sweep(*words, "--skip-existing", "--set", "training.batch_size=8")
     assert code == 2 and "holds a run of another scenario; pass --force to replace it, or another --out" in error
 
@@ -141,6 +148,15 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_told(tmp_path):
     failed, good = rows(tmp_path / "out")
     assert "exceeds the model's" in failed["error"] and failed["accuracy_mean"] == ""
     assert good["error"] == "" and float(good["accuracy_mean"]) > 0
+
+
+def test_a_run_in_which_too_few_peers_finish_is_told_with_its_figures(tmp_path):
+    killed = 'churn.kill=[{peer="p1", at="0.1s"}]'
+    words = ["--set", killed, "--set", "compute.step_time=100ms", "--param", "min_peers=4,3", "--out", tmp_path / "out"]
+    code, _, error = sweep(*words, "--jobs", "1")
+    assert code == 1 and "1/2  min_peers=4  failed: 1 of 4 peers did not finish" in error
+    failed, good = rows(tmp_path / "out")
+    assert good["error"] == "" and failed["accuracy_mean"] == good["accuracy_mean"] != ""
 
 
 def test_runs_on_this_machines_own_clock_go_one_after_another(tmp_path):
@@ -155,6 +171,22 @@ def test_runs_on_this_machines_own_clock_go_one_after_another(tmp_path):
 def test_two_combinations_that_would_share_a_folder_are_refused():
     with pytest.raises(ConfigError, match=r"would share the folder .*; change one of them"):
         sweep_runs("quickstart", ["model_args.hidden=[8 ],[8\t]"])
+
+
+@pytest.mark.processes
+def test_a_second_interrupt_changes_nothing_about_the_last_words_of_a_sweep(tmp_path):
+    words = ["--clock", "virtual", "--param", "rounds=1,100000,1000000", "--jobs", "1", "--out", "out"]
+    command = [sys.executable, "-m", "gossipfl.cli", "sweep", "quickstart", *words]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("1/3  rounds=1 ")
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline().startswith("interrupted: 1 of 3 runs is done; the same command with --skip-existing")
+        for _ in range(20):
+            process.send_signal(signal.SIGINT)
+            process.poll()
+        assert process.stderr.read() == "" and process.wait(timeout=30) == 130
 
 
 @pytest.mark.processes

@@ -20,7 +20,7 @@ def errors_are_messages(command: F) -> F:
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        from gossipfl.scenario.interrupts import terminate_is_interrupt
+        from gossipfl.scenario.interrupts import last_interrupt, terminate_is_interrupt
 
         try:
             with terminate_is_interrupt():
@@ -29,6 +29,7 @@ def errors_are_messages(command: F) -> F:
             click.echo(f"gossipfl: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
+            last_interrupt()
             click.echo("gossipfl: interrupted", err=True)
             sys.exit(130)
 

@@ -54,7 +54,8 @@ def run(
     gossipfl run scenarios/quickstart.toml --set gossip.segments=4 --set peers=12 --out runs/mine --json
     """
     from gossipfl.scenario.display import Display
-    from gossipfl.scenario.results import Observer
+    from gossipfl.scenario.interrupts import last_interrupt
+    from gossipfl.scenario.results import Observer, RunFailed, RunInterrupted
     from gossipfl.scenario.runner import run as run_scenario
 
     display = Display(Console(stderr=True))
@@ -70,6 +71,11 @@ def run(
             observer=observer,
             began=_process_began(),
         )
+    except RunFailed as failed:
+        result = failed.result
+    except RunInterrupted as interrupted:
+        last_interrupt()
+        result = interrupted.result
     finally:
         display.close()
     _end(result, as_json)
@@ -182,8 +188,9 @@ def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -
 
 @click.command(epilog=EPILOG)
 @click.argument("name")
-@click.option("--full", is_flag=True, help="The paper's size, which may take hours, instead of a quarter of an hour.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the records (default: runs/reproduce-<name>).")
+@click.option("--full", is_flag=True, help="The paper's size, not a quarter of an hour's (see below).")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the records (default: runs/reproduce-<name>[-full]).")
+@click.option("--force", is_flag=True, help="Begin again, and replace the records of earlier runs.")
 @click.option("--jobs", type=click.IntRange(1), help="Arms that run at once (default: one per core).")
 @click.option(
     "--data",
@@ -194,10 +201,12 @@ def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
 @errors_are_messages
-def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: Path, as_json: bool) -> None:
+def reproduce(name: str, full: bool, out: Path | None, force: bool, jobs: int | None, data: Path, as_json: bool) -> None:
     """Run a published comparison again: what was published and what is measured, side by side.
 
-    NAME is combo, bacombo, epidemic, mosaic, ari or qpart.
+    NAME is combo, bacombo, epidemic, mosaic, ari or qpart. The same command again goes on where it stopped.
+
+    Core-hours of --full, at most, measured on a shared EPYC machine: mosaic 10, bacombo and epidemic 40, combo 330.
 
     \b
     gossipfl reproduce combo
@@ -205,6 +214,7 @@ def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: P
     gossipfl reproduce ari --data ~/data                     also on what lies there: mnist/, fashion-mnist/, cifar10*
     """
     from gossipfl.scenario.display import ArmsProgress, print_tables
+    from gossipfl.scenario.interrupts import last_interrupt
     from gossipfl.scenario.reproduce import REPRODUCTIONS, find_data, run_arms
     from gossipfl.scenario.workers import num_cores
 
@@ -212,13 +222,15 @@ def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: P
     arms, missing = find_data(reproduction.arms(full), data)
     if missing:
         click.echo(f"left out, for want of them in {data}/: {', '.join(missing)}", err=True)
-    folder = out or Path("runs") / f"reproduce-{name}"
-    jobs = min(jobs or num_cores(), len(arms))
-    progress = ArmsProgress(Console(stderr=True), len(arms), jobs, folder)
+    folder = out or Path("runs") / f"reproduce-{name}{'-full' if full else ''}"
+    finished = {} if force else reproduction.find_finished(arms, folder)
+    jobs = max(1, min(jobs or num_cores(), len(arms) - len(finished)))
+    progress = ArmsProgress(Console(stderr=True), len(arms), jobs, folder, len(finished))
     try:
         with progress:
-            outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run)
+            outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run, finished, progress.share)
     except KeyboardInterrupt:
+        last_interrupt()
         progress.interrupted()
         sys.exit(130)
     tables = reproduction.tables(outcomes, full)
@@ -238,18 +250,20 @@ def reproduce(name: str, full: bool, out: Path | None, jobs: int | None, data: P
 def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Show who is whose neighbour in a SCENARIO, how far peers are apart, and how fast averaging brings them together.
 
+    Where a run on it would be refused, that is said at the end.
+
     \b
     gossipfl topology quickstart --set topology.kind=ring
     gossipfl topology my.toml --set topology.kind=regular --set topology.degree=4 --out graph.svg
     gossipfl topology my.toml --json | jq .spectral_gap
     """
     from gossipfl.overlay.graph_figures import measure
-    from gossipfl.scenario import load_scenario
+    from gossipfl.scenario.config import load_graph
     from gossipfl.scenario.topology_view import check_path, print_topology, write_topology
 
     if out is not None:
         check_path(out)
-    loaded = load_scenario(scenario, overrides)
+    loaded, refusal = load_graph(scenario, overrides)
     graph = loaded.build_topology()
     if out is not None:
         write_topology(graph, out)
@@ -258,6 +272,8 @@ def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_jso
         click.echo(json.dumps(asdict(figures) | {"rounds_to_tenth": figures.rounds_to_tenth}))
     else:
         print_topology(Console(), loaded, graph, figures)
+    if refusal is not None:
+        click.echo(f"a run on it would be refused: {refusal}", err=True)
 
 
 @click.command(epilog=EPILOG)
@@ -323,6 +339,7 @@ def sweep(
     gossipfl sweep quickstart --clock virtual --param gossip.codec=float32,int8,topk:0.1 --seeds 0,1,2
     gossipfl sweep combo --param gossip.segments=1,2,4,8 --skip-existing       goes on where it stopped
     """
+    from gossipfl.scenario.interrupts import last_interrupt
     from gossipfl.scenario.sweep import SweepDisplay, parse_seeds, print_sweep, run_sweep, sweep_runs
 
     if clock:
@@ -334,6 +351,7 @@ def sweep(
         with display:
             rows = run_sweep(runs, folder, jobs=jobs, skip_existing=skip_existing, force=force, told=display.told)
     except KeyboardInterrupt:
+        last_interrupt()
         display.interrupted()
         sys.exit(130)
     print_sweep(Console(), rows, list(runs[0].settings))

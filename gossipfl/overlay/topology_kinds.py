@@ -49,8 +49,8 @@ def star(num_peers: int, rng: np.random.Generator) -> Topology:
 
 @TOPOLOGIES.register("grid")
 def grid(num_peers: int, rng: np.random.Generator) -> Topology:
-    """Rows and columns, as square as the number of peers divides: 12 are 3 x 4, a prime number is a line."""
-    columns = _columns(num_peers)
+    """Rows and columns, as square as the number of peers divides: 12 are 3 x 4; no prime number beyond 3 will do."""
+    columns = _columns("grid", num_peers)
     right = ((index, index + 1) for index in range(num_peers) if (index + 1) % columns)
     down = ((index, index + columns) for index in range(num_peers - columns))
     return ListedTopology(num_peers, itertools.chain(right, down))
@@ -58,8 +58,8 @@ def grid(num_peers: int, rng: np.random.Generator) -> Topology:
 
 @TOPOLOGIES.register("torus")
 def torus(num_peers: int, rng: np.random.Generator) -> Topology:
-    """A grid whose rows and columns close into rings; a prime number of peers is one ring."""
-    columns = _columns(num_peers)
+    """A grid whose rows and columns close into rings."""
+    columns = _columns("torus", num_peers)
     right = ((index, index - index % columns + (index + 1) % columns) for index in range(num_peers))
     down = ((index, (index + columns) % num_peers) for index in range(num_peers))
     return ListedTopology(num_peers, itertools.chain(right, down))
@@ -256,6 +256,12 @@ def _complete_groups(cuts: Iterable[int]) -> Iterator[Link]:
         yield from itertools.combinations(range(start, stop), 2)
 
 
-def _columns(num_peers: int) -> int:
-    """The longer side of the most square rectangle of `num_peers` places."""
-    return next(num_peers // rows for rows in range(math.isqrt(num_peers), 0, -1) if num_peers % rows == 0)
+def _columns(kind: str, num_peers: int) -> int:
+    """The longer side of the most square rectangle of `num_peers` places. ConfigError where that is a mere row."""
+    rows = next(rows for rows in range(math.isqrt(num_peers), 0, -1) if num_peers % rows == 0)
+    if rows == 1 and num_peers > 3:
+        raise ConfigError(
+            f"topology.kind = {kind!r} needs peers = a x b with a and b of at least 2, and {num_peers} is prime; "
+            f"set peers = {num_peers - 1} or {num_peers + 1}, or topology.kind = 'ring'"
+        )
+    return num_peers // rows

@@ -221,7 +221,7 @@ class AsynchronousFragments(Gossip):
         """Who is slow mixes newer models as they come, and goes on from there."""
         return False
 
-    def _linger(self, now: float) -> list[Action]:
+    def _linger(self, now: float, round_s: float) -> list[Action]:
         forgotten = [Forget(transfer.peer, request) for request, transfer in self._transfers.items()]
         self._transfers.clear()
-        return [*forgotten, *super()._linger(now)]
+        return [*forgotten, *super()._linger(now, round_s)]

@@ -24,7 +24,7 @@ What the paper leaves open, and how it is settled:
     GATHERING  Refuse, Rejected, PeerDown, late Wake      same                      the missing ranges from a neighbour not
                                                                                     tried yet; none left: merge with fewer
     GATHERING  every segment Merged(r)                    TRAINING or LINGERING     Train(r + 1)
-    LINGERING  Leave from every live neighbour, or Wake   DONE                      keep serving; Finish
+    LINGERING  Leave from all live neighbours met; Wake   DONE                      keep serving; Finish
     any        Pull                                       same                      Serve, Later or Refuse (`serving.py`)
 
 The rows of JOINING, LINGERING and Pull are in `participant.py`, those of what comes in and what goes wrong in `gathering.py`.
@@ -32,6 +32,7 @@ The rows of JOINING, LINGERING and Pull are in `participant.py`, those of what c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from gossipfl.overlay.selection import SELECTORS, exploring
@@ -94,8 +95,9 @@ class Gossip(Gatherer):
         match self.phase:
             case Phase.GATHERING | Phase.TRAINING:
                 return min([transfer.deadline for transfer in self._transfers.values()], default=None)
-            case Phase.JOINING | Phase.LINGERING:
-                return None if self._wake_at is None else min(self._wake_at, self._give_up_at)
+            case Phase.JOINING | Phase.LINGERING if self._wake_at is not None:
+                unmet_until = math.inf if self._unmet_until is None else self._unmet_until
+                return min(self._wake_at, self._give_up_at, unmet_until)
         return None
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -149,10 +151,8 @@ class Gossip(Gatherer):
             case Phase.TRAINING | Phase.GATHERING:
                 due = [transfer for transfer in self._transfers.values() if transfer.deadline <= now]
                 return [action for transfer in due for action in self._overdue(transfer, now)]
-            case Phase.LINGERING if now >= self._give_up_at:
-                return self._finish()
-            case Phase.LINGERING if self._wake_at is not None and now >= self._wake_at:
-                return self._say_leave(now)
+            case Phase.LINGERING:
+                return self._wake_lingering(now)
         return []
 
     # --- one round (the paper's steps 1 to 4) -------------------------------------------------------------------------
@@ -228,10 +228,11 @@ class Gossip(Gatherer):
         if self._num_merged < len(self._segments):
             return []
         self.report.wait_s = now - self._began
+        round_s = self.report.train_s + self.report.wait_s
         done = self._round_done(now)
         self.report = RoundReport(0)  # what still comes in counts towards the next round
         if round_ >= self.last_round:
-            return done + self._linger(now)
+            return done + self._linger(now, round_s)
         return done + self._train(round_ + 1, now)
 
     def _round_done(self, now: float) -> list[Action]:

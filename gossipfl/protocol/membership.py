@@ -1,8 +1,8 @@
 """Who is there: a peer's knowledge of each neighbour, and the joining of a run.
 
 A neighbour is heard from by any message. It is *away* while its connection is down or before it first answers, *gone* once
-it said Leave, *foreign* if its layout differs, and *suspect* after two expired deadlines in a row: drawn last until it is
-heard from.
+it said Leave, *told* once Leave was said to it, *foreign* if its layout differs, and *suspect* after two expired deadlines in
+a row: drawn last until it is heard from.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Neighbour:
     met: bool = False
     away: bool = False
     gone: bool = False
+    is_told: bool = False
     foreign: bool = False
     strikes: int = 0
     newest: int = 0
@@ -125,7 +126,7 @@ class Membership:
         neighbour = self.heard(name, hello.newest)
         neighbour.answered = True
         neighbour.away = False  # a Hello alone brings back: other messages may be the last words of one that has gone
-        neighbour.gone = False
+        neighbour.gone = neighbour.is_told = False
         neighbour.foreign = hello.layout != self.layout
         return not neighbour.foreign
 

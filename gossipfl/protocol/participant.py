@@ -3,7 +3,7 @@
     phase      event                                      next                      actions
     JOINING    Start, Hello, Wake                         TRAINING on a quorum      Hello until answered
     any        Pull                                       same                      Serve, Later or Refuse (`serving.py`)
-    LINGERING  Leave from every live neighbour, or Wake   DONE                      keep serving; Finish
+    LINGERING  Leave from all live neighbours met; Wake   DONE                      keep serving; Finish
 
 Nobody waits for all: who has heard from a quorum of its neighbours when `join_timeout_s` is over begins without the others,
 and who finds the others under way adopts the newest model.
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from gossipfl.protocol.membership import HELLO_INTERVAL_S, Membership
+from gossipfl.protocol.membership import HELLO_INTERVAL_S, Membership, Neighbour
 from gossipfl.protocol.messages import (
     Action,
     Fault,
@@ -86,6 +86,7 @@ class Participant(ABC):
         self._strangers: set[PeerId] = set()
         self._wake_at: float | None = None  # hello or leave again
         self._give_up_at = math.inf  # joining or lingering
+        self._unmet_until: float | None = None  # lingering for those that were never met
         self._leave_again_s = HELLO_INTERVAL_S
 
     @abstractmethod
@@ -177,25 +178,47 @@ class Participant(ABC):
 
     # --- leaving ------------------------------------------------------------------------------------------------------
 
-    def _linger(self, now: float) -> list[Action]:
+    def _linger(self, now: float, round_s: float) -> list[Action]:
+        """Serve on after the last round, which took `round_s`.
+
+        Neighbours that it has met say Leave when they need it no more. Of one that it never met it hears nothing before that
+        one asks, if it ever does: it may be a round behind, but hardly more, for those who drew it have waited for it.
+        """
         self.phase = Phase.LINGERING
         self._give_up_at = now + self.config.linger_s
+        self._unmet_until = now + round_s
         return [*self.desk.close(now), *self._say_leave(now), *self._finish_if_alone()]
 
     def _say_leave(self, now: float) -> list[Action]:
         """Again after 1, 2, 4, ... seconds, for it may be lost: where everybody is a neighbour, there are many to say it to."""
         self._wake_at, self._leave_again_s = now + self._leave_again_s, 2 * self._leave_again_s
-        return [Send(n.name, Leave(self.round)) for n in self.membership.neighbours.values() if n.is_live and n.met]
+        return [self._leave(n) for n in self.membership.neighbours.values() if n.is_live and n.met]
+
+    def _leave(self, neighbour: Neighbour) -> Action:
+        neighbour.is_told = True
+        return Send(neighbour.name, Leave(self.round))
 
     def _left(self, peer: PeerId, now: float) -> list[Action]:
-        self.membership.heard(peer).gone = True
-        return self._finish_if_alone()
+        neighbour = self.membership.heard(peer)
+        neighbour.gone = True
+        returned = [] if neighbour.is_told or self.phase is not Phase.LINGERING else [self._leave(neighbour)]  # met only now
+        return [*returned, *self._finish_if_alone()]
 
     def _finish_if_alone(self) -> list[Action]:
         if self.phase is not Phase.LINGERING:
             return []
-        alone = all(neighbour.gone or not neighbour.is_live for neighbour in self.membership.neighbours.values())
-        return self._finish() if alone else []
+        present = (neighbour for neighbour in self.membership.neighbours.values() if neighbour.is_live and not neighbour.gone)
+        waited_for = any(neighbour.met or self._unmet_until is not None for neighbour in present)
+        return [] if waited_for else self._finish()
+
+    def _wake_lingering(self, now: float) -> list[Action]:
+        if now >= self._give_up_at:
+            return self._finish()
+        if self._unmet_until is not None and now >= self._unmet_until:
+            self._unmet_until = None
+            if finished := self._finish_if_alone():
+                return finished
+        return self._say_leave(now) if self._wake_at is not None and now >= self._wake_at else []
 
     def _finish(self, error: str | None = None) -> list[Action]:
         self.phase = Phase.DONE

@@ -29,7 +29,6 @@ from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
 from gossipfl.scenario.hosting import (
-    about_statistics,
     device_address,
     emulation,
     fidelity,
@@ -37,7 +36,9 @@ from gossipfl.scenario.hosting import (
     peer_settings,
     serving,
     tcp_address,
+    tell_of_statistics,
 )
+from gossipfl.scenario.interrupts import interrupts_deferred, not_interrupted
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import RunFolder, check_free, final_models, remove_files, summarize
 from gossipfl.scenario.results import RunResult
@@ -115,7 +116,7 @@ def run_peer(
     dataset = open_dataset(prepared)
     indices = deal(scenario, dataset)[number]
     place = RunFolder(out, f"{scenario.name}-{name}", force)
-    folder, record = place.path, place.record(scenario)
+    folder, record = place.path, place.record(scenario, say)
     shard = folder / "shard.npy"
     np.save(shard, indices)
     peer = PeerJob(**peer_job(scenario, scenario.build_topology(), number, shard))
@@ -135,13 +136,17 @@ def run_peer(
         serving=served,
         **settings,
     )
+    host: PeerHost | None = None
     try:
-        host = PeerHost(job)
-    except GossipflError:
-        record.close()
-        place.give_up()
+        with interrupts_deferred():
+            host = PeerHost(job)
+    except (GossipflError, KeyboardInterrupt):
+        with not_interrupted():
+            if host is not None:
+                host.close()
+            record.close()
+            place.give_up()
         raise
-    place.keep()
     problem: str | None = None
     is_served = False
 
@@ -161,8 +166,8 @@ def run_peer(
                 problem = error
 
     try:
-        for line in about_statistics(scenario, host.engine.flat.has_statistics):
-            say(line)
+        place.keep()
+        tell_of_statistics(scenario, host.engine.flat.has_statistics, say, record.warn)
         say(f"{name} listens at {host.address}; waiting for {len(peer.degrees)} neighbours")
         host.start({other: address for other, address in roster.peers.items() if other in peer.degrees or other == name})
         began = time.monotonic()
@@ -178,9 +183,10 @@ def run_peer(
             while time.monotonic() < deadline and not host.is_collected:
                 host.work(hear, timeout_s=0.2)
     finally:
-        host.close(flush_s=1.0)
-        record.close()
-        shard.unlink(missing_ok=True)
+        with not_interrupted():  # or its socket would stay
+            host.close(flush_s=1.0)
+            record.close()
+            shard.unlink(missing_ok=True)
     return folder
 
 
@@ -218,11 +224,12 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
         )
     scenario = load_scenario(tomllib.loads(next(iter(gathered.values()))["scenario"].decode()))
     place = RunFolder(out, scenario.name, force)
-    folder, record = place.path, place.record(scenario)
+    folder, record = place.path, place.record(scenario, say)
     record.write("roster.toml", roster_path.read_text())
     events = [json.loads(line) for items in gathered.values() for line in items["events"].decode().splitlines()]
     for event in sorted(events, key=lambda event: event.get("time_s") or float("inf")):
-        record.add(event)
+        if event["event"] != "warning":  # is made again of the others
+            record.add(event)
     for name, items in gathered.items():
         write_atomically(folder / "models" / f"{name}.safetensors", items["model"])
         load_model(folder / "models" / f"{name}.safetensors")
@@ -231,6 +238,7 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
     figures = final_models(folder, well)
     remove_files(folder / "first")
     wall_s = max((event["time_s"] for event in record.events if event["event"] == "round"), default=0.0)
+    emulated = fidelity(scenario, record.events, record.warn)
     summary = summarize(
         record.events,
         scenario,
@@ -243,7 +251,7 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
         peak_memory_mib=None,
         engine={},
     )
-    summary |= fidelity(scenario, record.events, say)
+    summary |= emulated
     record.write("summary.json", json.dumps(summary, indent=1) + "\n")
     record.close()
     place.keep()

@@ -200,6 +200,16 @@ def load_scenario(source: str | Path | Mapping[str, Any] | Scenario, overrides: 
     A value is read as TOML, or else as text: `gossip.segments=4`, `name=mine`. Relative paths are looked for beside
     the file first, then in the current folder. ScenarioError tells every problem, with its line in the file.
     """
+    scenario, refusal = load_graph(source, overrides)
+    if refusal is not None:
+        raise refusal
+    return scenario
+
+
+def load_graph(
+    source: str | Path | Mapping[str, Any] | Scenario, overrides: Sequence[str] = ()
+) -> tuple[Scenario, ScenarioError | None]:
+    """`load_scenario` for who asks for the topology alone: also where a run on it would be refused, with the reason."""
     path, text = None, ""
     if not isinstance(source, str | Path | Mapping | Scenario):
         raise ConfigError(f"scenario = {source!r} must be a file, the name of a built-in one, a dictionary or a Scenario")
@@ -214,14 +224,17 @@ def load_scenario(source: str | Path | Mapping[str, Any] | Scenario, overrides: 
         values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "scenario")
     overridden = apply_overrides(values, overrides)
     resolve_paths(values, [path.parent, Path.cwd()] if path else [Path.cwd()])
+
+    def located(problems: Sequence[Problem]) -> ScenarioError:
+        return ScenarioError(problems if path is None else _located(problems, path, text, overridden))
+
     try:
         scenario = Scenario(**values)
-        _check_emulation(scenario, _check_topology(scenario))
-        return scenario
+        topology = _build_topology(scenario)
     except ScenarioError as error:
-        if path is None:
-            raise
-        raise ScenarioError(_located(error.problems, path, text, overridden)) from None
+        raise located(error.problems) from None
+    problems = _misfits(scenario, topology) or _emulation_problems(scenario, topology)
+    return scenario, located(problems) if problems else None
 
 
 def check_names(scenario: Scenario) -> None:
@@ -256,17 +269,20 @@ def check_names(scenario: Scenario) -> None:
             raise ConfigError(f"{key}: unknown {kind} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 
-def _check_topology(scenario: Scenario) -> PeerTopology:
-    """The graph, which can be built and gives every peer the neighbours that it is asked to use."""
+def _build_topology(scenario: Scenario) -> PeerTopology:
     try:
-        topology = scenario.build_topology()
+        return scenario.build_topology()
     except ConfigError as error:
         raise ScenarioError([Problem("topology", str(error))]) from error
+
+
+def _misfits(scenario: Scenario, topology: PeerTopology) -> list[Problem]:
+    """Where the graph does not give every peer the neighbours that it is asked to use."""
     graphs = topology.rounds if isinstance(topology, RedrawnTopology) else [topology]
     degrees = {index: min(graph.degree(index) for graph in graphs) for index in range(topology.num_peers)}
     linked = {index: degree for index, degree in degrees.items() if degree > 0}  # a lone peer trains alone
     if not linked:
-        return topology
+        return []
     poorest = min(linked, key=linked.__getitem__)
     gossip, problems = scenario.gossip, []
     wanted = {"gossip.replicas": gossip.replicas if gossip.selection != "all" else 0, "gossip.quorum": gossip.quorum or 0}
@@ -297,9 +313,7 @@ def _check_topology(scenario: Scenario) -> PeerTopology:
                 f"gossip.protocol = {gossip.protocol!r} draws who sends to whom among all; set topology.kind = 'full'",
             )
         )
-    if problems:
-        raise ScenarioError(problems)
-    return topology
+    return problems
 
 
 def _draws_for_everybody(protocol: str) -> bool:
@@ -309,8 +323,8 @@ def _draws_for_everybody(protocol: str) -> bool:
     return isinstance(machine, type) and issubclass(machine, Scheduled)
 
 
-def _check_emulation(scenario: Scenario, topology: PeerTopology) -> None:
-    """The files of the emulated network and of churn fit, and all neighbours have a link."""
+def _emulation_problems(scenario: Scenario, topology: PeerTopology) -> list[Problem]:
+    """Where the files of the emulated network or of churn do not fit, or neighbours have no link."""
     problems = []
     for table, check in (
         ("network", lambda: check_links(scenario.build_links(), topology)),
@@ -320,8 +334,7 @@ def _check_emulation(scenario: Scenario, topology: PeerTopology) -> None:
             check()
         except ConfigError as error:
             problems.append(Problem(table, str(error)))
-    if problems:
-        raise ScenarioError(problems)
+    return problems
 
 
 def _check_somebody_is_there(scenario: Scenario) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.records import Event
 from gossipfl.scenario.results import Observer, RunResult
-from gossipfl.scenario.terminal import print_figures, size_text
+from gossipfl.scenario.terminal import print_figures, print_line, size_text
 
 if TYPE_CHECKING:
     from gossipfl.scenario.reproduce.figures import Table as Comparison
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 MAX_ROWS = 32
 BAR_WIDTH = 6
 """So that a line fits 80 columns."""
-LINE_S = 2.0
-"""Where there is no terminal, seconds between two lines of progress."""
+LINE_S, ARMS_LINE_S = 2.0, 60.0
+"""Where there is no terminal, seconds between two lines of progress of a run, and of a comparison."""
 
 
 _PLANNED = {"kill": "is killed", "rejoin": "comes back", "join": "joins"}
@@ -43,7 +42,6 @@ class Display(Observer):
         self._counts: dict[int, list[Event]] = {}
         self._bytes = 0
         self._shown_at = self._started_at = 0.0
-        self._has_diverged = False
         self._shown_accuracy = "accuracy", "not evaluated yet"
 
     def data_ready(self, scenario: Scenario, table: np.ndarray | None) -> None:
@@ -79,12 +77,6 @@ class Display(Observer):
             self.note(f"{event['peer']} {_PLANNED[event['change']]} as planned, at {event['time_s']:.3g} s")
         if event["event"] != "round":
             return
-        if not self._has_diverged and not math.isfinite(event.get("train_loss") or 0.0):
-            self._has_diverged = True
-            self.note(
-                f"training diverges: the loss of {event['peer']} in round {event['round']} is {event['train_loss']}; "
-                "lower training.learning_rate"
-            )
         self._counts.setdefault(event["round"], []).append(event)
         self._bytes += event["payload_bytes"]
         reported = self._counts[event["round"]]
@@ -106,7 +98,10 @@ class Display(Observer):
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.note(text)
 
     def ended(self, result: RunResult) -> None:
         self.close()
@@ -163,21 +158,19 @@ def print_summary(console: Console, result: RunResult) -> None:
 class ArmsProgress:
     """How many of the arms of a comparison have run, and which came last."""
 
-    def __init__(self, console: Console, num_arms: int, jobs: int, folder: Path) -> None:
-        self._console, self._num_arms, self._jobs, self._folder, self._num_done = console, num_arms, jobs, folder, 0
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+    def __init__(self, console: Console, num_arms: int, jobs: int, folder: Path, num_found: int = 0) -> None:
+        self._console, self._num_arms, self._jobs, self._folder = console, num_arms, jobs, folder
+        self._num_done = self._num_found = num_found
+        self._began = self._shown_at = time.monotonic()
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}")
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
 
     def __enter__(self) -> ArmsProgress:
-        self._print(f"{self._num_arms} arms, {self._jobs} at once, records in {self._folder}/")
+        print_line(self._console, f"{self._num_arms} arms, {self._jobs} at once, records in {self._folder}/")
+        if self._num_found:
+            print_line(self._console, f"{self._num_found} of {self._num_arms} arms found finished there; --force begins again")
         self._progress.start()
-        self._progress.add_task("running", total=self._num_arms)
+        self._progress.add_task(f"{self._num_done}/{self._num_arms} arms", total=1.0, left="")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -186,19 +179,22 @@ class ArmsProgress:
     def interrupted(self) -> None:
         """Ctrl-C, in the middle of it."""
         done = f"{self._num_done} of {self._num_arms} arms {'is' if self._num_done == 1 else 'are'} done"
-        self._print(f"interrupted: {done}, with records in {self._folder}/; the same command begins again")
+        print_line(self._console, f"interrupted: {done}, with records in {self._folder}/; the same command goes on from there")
 
     def done(self, name: str, outcome: object) -> None:
         self._num_done += 1
-        self._progress.update(self._progress.task_ids[0], completed=self._num_done, description=name)
+        self._progress.update(self._progress.task_ids[0], description=f"{self._num_done}/{self._num_arms} arms, last {name}")
         if not self._console.is_terminal:
-            self._print(f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}")
+            print_line(self._console, f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}")
 
-    def _print(self, text: str) -> None:
-        if self._console.is_terminal:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:  # the console prints a text twice where Ctrl-C comes between writing and forgetting it
-            print(text, file=self._console.file, flush=True)
+    def share(self, share: float) -> None:
+        """How much of the work is done, but for arms found finished. Less is left where targets are reached early."""
+        now = time.monotonic()
+        left = f"at most {timedelta(seconds=round((now - self._began) * (1 - share) / share))} left" if share else ""
+        self._progress.update(self._progress.task_ids[0], completed=share, left=left)
+        if not self._console.is_terminal and now - self._shown_at > ARMS_LINE_S and share < 1:
+            self._shown_at = now
+            print_line(self._console, f"{self._num_done:3d}/{self._num_arms}  {share:.2%} of the work is done  {left}".rstrip())
 
 
 def print_tables(console: Console, tables: Sequence[Comparison]) -> None:

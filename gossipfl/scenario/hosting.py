@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -166,14 +166,16 @@ _BUFFERS = {"average": "averaged like the weights", "local": "each peer's own"}
 _FINE_CODECS = ("float32", "float16", "bfloat16", "int8")
 
 
-def about_statistics(scenario: Scenario, has_statistics: bool) -> Iterator[str]:
-    """What to tell of a model with BatchNorm."""
+def tell_of_statistics(
+    scenario: Scenario, has_statistics: bool, note: Callable[[str], None], warn: Callable[[str], None]
+) -> None:
+    """What a model with BatchNorm does with its statistics."""
     if not has_statistics:
         return
-    yield f"the model has BatchNorm: its statistics are {_BUFFERS[scenario.training.buffers]}"
+    note(f"the model has BatchNorm: its statistics are {_BUFFERS[scenario.training.buffers]}")
     codec = scenario.gossip.codec
     if scenario.training.buffers == "average" and codec.partition(":")[0] not in _FINE_CODECS:
-        yield (
+        warn(
             f"gossip.codec = {codec!r} blurs these statistics, which may cost accuracy: "
             "set training.buffers = 'local', or a finer codec, such as 'int8'"
         )

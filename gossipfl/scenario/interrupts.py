@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 EXIT_INTERRUPTED = 130
 """128 and the number of SIGINT, as shells have it."""
@@ -23,6 +24,26 @@ def not_interrupted() -> Iterator[None]:
     """Ctrl-C and SIGTERM are ignored, for what is short and must be done; does nothing outside of the main thread."""
     with _handled(signal.SIGINT, signal.SIG_IGN), _handled(signal.SIGTERM, signal.SIG_IGN):
         yield
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt afterwards: what is made within can then be cleaned up."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+
+    with _handled(signal.SIGINT, hear), _handled(signal.SIGTERM, hear):
+        yield
+    if heard:
+        raise KeyboardInterrupt
+
+
+def last_interrupt() -> None:
+    """Further ones are ignored for good: the program has its last words to say, and to end. Only for its main thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,6 @@ from gossipfl.runtime.namespaces import Namespaces
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.crew import Crew
 from gossipfl.scenario.hosting import (
-    about_statistics,
     about_trace,
     allow_file_descriptors,
     check_namespaces,
@@ -44,6 +43,7 @@ from gossipfl.scenario.hosting import (
     peer_settings,
     serving,
     tcp_address,
+    tell_of_statistics,
 )
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED
 from gossipfl.scenario.memory import check_memory
@@ -92,7 +92,7 @@ class Launcher:
             check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
         allow_file_descriptors(self.scenario.peers)
         folder = RunFolder(out, self.scenario.name, force)
-        record = folder.record(self.scenario)
+        record = folder.record(self.scenario, self.observer.warn)
         handlers = self._catch_signals()
         try:
             with temporary_folder() as self.sockets:
@@ -136,8 +136,7 @@ class Launcher:
         check_memory(scenario, first["parameters"])
         place.keep()
         self.observer.data_ready(scenario, table)
-        for line in about_statistics(scenario, first["has_statistics"]):
-            self.observer.note(line)
+        tell_of_statistics(scenario, first["has_statistics"], self.observer.note, record.warn)
         roster = {peer: event["address"] for worker, event in zip(workers, ready, strict=True) for peer in worker.peers}
         record.write("roster.toml", tomli_w.dumps(_roster(self._run_number(folder), roster)))
         engine = first["engine"]
@@ -167,7 +166,7 @@ class Launcher:
         self._follow(record)
         wall_s = time.monotonic() - self.started_at
         for line in about_trace(scenario, wall_s):
-            self.observer.note(line)
+            record.warn(line)
         result = self._conclude(record, first, wall_s)
         self.observer.ended(result)
         return result
@@ -316,6 +315,7 @@ class Launcher:
                 self.observer.note("training one model on all the data, for comparison")
                 num_rounds = max((event["round"] for event in record.events if event["event"] == "round"), default=0)
                 central = self.crew.ask({"do": "central", "rounds": num_rounds, "peers": scenario.peers}, "central")
+        emulated = fidelity(scenario, record.events, record.warn, self._by_kernel)
         summary = summarize(
             record.events,
             scenario,
@@ -330,7 +330,7 @@ class Launcher:
             clock=scenario.resolved_clock,
             exit_code=EXIT_INTERRUPTED if self.is_interrupted else None,
         )
-        summary |= fidelity(scenario, record.events, self.observer.note, self._by_kernel)
+        summary |= emulated
         record.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return RunResult(summary, record.folder)
 

@@ -2,8 +2,8 @@
 
 runs/<name>/scenario.toml   resolved: every default, and the engine, memory layout and threads that were used
            /roster.toml     who listened where
-           /events.jsonl    a line per peer and round, per fault, per peer that ended, that came or went as planned; under
-                            virtual time, per peer that was in a round when the run ended
+           /events.jsonl    a line per peer and round, per fault, per peer that ended, that came or went as planned, per
+                            warning; under virtual time, per peer that was in a round when the run ended
            /summary.json    the figures (`summarize` says what each is)
            /models/         <peer>.safetensors and average.safetensors
            /log/            what each process logged
@@ -19,7 +19,7 @@ import os
 import platform
 import shutil
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,11 @@ Event = dict[str, Any]
 class RunRecord:
     """Writes the folder of one run, as it goes; what is there when a run is cut short can be read."""
 
-    def __init__(self, folder: Path, scenario: Scenario) -> None:
+    def __init__(self, folder: Path, scenario: Scenario, tell: Callable[[str], None]) -> None:
         self.folder = folder
         self.events: list[Event] = []
+        self._tell = tell
+        self._has_diverged = False
         self.write("scenario.toml", scenario.to_toml())
         with writing(folder / "events.jsonl"):
             (folder / "log").mkdir(parents=True, exist_ok=True)
@@ -49,6 +51,17 @@ class RunRecord:
         with writing(self.folder / "events.jsonl"):
             self._file.write(json.dumps(event) + "\n")
             self._file.flush()
+        if event["event"] == "round" and not self._has_diverged and not math.isfinite(event["train_loss"] or 0.0):
+            self._has_diverged = True
+            self.warn(
+                f"training diverges: the loss of {event['peer']} in round {event['round']} is {event['train_loss']}; "
+                "lower training.learning_rate"
+            )
+
+    def warn(self, text: str) -> None:
+        """Write down, and tell, what changes how the result is to be read."""
+        self.add({"event": "warning", "detail": text})
+        self._tell(text)
 
     def write(self, name: str, text: str) -> None:
         with writing(self.folder / name):
@@ -74,6 +87,30 @@ def _is_free(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
+def finished_summary(folder: Path, scenario: Scenario) -> dict[str, Any] | None:
+    """The summary of a run of this very scenario, by this version, that has ended well in `folder`."""
+    summary = _summary_in(folder)
+    return summary if summary and summary.get("exit_code") == 0 and not other_run_in(folder, scenario) else None
+
+
+def other_run_in(folder: Path, scenario: Scenario) -> str | None:
+    """Of what `folder` has the record, where that is another scenario, clock or version; None where it has none."""
+    summary = _summary_in(folder)
+    if summary is None:
+        return None
+    if (summary.get("scenario_sha256"), summary.get("clock")) != (scenario.sha256, scenario.resolved_clock):
+        return "another scenario"
+    return None if summary.get("version") == __version__ else f"gossipfl {summary.get('version')}"
+
+
+def _summary_in(folder: Path) -> dict[str, Any] | None:
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # it has not ended, or was cut short
+    return summary if isinstance(summary, dict) else None
+
+
 class RunFolder:
     """The folder for a run that is about to begin: `out`, or the first free of runs/<name>, runs/<name>-2, ...
 
@@ -91,10 +128,10 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"--out {folder} cannot be made: {error.strerror}; choose another folder") from error
 
-    def record(self, scenario: Scenario) -> RunRecord:
-        """The record of the run, begun. RunError where it cannot be written; all is as it was then."""
+    def record(self, scenario: Scenario, tell: Callable[[str], None]) -> RunRecord:
+        """The record of the run, begun; `tell` hears its warnings. RunError where it cannot be written; all is as it was."""
         try:
-            return RunRecord(self.path, scenario)
+            return RunRecord(self.path, scenario, tell)
         except GossipflError:
             self.give_up()
             raise
@@ -266,6 +303,7 @@ def summarize(
             "dead_peers": dead,
             "dead_as_planned": [name for name in dead if name in away],
         },
+        "warnings": [event["detail"] for event in events if event["event"] == "warning"],
         "memory_mib": {"peak_total": None if peak_memory_mib is None else round(peak_memory_mib, 1)},
         "models_sha256": figures["models_sha256"],
         "engine": engine,

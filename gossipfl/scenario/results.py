@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gossipfl.errors import RunError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED
 from gossipfl.scenario.records import Event
 
+logger = logging.getLogger(__name__)
+
 MAX_REASONS = 3
 
 
 class Observer:
-    """What a run shows while it goes. Does nothing; the command line has one that draws."""
+    """What a run shows while it goes. It only warns; the command line has one that draws."""
 
     def data_ready(self, scenario: Scenario, table: np.ndarray | None) -> None:
         """`table`: i64[peers, classes], the training samples of each class that each peer has."""
@@ -29,7 +33,21 @@ class Observer:
 
     def note(self, text: str) -> None: ...
 
+    def warn(self, text: str) -> None:
+        """What changes how the result is to be read. It is logged, which is to stderr if logging is not set up otherwise."""
+        logger.warning("%s", text)
+
     def ended(self, result: RunResult) -> None: ...
+
+
+class NamedObserver(Observer):
+    """Of a run among others: what it warns of says which it is."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def warn(self, text: str) -> None:
+        super().warn(f"{self._name}: {text}")
 
 
 @dataclass(frozen=True)
@@ -78,3 +96,31 @@ class RunResult:
         """The final tensors of a peer, or of the average model."""
         layout, vector = load_model(self.folder / "models" / f"{name}.safetensors")
         return layout.tensors(vector)
+
+    def check(self) -> RunResult:
+        """Itself, if the run ended well; else RunFailed or RunInterrupted."""
+        if self.exit_code == 0:
+            return self
+        raise RunInterrupted(self) if self.exit_code == EXIT_INTERRUPTED else RunFailed(self)
+
+
+class RunFailed(RunError):
+    """Fewer than `min_peers` peers finished. `result` is what there is of the run: its summary and its folder."""
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__(result.ending)
+        self.result = result
+
+    def __reduce__(self) -> tuple[type, tuple[RunResult]]:
+        return type(self), (self.result,)
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the run. `result` is what there is of it: its summary and its folder."""
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__(result.ending)
+        self.result = result
+
+    def __reduce__(self) -> tuple[type, tuple[RunResult]]:
+        return type(self), (self.result,)

@@ -37,7 +37,8 @@ def run(
     `clock` takes the place of the scenario's: "virtual" runs the machines under virtual time, "local" real processes and
     sockets, "netns" the same with a network namespace for each. `model` (a torch module), `dataset` (a Dataset) and `step`
     (`f(model, x, y) -> loss`) take the place of the scenario's; all peers then live in this process. ConfigError for what
-    cannot be right, RunError if no run came about. A run in which too few peers finish returns, with exit code 1.
+    cannot be right, RunError if no run came about, RunFailed if too few peers finish, and RunInterrupted, a KeyboardInterrupt,
+    after Ctrl-C; the last two have what there is of the run as their `result`.
     """
     if clock is not None:
         overrides = [*overrides, f"clock={clock}"]
@@ -51,8 +52,8 @@ def run(
         case "virtual":
             from gossipfl.scenario.simulated import simulate
 
-            return simulate(loaded, folder, force, objects, observer, began)
+            return simulate(loaded, folder, force, objects, observer, began).check()
         case _:
             from gossipfl.scenario.launcher import Launcher
 
-            return Launcher(loaded, observer, began, insecure).run(folder, force, objects)
+            return Launcher(loaded, observer, began, insecure).run(folder, force, objects).check()

@@ -33,7 +33,7 @@ from gossipfl.protocol.messages import Fault, RoundReport, Traffic
 from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
-from gossipfl.scenario.hosting import about_statistics, about_trace, peer_settings
+from gossipfl.scenario.hosting import about_trace, peer_settings, tell_of_statistics
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
@@ -62,7 +62,7 @@ def simulate(
     check_links(links, topology)
     dataset = objects["dataset"] or open_dataset(prepare(scenario))
     folder = RunFolder(out, scenario.name, force)
-    record = folder.record(scenario)
+    record = folder.record(scenario, observer.warn)
     try:
         simulation = _Simulation(scenario, record, observer, dataset, objects, began, links)
         simulation.plan_presence()
@@ -131,8 +131,7 @@ class _Simulation(Watcher):
         self.cohort: CohortEngine = choose_cohort(self.engine, self._engine_kind(), scenario.peers)
         table = class_table(dataset.y_train, shards, dataset.num_classes) if dataset.num_classes <= 20 else None
         observer.data_ready(scenario, table)
-        for line in about_statistics(scenario, self.engine.flat.has_statistics):
-            observer.note(line)
+        tell_of_statistics(scenario, self.engine.flat.has_statistics, observer.note, record.warn)
         self.names = names = scenario.peer_names
         self.index_of = {name: index for index, name in enumerate(names)}
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()
@@ -201,7 +200,7 @@ class _Simulation(Watcher):
         except KeyboardInterrupt:
             is_interrupted = True
         for line in about_trace(scenario, simulator.clock.now):
-            self.observer.note(line)
+            self.record.warn(line)
         result = self._conclude(startup_s, time.monotonic() - started, engine, is_interrupted)
         self.observer.ended(result)
         return result

@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import re
 import tempfile
 from collections import deque
@@ -33,8 +32,9 @@ from rich.table import Table
 from gossipfl.errors import ConfigError, GossipflError
 from gossipfl.learning.checkpoint import write_atomically, writing
 from gossipfl.scenario.config import Scenario, check_names, load_scenario
-from gossipfl.scenario.interrupts import EXIT_INTERRUPTED
 from gossipfl.scenario.pool import processes
+from gossipfl.scenario.records import finished_summary, other_run_in
+from gossipfl.scenario.terminal import print_line
 from gossipfl.scenario.workers import num_cores
 
 FIGURES = {
@@ -64,24 +64,6 @@ class SweepRun:
     @property
     def name(self) -> str:
         return self.folder.name
-
-    def finished(self) -> dict[str, Any] | None:
-        """The summary of a run of this very scenario that has ended well in this folder."""
-        summary = self._summary()
-        return summary if summary and summary.get("exit_code") == 0 and not self.holds_another() else None
-
-    def holds_another(self) -> bool:
-        """Whether the folder has the record of another scenario, or on another clock."""
-        summary = self._summary()
-        ours = self.scenario.sha256, self.scenario.resolved_clock
-        return summary is not None and (summary.get("scenario_sha256"), summary.get("clock")) != ours
-
-    def _summary(self) -> dict[str, Any] | None:
-        try:
-            summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None  # it has not ended, or was cut short
-        return summary if isinstance(summary, dict) else None
 
 
 # ------------------------------------------------------------------------------------------------------------ combinations
@@ -194,7 +176,7 @@ def run_sweep(
             write_atomically(out / "sweep.csv", _csv([rows[other.name] for other in runs if other.name in rows]).encode())
         told(run, rows[run.name])
 
-    finished = {run.name: run.finished() for run in runs} if skip_existing else {}
+    finished = {run.name: finished_summary(run.folder, run.scenario) for run in runs} if skip_existing else {}
     waiting = [run for run in runs if finished.get(run.name) is None]
     _check_folders(waiting, skip_existing, force)
     _check_writable(out)
@@ -212,10 +194,11 @@ def run_sweep(
 
 def _check_folders(runs: Sequence[SweepRun], skip_existing: bool, force: bool) -> None:
     for run in runs:
-        taken = run.holds_another() if skip_existing else run.folder.exists()
+        other = other_run_in(run.folder, run.scenario)
+        taken = other is not None if skip_existing else run.folder.exists()
         if taken and not force:
             remedy = "--force to replace it" if skip_existing else "--skip-existing to go on, --force to replace what is there"
-            what = "holds a run of another scenario" if run.holds_another() else "exists"
+            what = f"holds a run of {other}" if other else "exists"
             raise ConfigError(f"{run.folder} {what}; pass {remedy}, or another --out")
 
 
@@ -248,18 +231,18 @@ def _run_side_by_side(waiting: deque[SweepRun], jobs: int, ended: Callable[..., 
 
 def _run_one(scenario: Scenario, folder: Path) -> tuple[dict[str, Any] | None, str]:
     """The summary of one run, and what went wrong with it."""
+    from gossipfl.scenario.results import NamedObserver, RunFailed
     from gossipfl.scenario.runner import run  # torch, which the parent of virtual runs needs not
 
     try:
-        summary = run(scenario, out=folder, force=True).summary
+        return run(scenario, out=folder, force=True, observer=NamedObserver(folder.name)).summary, ""
+    except RunFailed as failed:
+        summary = failed.result.summary
+        return summary, f"{len(summary['faults']['dead_peers'])} of {summary['peers']} peers did not finish"
     except GossipflError as error:
         return None, str(error)
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    if summary["exit_code"] == EXIT_INTERRUPTED:
-        raise KeyboardInterrupt
-    dead = summary["faults"]["dead_peers"]
-    return summary, f"{len(dead)} of {summary['peers']} peers did not finish" if summary["exit_code"] else ""
 
 
 # ------------------------------------------------------------------------------------------------------------------ tables
@@ -323,7 +306,7 @@ class SweepDisplay:
         """Ctrl-C, in the middle of it."""
         done = f"{self._num_done} of {self._num_runs} runs {'is' if self._num_done == 1 else 'are'} done"
         text = f"interrupted: {done}; the same command with --skip-existing goes on from there"
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(self._console, text)
 
     def told(self, run: SweepRun, row: Row) -> None:
         """A run has ended."""
@@ -334,4 +317,4 @@ class SweepDisplay:
             mean = row["accuracy_mean"]
             outcome = f"failed: {row['error']}" if row["error"] else "done" if mean is None else f"accuracy {mean:.3f}"
             line = f"{self._num_ended}/{self._num_runs}  {run.name}  {outcome}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            print_line(self._console, line)

@@ -18,6 +18,14 @@ def print_figures(console: Console, title: str, rows: Iterable[tuple[str, str]])
     console.print(table)
 
 
+def print_line(console: Console, text: str) -> None:
+    """A line as it is, however long."""
+    if console.is_terminal:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    else:  # the console prints a text twice where Ctrl-C comes between writing and forgetting it
+        print(text, file=console.file, flush=True)
+
+
 def size_text(num_bytes: float) -> str:
     """Bytes as a person reads them."""
     for unit in ("B", "KiB", "MiB"):

@@ -38,7 +38,7 @@ from gossipfl.inference.planning.certificates import Basis, certify
 from gossipfl.inference.planning.margins import accepted, largest_change, margins
 from gossipfl.learning.datasets import Dataset
 from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arm, Arms, Reproduction, Row, Table
-from gossipfl.scenario.reproduce.trained_arm import train_arm, write_record
+from gossipfl.scenario.reproduce.trained_arm import read_record, train_arm, write_record
 
 ALPHA, DELTA = 0.01, 0.05
 STREAM_BITS = tuple(range(12, 5, -1))
@@ -164,7 +164,7 @@ def measure(name: str, arm: Arm, folder: Path) -> Measured:
     accuracy, points = measure_cascades(chain, seen, calibration, test, dataset.y_test[:num_samples])
     seconds = time.perf_counter() - began
     measured = Measured(arm["model"], name.partition("-")[2], accuracy, len(calibration), len(test), points, seconds)
-    write_record(folder, name, measured)
+    write_record(folder, name, arm, measured)
     return measured
 
 
@@ -385,4 +385,4 @@ def _percent(share: float, digits: int = 0) -> str:
 @REPRODUCTIONS.register("ari")
 def ari() -> Reproduction:
     """Reduced models whose margins are too small are run in full."""
-    return Reproduction(_arms, _tables, measure)
+    return Reproduction(_arms, _tables, measure, partial(read_record, Measured))

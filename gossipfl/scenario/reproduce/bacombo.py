@@ -17,6 +17,8 @@ SEGMENTS, REPLICAS = 8, 5
 EXPLORATIONS = (0.0, 0.2, 0.5, 0.8)
 PUBLISHED = 18.0
 STEPS = 5
+EVALUATED_EVERY = {False: 1, True: 10}
+"""Rounds, by `full`: ten thousand test samples take fifty times as long as training does."""
 IDLE = "-idle"
 """Of the arms in which training takes no time."""
 PARAMETERS = {False: 9_610, True: 2_156_490}
@@ -36,6 +38,7 @@ def _scenario(full: bool, **gossip: Any) -> dict[str, Any]:
     return {
         "peers": PEERS,
         "rounds": 200 if full else 100,
+        "evaluate_every": EVALUATED_EVERY[full],
         "model": "cnn" if full else "mlp",
         "data": {"kind": "cifar10" if full else "digits"},
         "training": {"local_steps": STEPS, "batch_size": 10, "learning_rate": 0.05},
@@ -103,7 +106,8 @@ def _ratio(name: str, bacombo: Outcome, baseline: Outcome) -> Row:
 def _notes(full: bool) -> list[str]:
     return [
         f"{'CIFAR-10 and the CNN of McMahan et al.' if full else 'digits and an MLP'} in place of FEMNIST, IID; {PEERS} peers "
-        f"assumed; {STEPS} steps of 10 samples a round at learning rate 0.05",
+        f"assumed; {STEPS} steps of 10 samples a round at learning rate 0.05"
+        + (f"; evaluated every {EVALUATED_EVERY[full]} rounds" if full else ""),
         f"their units: a model is 25 of them, so that training takes {10 * UNIT_S[full]:.2f} to {30 * UNIT_S[full]:.2f} s "
         "here, each peer its own time; the less it takes, the more synchronising counts: hence the second table, in which it "
         "takes none",

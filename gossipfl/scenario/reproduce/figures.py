@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from gossipfl.errors import DataError
+from gossipfl.errors import ConfigError, DataError, RunError
 from gossipfl.registry import Registry
+from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.pool import processes
+from gossipfl.scenario.records import finished_summary, other_run_in
+from gossipfl.scenario.results import NamedObserver, RunFailed
 from gossipfl.scenario.runner import run
 from gossipfl.scenario.workers import num_cores
 
 Arm = dict[str, Any]
 """The settings of one run, plain values. Where it has a table `data`, its `path` is the data set's name (see `find_data`)."""
 Arms = dict[str, Arm]
+WATCHED_S = 2.0
+"""How often running arms are looked at."""
+LAST_BYTES = 2**16
+"""Of a record: the lines of many a peer in a round."""
 WITHOUT_FILES = ("digits", "synthetic")
 """Kinds of data that need none."""
 
@@ -74,8 +84,29 @@ class Table:
 
 def run_scenario(name: str, scenario: Arm, folder: Path) -> Outcome:
     """An arm that is a scenario, under virtual time; its record is `folder / name`."""
-    result = run(scenario | {"name": name}, clock="virtual", out=folder / name, force=True)
-    return outcome_of(result.folder, result.summary, scenario.get("stop", {}).get("target_accuracy"))
+    try:
+        result = run(scenario | {"name": name}, clock="virtual", out=folder / name, force=True, observer=NamedObserver(name))
+    except RunFailed as failed:
+        raise RunError(f"{name}: {failed}") from failed
+    return outcome_of(result.folder, result.summary, _target(scenario))
+
+
+def finished_scenario(name: str, scenario: Arm, folder: Path) -> Outcome | None:
+    """What `run_scenario` has come to before; None if it has not ended well yet. ConfigError if something else is there."""
+    loaded = load_scenario(scenario | {"name": name}, ["clock=virtual"])
+    if other := other_run_in(folder / name, loaded):
+        raise another_run(folder / name, other)
+    summary = finished_summary(folder / name, loaded)
+    return None if summary is None else outcome_of(folder / name, summary, _target(scenario))
+
+
+def another_run(place: Path, other: str) -> ConfigError:
+    return ConfigError(f"{place} holds a run of {other}; pass --force to begin again, or another --out")
+
+
+def _target(scenario: Arm) -> float | None:
+    target: float | None = scenario.get("stop", {}).get("target_accuracy")
+    return target
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +115,19 @@ class Reproduction:
 
     `run(name, arm, folder)` carries out one arm in a process of its own and returns its outcome, the tables' material: anything
     that is plain data and says in a line (`str`) what it came to. By default an arm is a scenario; a reproduction that trains
-    and measures by itself gives a function of its own, of a module (it is named across processes).
+    and measures by itself gives a function of its own, of a module (it is named across processes). `finished` takes the same
+    and returns the outcome of an earlier `run` of that very arm, by its record in `folder`, or None.
     """
 
     arms: Callable[[bool], Arms]
     tables: Callable[[Mapping[str, Any], bool], list[Table]]
     run: Callable[[str, Arm, Path], Any] = run_scenario
+    finished: Callable[[str, Arm, Path], Any] = finished_scenario
+
+    def find_finished(self, arms: Arms, folder: Path) -> dict[str, Any]:
+        """The outcomes, by name, of the arms that have ended well in `folder` before."""
+        outcomes = {name: self.finished(name, arm, folder) for name, arm in arms.items()}
+        return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
 
 REPRODUCTIONS: Registry[Callable[[], Reproduction]] = Registry("reproduction")
@@ -101,17 +139,49 @@ def run_arms(
     jobs: int | None = None,
     on_done: Callable[[str, Any], None] = lambda name, outcome: None,
     run: Callable[[str, Arm, Path], Any] = run_scenario,
+    finished: Mapping[str, Any] = MappingProxyType({}),
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
-    """Run all arms, several at once, each in a process of its own; records are kept under `folder`. Outcomes by name."""
-    outcomes: dict[str, Any] = {}
-    workers = min(jobs or num_cores(), len(arms))
+    """Run all arms but the `finished` ones, several at once, each in a process of its own, with records under `folder`.
+
+    Outcomes by name, in the order of the arms. `on_share` hears now and then what share of their work has been done.
+    """
+    outcomes = dict(finished)
+    waiting = arms.keys() - outcomes.keys()
+    workers = min(jobs or num_cores(), max(1, len(waiting)))
     with processes(workers) as pool:
-        largest_first = sorted(arms, key=lambda name: -arms[name].get("peers", 0))
+        largest_first = sorted(filter(waiting.__contains__, arms), key=lambda name: -arms[name].get("peers", 0))
         names = {pool.submit(run, name, arms[name], folder): name for name in largest_first}
-        for done in as_completed(names):
-            outcomes[names[done]] = done.result()
-            on_done(names[done], done.result())
+        began, running = time.time(), set(names)
+        while running:
+            ended, running = wait(running, WATCHED_S, FIRST_COMPLETED)
+            for done in ended:
+                outcomes[names[done]] = done.result()
+                on_done(names[done], done.result())
+            shares = {name: 1.0 if name in outcomes else _share(arms[name], folder / name, began) for name in waiting}
+            on_share(
+                sum(_work(arms[name]) * share for name, share in shares.items()) / sum(_work(arms[name]) for name in waiting)
+            )
     return {name: outcomes[name] for name in arms}
+
+
+def _work(arm: Arm) -> int:
+    """Local steps of all peers and rounds, as far as the arm tells."""
+    steps: int = arm.get("peers", 1) * arm.get("rounds", 1) * arm.get("training", {}).get("local_steps", 1)
+    return steps
+
+
+def _share(arm: Arm, folder: Path, began: float) -> float:
+    """How much of its rounds an arm has behind it, by the last lines of a record that was written to since `began`."""
+    try:
+        with (folder / "events.jsonl").open("rb") as file:
+            about = os.fstat(file.fileno())
+            file.seek(max(0, about.st_size - LAST_BYTES))
+            last = file.read() if about.st_mtime >= began else b""
+    except OSError:
+        return 0.0
+    rounds = re.findall(rb'^{"event": "round", "peer": "[^"]*", "round": (\d+)', last, re.MULTILINE)
+    return int(rounds[-1]) / arm["rounds"] if rounds else 0.0
 
 
 def find_data(arms: Arms, folder: Path) -> tuple[Arms, list[str]]:

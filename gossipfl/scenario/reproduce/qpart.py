@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from gossipfl.inference.execution.calibration import Calibrator
@@ -22,7 +23,7 @@ from gossipfl.scenario.inference.bench import DEVICES, PlanRow, plan_rows
 from gossipfl.scenario.inference.calibrate import ALONE
 from gossipfl.scenario.inference.display import bits_text
 from gossipfl.scenario.reproduce.figures import REPRODUCTIONS, Arm, Arms, Reproduction, Row, Table
-from gossipfl.scenario.reproduce.trained_arm import train_arm, write_record
+from gossipfl.scenario.reproduce.trained_arm import read_record, train_arm, write_record
 
 SAVED = (0.8188, 0.8812)
 """1 minus what was published."""
@@ -82,7 +83,7 @@ def measure(name: str, arm: Arm, folder: Path) -> Measured:
     rows = tuple(plan_rows(calibrator, catalogue, harm, DEVICES, trained.inputs(dataset.x_test), dataset.y_test))
     accuracy = trained.engine.evaluate(trained.engine.flat.read())
     measured = Measured(name, accuracy, len(kept), len(dataset.y_test), rows, trained.seconds, calibrate_s)
-    write_record(folder, name, measured)
+    write_record(folder, name, arm, measured)
     return measured
 
 
@@ -128,4 +129,4 @@ def _row(found: Measured, row: PlanRow, what: str) -> Row:
 
 @REPRODUCTIONS.register("qpart")
 def qpart() -> Reproduction:
-    return Reproduction(_arms, _tables, measure)
+    return Reproduction(_arms, _tables, measure, partial(read_record, Measured))

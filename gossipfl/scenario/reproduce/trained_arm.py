@@ -7,18 +7,23 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
+from gossipfl._version import __version__
+from gossipfl.learning.checkpoint import write_atomically
 from gossipfl.learning.datasets import Dataset, normalise, open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
 from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.preparation import calibration_indices, prepare
-from gossipfl.scenario.reproduce.figures import Arm
+from gossipfl.scenario.reproduce.figures import Arm, another_run
+
+M = TypeVar("M")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +56,22 @@ def train_arm(arm: Arm, prepared: Callable[[Dataset], Dataset] = lambda dataset:
     return TrainedArm(model, engine, dataset, seen, kept, time.perf_counter() - began)
 
 
-def write_record(folder: Path, name: str, measured: Any) -> None:
-    """`measured` (a dataclass of plain data) as `folder / name.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(asdict(measured), indent=1))
+def write_record(folder: Path, name: str, arm: Arm, measured: Any) -> None:
+    """`measured` (a dataclass of plain data) as `folder / name.json`, with what it was measured of and by."""
+    about = {"arm": arm, "version": __version__}
+    write_atomically(folder / f"{name}.json", json.dumps(asdict(measured) | about, indent=1).encode())
+
+
+def read_record(kind: type[M], name: str, arm: Arm, folder: Path) -> M | None:
+    """What `write_record` has kept of this arm, None if there is nothing. ConfigError where it is of something else."""
+    try:
+        record = json.loads((folder / f"{name}.json").read_text())
+        arm_there, version = record.pop("arm"), record.pop("version")
+        measured = TypeAdapter(kind).validate_python(record)
+    except (OSError, ValueError, KeyError):
+        return None  # it was not written to the end, or before records told their arms
+    if arm_there != json.loads(json.dumps(arm)):
+        raise another_run(folder / f"{name}.json", "another scenario")
+    if version != __version__:
+        raise another_run(folder / f"{name}.json", f"gossipfl {version}")
+    return measured
