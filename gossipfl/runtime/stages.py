@@ -13,15 +13,13 @@ from torch import fx
 
 from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.engines import Compiled, compile_stage, no_slower
-from gossipfl.inference.planning.profile import ModelProfile, Shape
+from gossipfl.inference.planning.profile import FULL_ENGINE, ModelProfile, Shape
 from gossipfl.protocol.wire import MAX_REASON_BYTES, MAX_TENSOR_BYTES
 from gossipfl.segments.codecs import all_finite
 from gossipfl.segments.layout import Layout
 
 T = TypeVar("T")
 Arrays = Sequence[np.ndarray]
-FULL_ENGINE = "fp32"
-"""Of the full model, which the others are measured by."""
 AWAKE_S = 3e-4
 """At the end of an emulated wait: what sleeps is woken 0.1 ms late."""
 _COMPILING = threading.Lock()

@@ -35,6 +35,7 @@ from gossipfl.inference.planning.cascade import with_fallbacks
 from gossipfl.inference.planning.json_values import read
 from gossipfl.inference.planning.offers import offer_bytes
 from gossipfl.inference.planning.profile import (
+    FULL_ENGINE,
     ON_DEVICE,
     ON_SERVER,
     DeviceProfile,
@@ -48,14 +49,10 @@ from gossipfl.inference.planning.profile import (
     Prediction,
     Stage,
 )
-from gossipfl.protocol.messages import MAX_RANGES
+from gossipfl.protocol.messages import FULL_BITS, MAX_RANGES
 from gossipfl.protocol.wire import MAX_PAYLOAD_BYTES
+from gossipfl.segments.codecs.planes import MAX_PLANES
 
-MAX_BITS = 16
-EXACT_BITS = 32
-"""Of activations that go up as they are, in float32."""
-EXACT_ENGINE = "fp32"
-"""It is compiled without samples; what it runs in is no choice of a calibration."""
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 """Per weight in memory, by engine; 4 for others."""
 HEADER_BYTES, RANGE_BYTES = 80, 12
@@ -111,9 +108,9 @@ class Catalogue:
                 key = f"catalogue.levels.{level}.{cut}"
                 _require(0 <= cut <= num_layers, key, cut, f"a cut of 0 to {num_layers}")
                 _require(len(weights) == cut, f"{key}[0]", weights, f"bits for {cut} layers")
-                _require(all(1 <= bits <= MAX_BITS for bits in weights), f"{key}[0]", weights, f"bits of 1 to {MAX_BITS}")
-                is_right = activations == 0 if cut == num_layers else activations in (EXACT_BITS, *range(2, MAX_BITS + 1))
-                _require(is_right, f"{key}[1]", activations, f"0 where nothing is cut, else 2 to {MAX_BITS} or {EXACT_BITS}")
+                _require(all(1 <= bits <= MAX_PLANES for bits in weights), f"{key}[0]", weights, f"bits of 1 to {MAX_PLANES}")
+                is_right = activations == 0 if cut == num_layers else activations in (FULL_BITS, *range(2, MAX_PLANES + 1))
+                _require(is_right, f"{key}[1]", activations, f"0 where nothing is cut, else 2 to {MAX_PLANES} or {FULL_BITS}")
         _check_times(self.device_s, "catalogue.device_s", num_layers, none=0)
         _check_times(self.server_s, "catalogue.server_s", num_layers, none=num_layers)
         _require(self.sample_bytes >= 0, "catalogue.sample_bytes", self.sample_bytes, "a number of at least 0")
@@ -192,17 +189,17 @@ def choose_plan(
     """
     check_device(device)
     num_layers = len(catalogue.profile.layers)
-    if len(cached) > num_layers or not all(0 <= bits <= MAX_BITS for bits in cached):
-        raise PlanError(f"cached bits {tuple(cached)} are not 0 to {MAX_BITS} for each of at most {num_layers} layers")
+    if len(cached) > num_layers or not all(0 <= bits <= MAX_PLANES for bits in cached):
+        raise PlanError(f"cached bits {tuple(cached)} are not 0 to {MAX_PLANES} for each of at most {num_layers} layers")
     levels = _levels_within(catalogue, max_accuracy_loss)
     if not catalogue.fallback_rates:
         levels = levels[:1]  # nothing speaks for more bits than are needed
     known = replace(catalogue, sample_bytes=0) if has_samples else catalogue
-    if EXACT_ENGINE in catalogue.device_s:
-        left = {name: times for name, times in catalogue.device_s.items() if name == EXACT_ENGINE or name not in refused}
+    if FULL_ENGINE in catalogue.device_s:
+        left = {name: times for name, times in catalogue.device_s.items() if name == FULL_ENGINE or name not in refused}
         known = replace(known, device_s=left)
     pieces = _Pieces(catalogue.profile, cached)
-    afresh = _fallback_cost(catalogue, device, 0, activation_bytes(catalogue.profile, 0, EXACT_BITS))
+    afresh = _fallback_cost(catalogue, device, 0, activation_bytes(catalogue.profile, 0, FULL_BITS))
     rows = tuple(_best_row(known, device, levels, cut, pieces, afresh) for cut in range(num_layers + 1))
     best = min(rows, key=lambda row: row.cost)
     if not best.cost < math.inf:
@@ -308,12 +305,12 @@ def activation_bytes(profile: ModelProfile, cut: int, bits: int) -> int:
         return 0
     shapes = profile.layers[cut - 1].live if cut else (profile.input_shape,)
     sizes = [math.prod(shape) for shape in shapes]
-    return sum(4 * size if bits == EXACT_BITS else 8 + bits * -(-size // 8) for size in sizes)
+    return sum(4 * size if bits == FULL_BITS else 8 + bits * -(-size // 8) for size in sizes)
 
 
 def missing_bytes(profile: ModelProfile, cut: int, bits: int) -> int:
     """Bytes that go up to continue a sample of which `bits` planes are there: the others, and its mark."""
-    return activation_bytes(profile, cut, MAX_BITS) - activation_bytes(profile, cut, bits) + 1
+    return activation_bytes(profile, cut, MAX_PLANES) - activation_bytes(profile, cut, bits) + 1
 
 
 def _num_biases(layer: LayerProfile) -> int:
@@ -362,7 +359,7 @@ def _computing(catalogue: Catalogue, device: DeviceProfile, cut: int, pieces: _P
     device_times, server_times = _times(catalogue.device_s, cut), _times(catalogue.server_s, cut)
     memory = {engine: pieces.resident_bytes(cut, engine) for engine in device_times}
     fitting = [engine for engine, num_bytes in memory.items() if num_bytes <= device.memory_bytes]
-    samples = {engine: catalogue.sample_bytes if cut and engine != EXACT_ENGINE else 0 for engine in device_times}
+    samples = {engine: catalogue.sample_bytes if cut and engine != FULL_ENGINE else 0 for engine in device_times}
 
     def cost_of(engine: str) -> tuple[float, float]:
         """Of computing here, and of what it takes to compile."""
@@ -416,11 +413,11 @@ def _fallback(
     catalogue: Catalogue, device: DeviceProfile, cut: int, bits: int, reduced: Prediction, afresh: FallbackCost
 ) -> tuple[Fallback, FallbackCost | None, FallbackCost | None, float | None, Expected | None]:
     """The last fields of a row: the way that is cheaper, for all that take it where it is known how many do, else for each."""
-    if not cut and bits == EXACT_BITS:
+    if not cut and bits == FULL_BITS:
         return "full", None, None, 0.0, with_fallbacks(reduced, None, 0.0)
     rates = catalogue.fallback_rates.get(reduced.accuracy_loss, {}).get(cut)
     continued = None
-    if 0 < bits < MAX_BITS and (rates is None or rates.continued is not None):
+    if 0 < bits < MAX_PLANES and (rates is None or rates.continued is not None):
         found = _fallback_cost(catalogue, device, cut, missing_bytes(catalogue.profile, cut, bits))
         continued = found if found.cost < afresh.cost else None
     if rates is None:

@@ -20,6 +20,8 @@ Fallback = Literal["full", "continued"]
 from the values at the cut with all planes (the layers before it stay quantized)."""
 FULL: Fallback = "full"
 ON_DEVICE, ON_SERVER = "device", "server"
+FULL_ENGINE = "fp32"
+"""Of the full model, which the others are measured by; it is compiled without samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class Stage:
     start: int
     stop: int
     codecs: tuple[str, ...]
-    engine: str = "fp32"
+    engine: str = FULL_ENGINE
 
 
 @dataclass(frozen=True, slots=True)
