@@ -46,7 +46,7 @@ from gossipfl.inference.planning.answering import (
     ServerConfig,
     Wake,
 )
-from gossipfl.inference.planning.cuts import Catalogue
+from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
 from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
 from gossipfl.inference.planning.remembered import First

@@ -33,6 +33,7 @@ from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import Compiled, Seconds, available_engines, compile_stage, stage_seconds
 from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, measure, quantized, rounded
 from gossipfl.inference.execution.tables import Row, make_tables, planned_scores
+from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import (
     ALPHA,
     DELTA,
@@ -42,7 +43,6 @@ from gossipfl.inference.planning.certificates import (
     certify_continued,
     samples_needed,
 )
-from gossipfl.inference.planning.cuts import Catalogue
 from gossipfl.inference.planning.margins import Scale, differing, margins
 from gossipfl.inference.planning.offers import SAMPLE_BITS
 from gossipfl.inference.planning.profile import FULL_ENGINE, FallbackRates, Plan

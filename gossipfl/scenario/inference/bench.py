@@ -16,8 +16,9 @@ import numpy as np
 from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.tables import planned_scores
 from gossipfl.inference.planning.cascade import cascade_cost, cheapest, relative_energy_of_integers, saving
+from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import Certificate
-from gossipfl.inference.planning.cuts import Catalogue, choose_plan
+from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.margins import THRESHOLDS, accepted, differing, margins
 from gossipfl.inference.planning.profile import FULL, ON_DEVICE, DeviceProfile, Fallback, Plan
 from gossipfl.protocol.messages import FULL_BITS
