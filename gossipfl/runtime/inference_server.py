@@ -24,9 +24,13 @@ import torch
 
 from gossipfl.errors import CodecError, ConfigError, GossipflError, RemoteProtocolError, RunError
 from gossipfl.inference.execution.activations import decode_continued, decode_live, num_bytes
-from gossipfl.inference.planning.answering import (
+from gossipfl.inference.planning.answering import Answerer, ServerConfig
+from gossipfl.inference.planning.catalogue import Catalogue
+from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
+from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
+from gossipfl.inference.planning.remembered import First
+from gossipfl.inference.planning.server_words import (
     Action,
-    Answerer,
     Caller,
     Discard,
     Drain,
@@ -43,13 +47,7 @@ from gossipfl.inference.planning.answering import (
     RunAgain,
     RunStage,
     Serve,
-    ServerConfig,
-    Wake,
 )
-from gossipfl.inference.planning.catalogue import Catalogue
-from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
-from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
-from gossipfl.inference.planning.remembered import First
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
     FULL_BITS,
@@ -66,6 +64,7 @@ from gossipfl.protocol.messages import (
     Record,
     Refuse,
     Result,
+    Wake,
 )
 from gossipfl.runtime import model_list
 from gossipfl.runtime.message_loop import MessageLoop
