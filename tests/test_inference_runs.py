@@ -37,11 +37,22 @@ from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Budget, Receipt
 from gossipfl.inference.planning.sizes import resident_bytes
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import Activation, Continuation, Credit, Failed, Offer, PlanRequest, Pull, Refuse, Result
+from gossipfl.protocol.messages import (
+    INFERENCE_RUN,
+    Activation,
+    Continuation,
+    Credit,
+    Failed,
+    Offer,
+    PlanRequest,
+    Pull,
+    Refuse,
+    Result,
+)
 from gossipfl.runtime import inference_server
 from gossipfl.runtime.content_cache import ContentCache, digest_of
 from gossipfl.runtime.edge_device import EdgeDevice
-from gossipfl.runtime.inference_server import INFERENCE_RUN, InferenceServer
+from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.stages import live_shapes
 from gossipfl.segments.codecs.planes import Planes
 

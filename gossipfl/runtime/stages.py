@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -70,6 +71,11 @@ class RunnableStage:
         """The live tensors (f32[B, ...]) of the cut after it, from those of the cut before it."""
         with torch.inference_mode():
             return tuple(tensor.numpy() for tensor in self._compiled(*map(_tensor, live)))
+
+
+def threads(name: str, count: int = 1) -> ThreadPoolExecutor:
+    """Until it asks for it, a new thread ignores torch.set_num_threads: it takes every core, and rounds differently."""
+    return ThreadPoolExecutor(count, name, torch.get_num_threads)
 
 
 def emulated(work: Callable[[], T], speed: float) -> T:
