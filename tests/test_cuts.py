@@ -9,18 +9,8 @@ from hypothesis import strategies as st
 
 from gossipfl.errors import ConfigError, PlanError
 from gossipfl.inference.execution.activations import encode_missing, num_bytes
-from gossipfl.inference.planning.cuts import (
-    HEADER_BYTES,
-    RANGE_BYTES,
-    Catalogue,
-    Overhead,
-    activation_bytes,
-    check_device,
-    choose_plan,
-    fetch_seconds,
-    missing_bytes,
-    weight_bytes,
-)
+from gossipfl.inference.planning.catalogue import Catalogue, Overhead
+from gossipfl.inference.planning.cuts import choose_plan, fetch_seconds
 from gossipfl.inference.planning.offers import offer_bytes
 from gossipfl.inference.planning.profile import (
     ON_DEVICE,
@@ -30,7 +20,9 @@ from gossipfl.inference.planning.profile import (
     LayerProfile,
     ModelProfile,
     Stage,
+    check_device,
 )
+from gossipfl.inference.planning.sizes import HEADER_BYTES, RANGE_BYTES, activation_bytes, missing_bytes, weight_bytes
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import Activation, Continuation, Data, Pull, Result
 from gossipfl.segments.codecs import codec

@@ -14,26 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossipfl.errors import PlanError, RemoteProtocolError
-from gossipfl.inference.planning import answering, offers
-from gossipfl.inference.planning.answering import (
-    Answerer,
-    Caller,
-    Discard,
-    Drain,
-    Finish,
-    Heard,
-    Keep,
-    MakePlan,
-    Planned,
-    Published,
-    Ran,
-    Reply,
-    Retire,
-    RunAgain,
-    RunStage,
-    Serve,
-    ServerConfig,
-)
+from gossipfl.inference.planning import offers
+from gossipfl.inference.planning.answering import Answerer, ServerConfig
 from gossipfl.inference.planning.asking import AUDIT_S, MAX_AUDITS, Asker, _Asked
 from gossipfl.inference.planning.device_words import (
     Audited,
@@ -57,6 +39,23 @@ from gossipfl.inference.planning.fetching import MAX_REFUSED, MAX_REJECTIONS, De
 from gossipfl.inference.planning.offers import Ask, Failure, LayerOffer, Manifest, missing, pieces, split
 from gossipfl.inference.planning.profile import DeviceProfile, LayerProfile, ModelProfile, Plan, Prediction, Stage
 from gossipfl.inference.planning.remembered import OVERHEAD_BYTES, First
+from gossipfl.inference.planning.server_words import (
+    Caller,
+    Discard,
+    Drain,
+    Finish,
+    Heard,
+    Keep,
+    MakePlan,
+    Planned,
+    Published,
+    Ran,
+    Reply,
+    Retire,
+    RunAgain,
+    RunStage,
+    Serve,
+)
 from gossipfl.protocol.messages import (
     FULL_BITS,
     NEWEST,
@@ -1100,7 +1099,7 @@ def test_a_plan_is_made_at_once_or_when_there_is_something_newer():
     ask = Ask(DeviceProfile(), held=1, wait_s=60.0)
     assert machine.handle(Heard(DEVICE, PlanRequest(2, payload=ask)), 0.0) == [Reply(DEVICE, Later(2, 0))]
     assert machine.handle(Heard(OTHER, PlanRequest(2, payload=replace(ask, wait_s=1.0))), 0.0) == [Reply(OTHER, Later(2, 0))]
-    assert machine.next_deadline == 1.0 and machine.handle(answering.Wake(), 1.0) == []
+    assert machine.next_deadline == 1.0 and machine.handle(Wake(), 1.0) == []
     assert machine.handle(Published("m", 2, num_bytes), 2.0) == [MakePlan(DEVICE, 2, 2, ask)], "the other has gone"
     at_once = replace(ask, held=2, wait_s=0.0)
     assert machine.handle(Heard(DEVICE, PlanRequest(3, payload=at_once)), 0.0) == [MakePlan(DEVICE, 3, 2, at_once)]
@@ -1189,7 +1188,7 @@ def test_an_activation_that_does_not_go_on_is_dropped():
     machine = server(upload_s=10.0)
     machine.handle(Heard(DEVICE, activation(samples=2, length=5)), 0.0)
     machine.handle(Heard(DEVICE, activation(samples=2, offset=5, length=5)), 8.0)
-    assert machine.next_deadline == 18.0 and machine.handle(answering.Wake(), 18.0) == [Discard(DEVICE, 1)]
+    assert machine.next_deadline == 18.0 and machine.handle(Wake(), 18.0) == [Discard(DEVICE, 1)]
     assert machine.handle(Heard(DEVICE, activation(samples=2, offset=10, length=10)), 19.0) == []
     assert machine.next_deadline is None
 
@@ -1275,11 +1274,11 @@ def test_nothing_is_remembered_for_longer_than_a_while():
     machine = server(remember_s=30.0, upload_s=10.0)
     answered(machine, 1, now=0.0)
     answered(machine, 2, now=5.0)
-    assert machine.next_deadline == 30.0 and machine.handle(answering.Wake(), 30.0) == [Discard(DEVICE, 1)]
+    assert machine.next_deadline == 30.0 and machine.handle(Wake(), 30.0) == [Discard(DEVICE, 1)]
     assert failures(machine.handle(Heard(DEVICE, continuation(3, 1)), 30.0)) == ["forgotten"]
     machine.handle(Heard(DEVICE, continuation(3, 2, length=5)), 31.0)
     assert machine.next_deadline == 41.0, "it lasts as long as it goes on"
-    assert machine.handle(answering.Wake(), 41.0) == [Discard(DEVICE, 3), Discard(DEVICE, 2)]
+    assert machine.handle(Wake(), 41.0) == [Discard(DEVICE, 3), Discard(DEVICE, 2)]
     assert machine.next_deadline is None and not machine._remembered.num_bytes
 
 
@@ -1381,14 +1380,14 @@ def test_whatever_devices_send_what_is_kept_is_bounded_and_each_computation_find
             chunk = continuation(request, chance.randrange(6), samples, of_samples, offset, length=length)
             perform(machine.handle(Heard(caller, chunk), now))
         if machine.next_deadline is not None and machine.next_deadline <= now:
-            perform(machine.handle(answering.Wake(), now))
+            perform(machine.handle(Wake(), now))
         assert sum(kept.values()) <= 200 + 6000
         known = [machine._remembered.get(*key) for key in machine._remembered.keys]
         assert machine._remembered.num_bytes.total() == sum(first.num_bytes + OVERHEAD_BYTES for first in known)
         assert all(total <= 3000 for total in machine._remembered.num_bytes.values())
     for key in running:
         perform(machine.handle(Ran(*key), now))
-    perform(machine.handle(answering.Wake(), now + 100.0))
+    perform(machine.handle(Wake(), now + 100.0))
     assert not kept and not machine._remembered.keys and again > 10
 
 
@@ -1445,7 +1444,7 @@ class World:
                 wakes = wakes + 1 if wake_at <= self.now else 0
                 assert wakes < 50, "the machine wakes and wakes"
                 self.now = max(self.now, wake_at)
-                machines[index][1](Wake() if index == 0 else answering.Wake())
+                machines[index][1](Wake())
             else:
                 self.now, _, call = heapq.heappop(self.events)
                 call()

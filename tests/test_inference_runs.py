@@ -28,18 +28,31 @@ from gossipfl.errors import ConfigError, PlanError, RunError
 from gossipfl.inference.execution.activations import decode_live, encode_live, samples_to_text
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import ENGINES
+from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import Basis, Certificate, certify
-from gossipfl.inference.planning.cuts import Catalogue, choose_plan, resident_bytes
+from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.margins import accepted, differing, margins
 from gossipfl.inference.planning.offers import Ask, Piece, manifest_from_json, offer_bytes, to_json
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Budget, Receipt
+from gossipfl.inference.planning.sizes import resident_bytes
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import Activation, Continuation, Credit, Failed, Offer, PlanRequest, Pull, Refuse, Result
+from gossipfl.protocol.messages import (
+    INFERENCE_RUN,
+    Activation,
+    Continuation,
+    Credit,
+    Failed,
+    Offer,
+    PlanRequest,
+    Pull,
+    Refuse,
+    Result,
+)
 from gossipfl.runtime import inference_server
 from gossipfl.runtime.content_cache import ContentCache, digest_of
 from gossipfl.runtime.edge_device import EdgeDevice
-from gossipfl.runtime.inference_server import INFERENCE_RUN, InferenceServer
+from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.stages import live_shapes
 from gossipfl.segments.codecs.planes import Planes
 

@@ -19,11 +19,13 @@ from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import ENGINES
+from gossipfl.inference.planning.catalogue import Catalogue, Overhead
 from gossipfl.inference.planning.certificates import allowed_disagreements
-from gossipfl.inference.planning.cuts import Catalogue, Overhead, activation_bytes, choose_plan, fetch_seconds, weight_bytes
+from gossipfl.inference.planning.cuts import choose_plan, fetch_seconds
 from gossipfl.inference.planning.margins import accepted, margins
 from gossipfl.inference.planning.offers import offer_bytes
 from gossipfl.inference.planning.profile import DeviceProfile, Plan
+from gossipfl.inference.planning.sizes import activation_bytes, weight_bytes
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.stages import emulated
 from gossipfl.scenario.inference import latency, link_error

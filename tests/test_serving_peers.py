@@ -22,14 +22,12 @@ import gossipfl
 from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.tables import planned_scores
-from gossipfl.inference.planning.cuts import EXACT_BITS
 from gossipfl.learning.datasets import Dataset, normalise, open_dataset
 from gossipfl.learning.flatten import flatten
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import FlatModel
-from gossipfl.protocol.messages import Data, Fault, Pull
+from gossipfl.protocol.messages import FULL_BITS, INFERENCE_RUN, Data, Fault, Pull
 from gossipfl.runtime.edge_device import EdgeDevice
-from gossipfl.runtime.inference_server import INFERENCE_RUN
 from gossipfl.runtime.model_list import ask_models
 from gossipfl.runtime.serving_peers import Serving, ServingPeers, ServingSettings
 from gossipfl.runtime.transport import Incoming, ZmqTransport
@@ -133,7 +131,7 @@ def test_devices_get_rising_versions_while_peers_train_and_peers_learn_what_they
             if version not in vectors:
                 vectors[version] = puller.pull(version)
             if device is exact:
-                local = planned_scores(chain, vectors[version], 0, ((), EXACT_BITS), x)
+                local = planned_scores(chain, vectors[version], 0, ((), FULL_BITS), x)
                 assert set(answer.receipt.tiers) == {"full"}
                 np.testing.assert_allclose(answer.scores, local, rtol=1e-4, atol=1e-4)
             else:  # of one version, as long as it is that one
@@ -248,7 +246,7 @@ def test_each_peer_serves_its_own_model_and_rounds_between_versions_are_passed_o
         assert isinstance(later, Serving) and (later.peer, later.version >= 6) == ("p0", True)
         for name, vector in (("s-p0", one), ("s-p1", other)):
             with EdgeDevice([addresses[name]], chain, max_accuracy_loss=0.0, model=name) as device:
-                expected = planned_scores(chain, vector, 0, ((), EXACT_BITS), x)
+                expected = planned_scores(chain, vector, 0, ((), FULL_BITS), x)
                 np.testing.assert_allclose(device.predict(x).scores, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from gossipfl.errors import CodecError
 from gossipfl.inference.execution import calibration
 from gossipfl.inference.execution.activations import (
-    EXACT_BITS,
     decode_continued,
     decode_live,
     encode_live,
@@ -34,6 +33,7 @@ from gossipfl.inference.planning.margins import margins
 from gossipfl.inference.planning.profile import DeviceProfile, FallbackRates
 from gossipfl.learning.datasets import load_dataset
 from gossipfl.learning.models import build_model
+from gossipfl.protocol.messages import FULL_BITS
 from gossipfl.scenario.inference.payload import payload, payload_32, saved
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def test_each_value_comes_back_within_half_a_level_of_its_samples_range(seed, bi
         assert (np.abs(found.reshape(3, -1) - rows) <= half_level[:, None] + 1e-6).all()
 
 
-@pytest.mark.parametrize("bits", [2, 7, 16, EXACT_BITS])
+@pytest.mark.parametrize("bits", [2, 7, 16, FULL_BITS])
 def test_the_bytes_of_a_cut_are_known_beforehand(bits):
     assert len(encode_live(live_of(0), bits)) == num_bytes(SHAPES, 3, bits)
 
@@ -77,7 +77,7 @@ def test_samples_come_back_from_an_offer_as_many_as_they_were(shape, count):
 
 def test_32_bits_are_the_values_themselves():
     live = live_of(1)
-    assert all(map(np.array_equal, live, decode_live(encode_live(live, EXACT_BITS), SHAPES, 3, EXACT_BITS)))
+    assert all(map(np.array_equal, live, decode_live(encode_live(live, FULL_BITS), SHAPES, 3, FULL_BITS)))
 
 
 def test_a_sample_comes_back_the_same_whatever_else_is_in_its_batch():
@@ -94,7 +94,7 @@ def test_another_number_of_bytes_is_refused(spoil):
         decode_live(spoil(encode_live(live_of(0), 4)), SHAPES, 3, 4)
 
 
-@pytest.mark.parametrize("bits", [4, EXACT_BITS])
+@pytest.mark.parametrize("bits", [4, FULL_BITS])
 def test_what_is_not_finite_is_refused(bits):
     raw = bytearray(encode_live(live_of(0), bits))
     raw[:4] = np.float32(np.nan).tobytes()

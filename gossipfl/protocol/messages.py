@@ -21,6 +21,8 @@ NEWEST = 0
 """As `Pull.version`: whatever is newest. As `Pull.oldest`: any age will do, do not make me wait."""
 PROMPT_BYTES = 32 * 1024
 """What is served without saying first that it comes: over a slow link, shared by others, even that takes seconds."""
+INFERENCE_RUN = 0
+"""Marks the messages of inference: servers and devices share no run of training."""
 FULL_BITS = 32
 """Of values that travel as they are computed."""
 

@@ -101,6 +101,11 @@ def decode(frames: Sequence[Buffer]) -> Envelope:
     return Envelope(run, sender, recipient, _message(kind, body, payload))
 
 
+def parts(payload: memoryview, start: int = 0) -> list[tuple[int, memoryview]]:
+    """What of it goes in one message each, from `start` on, with its offset."""
+    return [(offset, payload[offset : offset + MAX_PAYLOAD_BYTES]) for offset in range(start, len(payload), MAX_PAYLOAD_BYTES)]
+
+
 def _message(kind: str, body: Any, payload: Buffer) -> Message:
     class_, names, checks = _BY_KIND[kind]
     if type(body) is not tuple or len(body) != len(names):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gossipfl.inference.planning.device_words import Resolve
+from gossipfl.inference.planning.profile import FULL_ENGINE
 from gossipfl.inference.planning.receipts import Answer, Receipt, Tier
-from gossipfl.runtime.stages import FULL_ENGINE
 
 
 @dataclass(slots=True)

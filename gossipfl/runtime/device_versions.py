@@ -8,12 +8,12 @@ import numpy as np
 
 from gossipfl.errors import ConfigError, RemoteProtocolError, RunError
 from gossipfl.inference.execution.activations import samples_from_text
-from gossipfl.inference.planning.cuts import resident_bytes
 from gossipfl.inference.planning.margins import margins
 from gossipfl.inference.planning.offers import Manifest, Piece, pieces
-from gossipfl.inference.planning.profile import Range
+from gossipfl.inference.planning.profile import FULL_ENGINE, Range
+from gossipfl.inference.planning.sizes import resident_bytes
 from gossipfl.runtime.content_cache import ContentCache, digest_of
-from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
+from gossipfl.runtime.stages import ModelChain, RunnableStage
 from gossipfl.segments.codecs import all_finite
 from gossipfl.segments.codecs.planes import PlaneSet
 

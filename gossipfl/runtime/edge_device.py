@@ -17,12 +17,11 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from gossipfl.errors import ConfigError, GossipflError, PlanError, RunError
 from gossipfl.inference.execution.activations import encode_live, encode_missing, samples_to_text
@@ -55,6 +54,7 @@ from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Answer, Budget, ServedModel
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
+    INFERENCE_RUN,
     Activation,
     Continuation,
     Data,
@@ -77,9 +77,8 @@ from gossipfl.runtime.content_cache import DEFAULT_BYTES, ContentCache
 from gossipfl.runtime.device_inbox import Coming, take_data, take_offer, take_result
 from gossipfl.runtime.device_questions import Job, answer, set_aside
 from gossipfl.runtime.device_versions import DeviceVersion
-from gossipfl.runtime.inference_server import INFERENCE_RUN
 from gossipfl.runtime.message_loop import MessageLoop
-from gossipfl.runtime.stages import ModelChain, check_inputs, emulated
+from gossipfl.runtime.stages import ModelChain, check_inputs, emulated, threads
 from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp, ZmqTransport
 
 logger = logging.getLogger(__name__)
@@ -142,9 +141,8 @@ class EdgeDevice:
             self._transport.close()
             raise
         self._loop = MessageLoop(self._transport, self, "gossipfl-edge-device")
-        # Until it asks for it, a new thread ignores torch.set_num_threads: it takes every core, and rounds differently.
-        self._compute = ThreadPoolExecutor(1, "gossipfl-head", torch.get_num_threads)
-        self._loader = ThreadPoolExecutor(1, "gossipfl-loader", torch.get_num_threads)
+        self._compute = threads("gossipfl-head")
+        self._loader = threads("gossipfl-loader")
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}
         self._coming: dict[Key, Coming] = {}
@@ -312,8 +310,8 @@ class EdgeDevice:
         if upload.tier in ("continued", "full") and job.reduced is not None:
             job.fallback_bytes_up += len(payload)
             job.fell_back_at = job.fell_back_at or now
-        for offset in range(0, len(payload), wire.MAX_PAYLOAD_BYTES):
-            part, place = payload[offset : offset + wire.MAX_PAYLOAD_BYTES], (offset, len(payload))
+        for offset, part in wire.parts(payload):
+            place = offset, len(payload)
             chunk: Activation | Continuation
             if upload.first is not None:
                 chunk = Continuation(request, upload.first, len(rows), *place, payload=part)

@@ -20,13 +20,16 @@ from concurrent.futures import TimeoutError as NotInTime
 from typing import Any
 
 import numpy as np
-import torch
 
 from gossipfl.errors import CodecError, ConfigError, GossipflError, RemoteProtocolError, RunError
 from gossipfl.inference.execution.activations import decode_continued, decode_live, num_bytes
-from gossipfl.inference.planning.answering import (
+from gossipfl.inference.planning.answering import Answerer, ServerConfig
+from gossipfl.inference.planning.catalogue import Catalogue
+from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
+from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
+from gossipfl.inference.planning.remembered import First
+from gossipfl.inference.planning.server_words import (
     Action,
-    Answerer,
     Caller,
     Discard,
     Drain,
@@ -43,16 +46,11 @@ from gossipfl.inference.planning.answering import (
     RunAgain,
     RunStage,
     Serve,
-    ServerConfig,
-    Wake,
 )
-from gossipfl.inference.planning.cuts import Catalogue
-from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
-from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
-from gossipfl.inference.planning.remembered import First
 from gossipfl.protocol import wire
 from gossipfl.protocol.messages import (
     FULL_BITS,
+    INFERENCE_RUN,
     Activation,
     Chunk,
     Collect,
@@ -66,20 +64,19 @@ from gossipfl.protocol.messages import (
     Record,
     Refuse,
     Result,
+    Wake,
 )
 from gossipfl.runtime import model_list
 from gossipfl.runtime.message_loop import MessageLoop
 from gossipfl.runtime.model_list import Architecture
 from gossipfl.runtime.served import Certifier, ServedVersion
-from gossipfl.runtime.stages import ModelChain, check_inputs, clipped, live_shapes
+from gossipfl.runtime.stages import ModelChain, check_inputs, clipped, live_shapes, threads
 from gossipfl.runtime.transport import Happening, Incoming, ZmqTransport
 from gossipfl.segments.codecs import all_finite
 from gossipfl.segments.codecs.planes import MAX_PLANES
 
 logger = logging.getLogger(__name__)
 
-INFERENCE_RUN = 0
-"""Marks the messages of inference: servers and devices share no run of training."""
 MAX_SERVED = 256
 """Pulls being answered at once on one connection, and pulls that wait to be; more are refused."""
 
@@ -107,9 +104,8 @@ class InferenceServer:
         self._max_queued = self._machine.config.max_queued
         self._transport = ZmqTransport(bind, run=INFERENCE_RUN, advertise=advertise, insecure=insecure)
         self._loop = MessageLoop(self._transport, self, "gossipfl-inference-server")
-        # Until it asks for it, a new thread ignores torch.set_num_threads: it takes every core, and rounds differently.
-        self._compute = ThreadPoolExecutor(1, "gossipfl-stages", torch.get_num_threads)
-        self._library = ThreadPoolExecutor(1, "gossipfl-library", torch.get_num_threads)
+        self._compute = threads("gossipfl-stages")
+        self._library = threads("gossipfl-library")
         self._served: dict[str, dict[int, ServedVersion]] = {name: {} for name in models}
         self._kept: dict[tuple[Caller, int], list[Any]] = {}  # chunks of activations
         self._num_pulls = 0
@@ -326,7 +322,7 @@ class InferenceServer:
             offer = served.offer(ask, self._served[caller.model].get(ask.held))
         except ConfigError as error:
             return Failed(request, Failure.PLAN, clipped(error))
-        return [Offer(request, offset, len(offer), payload=part) for offset, part in _parts(memoryview(offer))]
+        return [Offer(request, offset, len(offer), payload=part) for offset, part in wire.parts(memoryview(offer))]
 
     def _serve(self, caller: Caller, pull: Pull, served: ServedVersion) -> None:
         try:
@@ -338,7 +334,7 @@ class InferenceServer:
         answer: list[Data] = []
         resumed = pull.offset
         for range_, payload in zip(pull.ranges, encoded, strict=True):
-            for offset, part in _parts(payload, min(resumed, len(payload) - 1)):
+            for offset, part in wire.parts(payload, min(resumed, len(payload) - 1)):
                 answer.append(Data(pull.request, pull.version, pull.version, 0, range_, offset, len(payload), len(part), part))
             resumed = 0
         self._loop.post(lambda: self._send_pulled(caller, pull, answer))
@@ -394,17 +390,13 @@ def _scores(served: ServedVersion, request: int, cut: int, live: tuple[np.ndarra
     if not all_finite(scores.reshape(-1)):
         return Failed(request, Failure.COMPUTE, "the scores are not finite")
     encoded = memoryview(np.ascontiguousarray(scores, np.float32).tobytes())
-    return [Result(request, served.version, seconds, offset, len(encoded), payload=part) for offset, part in _parts(encoded)]
+    return [
+        Result(request, served.version, seconds, offset, len(encoded), payload=part) for offset, part in wire.parts(encoded)
+    ]
 
 
 def _joined(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _parts(payload: memoryview, start: int = 0) -> list[tuple[int, memoryview]]:
-    """What goes in one message each, with its offset."""
-    ends = range(start, len(payload), wire.MAX_PAYLOAD_BYTES)
-    return [(offset, payload[offset : offset + wire.MAX_PAYLOAD_BYTES]) for offset in ends]
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

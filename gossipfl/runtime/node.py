@@ -292,8 +292,7 @@ class Node:
         if key in self._chunks:
             return self._chunks[key]
         encoded = self.store.encode(version, range_)
-        starts = range(0, len(encoded), wire.MAX_PAYLOAD_BYTES)
-        chunks = [self.transport.shared(encoded[start : start + wire.MAX_PAYLOAD_BYTES]) for start in starts]
+        chunks = [self.transport.shared(part) for _, part in wire.parts(encoded)]
         if range_ in self.machine.config.segments:
             self._chunks[key] = chunks
         return chunks

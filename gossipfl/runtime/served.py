@@ -12,12 +12,13 @@ import numpy as np
 from gossipfl.errors import CodecError, ConfigError, LayoutError
 from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.planning.cascade import cheapest
+from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import Certificate
-from gossipfl.inference.planning.cuts import Catalogue, choose_plan
+from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, offer_to_json, samples_digest
-from gossipfl.inference.planning.profile import FULL, Fallback, Plan, Range, Stage
+from gossipfl.inference.planning.profile import FULL, FULL_ENGINE, Fallback, Plan, Range, Stage
 from gossipfl.runtime.content_cache import digest_of
-from gossipfl.runtime.stages import FULL_ENGINE, ModelChain, RunnableStage
+from gossipfl.runtime.stages import ModelChain, RunnableStage
 from gossipfl.segments.codecs import all_finite, codec
 from gossipfl.segments.codecs.planes import MAX_PLANES, Planes, PlaneSet
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -13,15 +14,13 @@ from torch import fx
 
 from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.engines import Compiled, compile_stage, no_slower
-from gossipfl.inference.planning.profile import ModelProfile, Shape
+from gossipfl.inference.planning.profile import FULL_ENGINE, ModelProfile, Shape
 from gossipfl.protocol.wire import MAX_REASON_BYTES, MAX_TENSOR_BYTES
 from gossipfl.segments.codecs import all_finite
 from gossipfl.segments.layout import Layout
 
 T = TypeVar("T")
 Arrays = Sequence[np.ndarray]
-FULL_ENGINE = "fp32"
-"""Of the full model, which the others are measured by."""
 AWAKE_S = 3e-4
 """At the end of an emulated wait: what sleeps is woken 0.1 ms late."""
 _COMPILING = threading.Lock()
@@ -72,6 +71,11 @@ class RunnableStage:
         """The live tensors (f32[B, ...]) of the cut after it, from those of the cut before it."""
         with torch.inference_mode():
             return tuple(tensor.numpy() for tensor in self._compiled(*map(_tensor, live)))
+
+
+def threads(name: str, count: int = 1) -> ThreadPoolExecutor:
+    """Until it asks for it, a new thread ignores torch.set_num_threads: it takes every core, and rounds differently."""
+    return ThreadPoolExecutor(count, name, torch.get_num_threads)
 
 
 def emulated(work: Callable[[], T], speed: float) -> T:

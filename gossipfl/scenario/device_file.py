@@ -17,8 +17,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from gossipfl.errors import ConfigError
-from gossipfl.inference.planning.cuts import check_device
-from gossipfl.inference.planning.profile import DeviceProfile
+from gossipfl.inference.planning.profile import DeviceProfile, check_device
 from gossipfl.scenario.problems import ScenarioError, problems_of
 from gossipfl.scenario.sources import read_toml
 from gossipfl.scenario.values import DelayS, Factor, Rate, Size, Table, Text

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from gossipfl.inference.execution.chain import Chain
+from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import Basis, Certificate
-from gossipfl.inference.planning.cuts import Catalogue
 from gossipfl.inference.planning.profile import Plan
 from gossipfl.learning.models import build_model
 

@@ -19,24 +19,22 @@ import numpy as np
 
 from gossipfl.errors import CodecError
 from gossipfl.inference.planning.offers import SAMPLE_BITS
+from gossipfl.protocol.messages import FULL_BITS
 from gossipfl.segments.codecs import all_finite, codec
 from gossipfl.segments.codecs.planes import MAX_PLANES
-
-EXACT_BITS = 32
-"""float32, where the cut is not quantized at all."""
 
 
 def num_bytes(shapes: Sequence[tuple[int, ...]], num_samples: int, bits: int) -> int:
     """Length of `encode_live`'s result for tensors of these shapes (per sample)."""
     sizes = [math.prod(shape) for shape in shapes]
-    if bits == EXACT_BITS:
+    if bits == FULL_BITS:
         return 4 * num_samples * sum(sizes)
     return sum(4 * num_samples + codec(_name(bits, size)).num_bytes(num_samples * size) for size in sizes)
 
 
 def encode_live(live: Sequence[np.ndarray], bits: int) -> bytes:
     """The tensors (f32[B, ...] each) at `bits` bits a value, 2 to 16, or 32 for exactly as they are."""
-    if bits == EXACT_BITS:
+    if bits == FULL_BITS:
         return b"".join(np.ascontiguousarray(values, np.float32).tobytes() for values in live)
     pieces = []
     for values in live:
@@ -56,7 +54,7 @@ def decode_live(
     view, start, live = memoryview(payload), 0, []
     for shape in shapes:
         count = num_samples * math.prod(shape)
-        if bits == EXACT_BITS:
+        if bits == FULL_BITS:
             values = np.frombuffer(view, np.float32, count, start).copy()
             start += 4 * count
         else:

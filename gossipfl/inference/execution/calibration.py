@@ -33,6 +33,7 @@ from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import Compiled, Seconds, available_engines, compile_stage, stage_seconds
 from gossipfl.inference.execution.sensitivity import BATCH, Sensitivity, measure, quantized, rounded
 from gossipfl.inference.execution.tables import Row, make_tables, planned_scores
+from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import (
     ALPHA,
     DELTA,
@@ -42,11 +43,12 @@ from gossipfl.inference.planning.certificates import (
     certify_continued,
     samples_needed,
 )
-from gossipfl.inference.planning.cuts import EXACT_BITS, EXACT_ENGINE, MAX_BITS, Catalogue
 from gossipfl.inference.planning.margins import Scale, differing, margins
 from gossipfl.inference.planning.offers import SAMPLE_BITS
-from gossipfl.inference.planning.profile import FallbackRates, Plan
+from gossipfl.inference.planning.profile import FULL_ENGINE, FallbackRates, Plan
 from gossipfl.learning.datasets import Dataset, normalise
+from gossipfl.protocol.messages import FULL_BITS
+from gossipfl.segments.codecs.planes import MAX_PLANES
 
 Samples = tuple[np.ndarray, np.ndarray | None]
 """Inputs f32[n, *input_shape] and their labels i64[n], or None."""
@@ -149,7 +151,7 @@ def calibrate(
 
 def continuation_of(plan: Plan) -> Plan:
     """What computes as the plan does where it continues: with all planes of the values at the cut."""
-    return replace(plan, activation_bits=MAX_BITS)
+    return replace(plan, activation_bits=MAX_PLANES)
 
 
 def by_side(seconds: Seconds) -> tuple[EngineSeconds, EngineSeconds]:
@@ -161,7 +163,7 @@ def by_side(seconds: Seconds) -> tuple[EngineSeconds, EngineSeconds]:
         {engine: tuple(time if math.isfinite(time) else None for time in times[side]) for engine, times in seconds.items()}
         for side in (0, 1)
     )
-    return device_s, {EXACT_ENGINE: server_s[EXACT_ENGINE]}
+    return device_s, {FULL_ENGINE: server_s[FULL_ENGINE]}
 
 
 class Calibrator:
@@ -230,7 +232,7 @@ class Calibrator:
             lambda share: progress("bits for each cut", begun + (tabled - begun) * share),
             self.scale,
         )
-        exact = Row((), EXACT_BITS, 0.0, np.zeros(0, np.float32), np.zeros(0, bool))
+        exact = Row((), FULL_BITS, 0.0, np.zeros(0, np.float32), np.zeros(0, bool))
         rates = {0.0: {0: FallbackRates(0.0)}, **self._fallback_rates(rows)}
         rows = {0.0: {0: exact}, **{level: cuts for level, cuts in rows.items() if cuts}}
         seconds = seconds or stage_seconds(self.chain, self.vector, self.samples, self.engines)
@@ -259,10 +261,10 @@ class Calibrator:
             basis = Basis(self.digest, self.version, cut, row.weight_bits, row.activation_bits, (), self.data, self.scale)
             afresh = certify(found, differs, basis, self.alpha, self.delta).fallback_rate
             known[cut, row] = FallbackRates(afresh)
-            if afresh and 0 < row.activation_bits < MAX_BITS and self._has_enough_for_two(len(inputs)):
+            if afresh and 0 < row.activation_bits < MAX_PLANES and self._has_enough_for_two(len(inputs)):
                 if full is None:
-                    full = planned_scores(self.chain, self.vector, 0, ((), EXACT_BITS), inputs).argmax(1)
-                scores = planned_scores(self.chain, self.vector, cut, (row.weight_bits, MAX_BITS), inputs)
+                    full = planned_scores(self.chain, self.vector, 0, ((), FULL_BITS), inputs).argmax(1)
+                scores = planned_scores(self.chain, self.vector, cut, (row.weight_bits, MAX_PLANES), inputs)
                 basis, continued = replace(basis, fallback="continued"), differing(scores.argmax(1), full)
                 certificate = certify_continued(found, differs, continued, basis, self.alpha, self.delta, tried=2)
                 known[cut, row] = FallbackRates(afresh, None if certificate is None else certificate.fallback_rate)
@@ -314,7 +316,7 @@ class Calibrator:
     def kept_scores(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """The plan's scores (f32[n, K]) of the samples kept for certificates, and where its class is not the full model's."""
         if self._full is None:
-            self._full = planned_scores(self.chain, self.vector, 0, ((), EXACT_BITS), self._kept).argmax(1)
+            self._full = planned_scores(self.chain, self.vector, 0, ((), FULL_BITS), self._kept).argmax(1)
         scores = self.scores(plan, self._kept)
         return scores, differing(scores.argmax(1), self._full)
 

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from gossipfl.errors import ConfigError
+
 Range = tuple[int, int]
 """Half-open range `(start, stop)` of the served vector."""
 Shape = tuple[int, ...]
@@ -20,6 +22,11 @@ Fallback = Literal["full", "continued"]
 from the values at the cut with all planes (the layers before it stay quantized)."""
 FULL: Fallback = "full"
 ON_DEVICE, ON_SERVER = "device", "server"
+FULL_ENGINE = "fp32"
+"""Of the full model, which the others are measured by; it is compiled without samples."""
+
+_LEAST, _MOST = 1e-9, 1e15
+"""Of what a device may say of itself: far outside of what there is, and every cost stays finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,30 @@ class DeviceProfile:
     """Requests expected for each download of the weights."""
 
 
+def check_device(device: DeviceProfile) -> None:
+    """ConfigError, naming the key and the remedy, for a device that cannot be."""
+    rate = "above 0: bytes per second, or inf where there is no limit"
+    watts, weight = "watts of at least 0", "a number of at least 0"
+    checks = (
+        ("speed", _LEAST <= device.speed <= _MOST, "above 0: 1 is the machine that calibrated, 0.1 is ten times slower"),
+        ("memory_bytes", 1 <= device.memory_bytes <= _MOST, "above 0: the bytes that the model may take"),
+        ("uplink", device.uplink >= _LEAST, rate),
+        ("downlink", device.downlink >= _LEAST, rate),
+        ("latency_s", 0 <= device.latency_s <= _MOST, "seconds of at least 0, one way"),
+        ("compute_w", 0 <= device.compute_w <= _MOST, watts),
+        ("transmit_w", 0 <= device.transmit_w <= _MOST, watts),
+        ("time_weight", 0 <= device.time_weight <= _MOST, weight),
+        ("energy_weight", 0 <= device.energy_weight <= _MOST, weight),
+        ("price_weight", 0 <= device.price_weight <= _MOST, weight),
+        ("requests", 1 <= device.requests <= _MOST, "at least 1: those expected for each download of the weights"),
+    )
+    for key, is_right, expected in checks:
+        if not is_right:  # nor is nan
+            raise ConfigError(f"{key} = {getattr(device, key)} of device {device.name!r} must be {expected}")
+    if not device.time_weight + device.energy_weight + device.price_weight:
+        raise ConfigError(f"device {device.name!r} weighs nothing; give time_weight, energy_weight or price_weight, such as 1")
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Layers `[start, stop)` on one device, pulled with these codecs (one for each layer)."""
@@ -97,7 +128,7 @@ class Stage:
     start: int
     stop: int
     codecs: tuple[str, ...]
-    engine: str = "fp32"
+    engine: str = FULL_ENGINE
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,6 +26,7 @@ from gossipfl.errors import ConfigError, PlanError, RunError
 from gossipfl.inference.planning.receipts import InferenceService, Receipt, ServedModel
 from gossipfl.runtime.http.metrics import Metrics
 from gossipfl.runtime.http.protocol import Limits, Query, decode_query, describe, encode_answer
+from gossipfl.runtime.stages import threads
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +45,7 @@ class App:
         self._idle = asyncio.Event()
         self._is_draining = self._has_given_up = False
         self._metrics = Metrics(lambda: len(self._in_flight))
-        # Until it asks for it, a new thread ignores torch.set_num_threads: it takes every core, and rounds differently.
-        self.pool = ThreadPoolExecutor(limits.threads, "gossipfl-http", initializer=torch.get_num_threads)
+        self.pool = threads("gossipfl-http", limits.threads)
         of_model = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
         self.asgi = Starlette(
             routes=[

@@ -16,10 +16,12 @@ import numpy as np
 from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.tables import planned_scores
 from gossipfl.inference.planning.cascade import cascade_cost, cheapest, relative_energy_of_integers, saving
+from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import Certificate
-from gossipfl.inference.planning.cuts import EXACT_BITS, Catalogue, choose_plan
+from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.margins import THRESHOLDS, accepted, differing, margins
 from gossipfl.inference.planning.profile import FULL, ON_DEVICE, DeviceProfile, Fallback, Plan
+from gossipfl.protocol.messages import FULL_BITS
 from gossipfl.scenario.inference.calibrate import ALONE, alone
 from gossipfl.scenario.inference.payload import payload, payload_32
 
@@ -85,7 +87,7 @@ def certified(calibrator: Calibrator, plan: Plan) -> Certificate:
 
 
 def full_scores(calibrator: Calibrator, inputs: np.ndarray) -> np.ndarray:
-    return planned_scores(calibrator.chain, calibrator.vector, 0, ((), EXACT_BITS), inputs)
+    return planned_scores(calibrator.chain, calibrator.vector, 0, ((), FULL_BITS), inputs)
 
 
 def plan_rows(

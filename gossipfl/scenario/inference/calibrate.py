@@ -13,8 +13,9 @@ from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.calibration import Calibration, Calibrator, Progress, by_side
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import available_engines, stage_seconds
+from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import ALPHA, DELTA, Certificate
-from gossipfl.inference.planning.cuts import Catalogue, choose_plan
+from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.profile import DeviceProfile, Plan
 from gossipfl.learning.checkpoint import write_atomically
 from gossipfl.scenario.inference.latency import measure_overheads

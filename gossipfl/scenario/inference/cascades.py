@@ -16,8 +16,9 @@ import numpy as np
 from gossipfl.inference.execution.calibration import Calibrator, Progress
 from gossipfl.inference.execution.engines import undisturbed
 from gossipfl.inference.planning.cascade import with_fallbacks
+from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import Certificate
-from gossipfl.inference.planning.cuts import Catalogue, choose_plan
+from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.profile import DeviceProfile, Expected, Fallback
 from gossipfl.scenario.inference import latency
 from gossipfl.scenario.inference.bench import certified

@@ -16,8 +16,9 @@ import numpy as np
 
 from gossipfl.inference.execution.calibration import Calibrator, Progress, continuation_of
 from gossipfl.inference.planning.cascade import cheapest
+from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import Certificate
-from gossipfl.inference.planning.cuts import Catalogue, choose_plan
+from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.margins import accepted, differing, margins
 from gossipfl.inference.planning.profile import DeviceProfile, Fallback, Plan
 from gossipfl.scenario.inference import latency

@@ -18,7 +18,8 @@ import numpy as np
 from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.calibration import Calibrator, Progress
 from gossipfl.inference.execution.engines import undisturbed
-from gossipfl.inference.planning.cuts import Bits, Catalogue, Overhead, choose_plan, fetch_seconds
+from gossipfl.inference.planning.catalogue import Bits, Catalogue, Overhead
+from gossipfl.inference.planning.cuts import choose_plan, fetch_seconds
 from gossipfl.inference.planning.profile import ON_DEVICE, DeviceProfile, FallbackRates, Plan
 from gossipfl.inference.planning.receipts import Receipt
 from gossipfl.runtime.edge_device import EdgeDevice

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gossipfl.inference.planning.cuts import activation_bytes, weight_bytes
 from gossipfl.inference.planning.profile import ModelProfile
+from gossipfl.inference.planning.sizes import activation_bytes, weight_bytes
 
 
 def saved(profile: ModelProfile, cut: int, weight_bits: Sequence[int], activation_bits: int) -> float:

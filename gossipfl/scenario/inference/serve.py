@@ -20,9 +20,10 @@ from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Answer
 from gossipfl.learning.datasets import normalise, open_dataset
 from gossipfl.learning.models import MODELS, build_model
+from gossipfl.protocol.messages import INFERENCE_RUN
 from gossipfl.registry import did_you_mean
 from gossipfl.runtime.edge_device import EdgeDevice
-from gossipfl.runtime.inference_server import INFERENCE_RUN, InferenceServer
+from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.model_list import Architecture, ask_models
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.inference.calibrate import calibrator_like, certifier, load_calibration, served_here, timed_here
