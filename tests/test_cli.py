@@ -373,3 +373,19 @@ def test_the_record_of_a_run_can_be_run_again(tmp_path):
     again = gossipfl("run", "first/scenario.toml", *run, "--out", "again", cwd=tmp_path)
     assert again.code == 0, again.stderr
     assert json.loads(again.stdout)["models_sha256"] == json.loads(first.stdout)["models_sha256"]
+
+
+@pytest.mark.parametrize("module", ["gossipfl.cli.runs", "gossipfl.scenario.interrupts"])
+def test_ctrl_c_during_the_imports_ends_with_130_and_no_traceback(module):
+    code = f"""
+import sys
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from gossipfl.cli import main
+main(["run", "quickstart"])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "gossipfl: interrupted\n")

@@ -5,14 +5,31 @@ Exit codes: 0 done (at least `min_peers` peers finished), 1 the run failed, 2 wr
 
 from __future__ import annotations
 
-import click
+import sys
+from typing import Any
 
-from gossipfl._version import __version__
-from gossipfl.cli import inference, runs
-from gossipfl.cli.options import EPILOG
+try:
+    import click
+
+    from gossipfl._version import __version__
+    from gossipfl.cli import inference, runs
+    from gossipfl.cli.options import EPILOG
+except KeyboardInterrupt:
+    print("gossipfl: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EPILOG)
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Ctrl-C while a command is still importing ends with 130 too; left to click, it would be 1."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("gossipfl: interrupted", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EPILOG)
 @click.version_option(__version__, prog_name="gossipfl")
 def main() -> None:
     """Decentralized learning without a server: peers train locally and gossip model segments.
