@@ -401,6 +401,7 @@ def test_a_device_that_knows_nothing_but_an_address_answers_and_the_server_ends_
             assert receipt["tiers"] == ["reduced" if receipt["margins"][0] >= receipt["threshold"] else "full"]
         code, stdout, _ = call("device", *words)
         assert code == 0 and "20 answers of digits" in stdout
+        assert re.search(r"first [\d.]+, then median [\d.]+, slowest [\d.]+ ms", stdout)
         np.save(tmp_path / "noise.npy", 5 * np.random.default_rng(0).standard_normal((300, 1, 8, 8)))
         code, stdout, _ = call("device", *words, "--inputs", tmp_path / "noise.npy", "--audit", "1")
         assert code == 0 and "alarm: version 6 differs from the full model more often than alpha" in " ".join(stdout.split())
