@@ -360,7 +360,7 @@ def with_input(**changes: object) -> dict:
         (b"", ("not JSON",)),
         (b'{"inputs": [', ("not JSON",)),
         (b"\xff\xfe\xfd", ("not JSON", "Inference-Header-Content-Length")),
-        (b"[" * 100_000, ("not JSON",)),
+        (b"[" * 100_000, ("nested too deeply",)),
         ([], ("JSON object",)),
         ({}, ("inputs", "'input'")),
         ({"inputs": [ONE["inputs"][0]] * 2}, ("list of one tensor",)),

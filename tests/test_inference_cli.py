@@ -255,6 +255,11 @@ def test_a_plan_needs_a_calibration(run):
     assert code == 2 and "gossipfl calibrate" in stderr
 
 
+def test_the_title_of_a_plan_shows_the_loss_as_it_was_asked(run):
+    code, stdout, _ = call("plan-inference", run, "--max-accuracy-loss", "0.0001")
+    assert code == 0 and "for a loss of 0.01 % at most" in " ".join(stdout.split())
+
+
 def test_a_loss_that_no_plan_keeps_within_is_answered_with_the_nearest(run, tmp_path):
     device = tmp_path / "device.toml"
     device.write_text('memory = "1KiB"\n')
@@ -279,7 +284,7 @@ def test_a_calibration_of_other_weights_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda text: text[:100], lambda text: "{}", lambda text: text.replace('"levels"', '"lvels"')]
+    "spoil", [lambda text: "", lambda text: text[:100], lambda text: "{}", lambda text: text.replace('"levels"', '"lvels"')]
 )
 def test_a_calibration_that_was_damaged_is_refused(run, tmp_path, spoil):
     copy = tmp_path / "copy"
@@ -287,7 +292,9 @@ def test_a_calibration_that_was_damaged_is_refused(run, tmp_path, spoil):
     stored = copy / "models" / "average.calibration.json"
     stored.write_text(spoil(stored.read_text()))
     code, _, stderr = call("plan-inference", copy)
-    assert code == 2 and "calibrate" in stderr and "Traceback" not in stderr
+    said = "".join(stderr.split())
+    assert code == 2 and "Traceback" not in stderr
+    assert str(stored) in said and f"`gossipfl calibrate {copy} --model average`".replace(" ", "") in said
 
 
 def of_another_machine(run, folder):
@@ -394,6 +401,7 @@ def test_a_device_that_knows_nothing_but_an_address_answers_and_the_server_ends_
             assert receipt["tiers"] == ["reduced" if receipt["margins"][0] >= receipt["threshold"] else "full"]
         code, stdout, _ = call("device", *words)
         assert code == 0 and "20 answers of digits" in stdout
+        assert re.search(r"first [\d.]+, then median [\d.]+, slowest [\d.]+ ms", stdout)
         np.save(tmp_path / "noise.npy", 5 * np.random.default_rng(0).standard_normal((300, 1, 8, 8)))
         code, stdout, _ = call("device", *words, "--inputs", tmp_path / "noise.npy", "--audit", "1")
         assert code == 0 and "alarm: version 6 differs from the full model more often than alpha" in " ".join(stdout.split())

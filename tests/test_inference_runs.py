@@ -54,6 +54,7 @@ from gossipfl.runtime.content_cache import ContentCache, digest_of
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.stages import live_shapes
+from gossipfl.scenario.inference.device_view import Answers
 from gossipfl.segments.codecs.planes import Planes
 
 SHAPE, CLASSES, LAYERS = (1, 8, 8), 5, 4
@@ -251,7 +252,7 @@ def by_engine(plan) -> Certificate:
     return certified(0.25 if plan.stages[0].engine == "fp32" else 0.125)(plan)
 
 
-def test_a_certificate_is_of_the_engine_that_runs(slow_fp32, servers, devices):
+def test_a_certificate_is_of_the_engine_that_runs(slow_fp32, servers, devices, capsys):
     """Engines other than fp32 take samples to be compiled; a device that has none runs fp32 instead."""
     server = servers(version=0)
     plan = catalogue(cut=LAYERS)
@@ -261,6 +262,8 @@ def test_a_certificate_is_of_the_engine_that_runs(slow_fp32, servers, devices):
         receipt = device.predict(X, DEADLINE_S).receipt
         assert (receipt.engines[0], receipt.threshold, receipt.alpha) == (engine, threshold, 0.02)
         assert device.refused == (() if engine == "bf16" else ("bf16",))
+        Answers(None, as_json=True).finish(device)
+        assert capsys.readouterr().err.count("bf16 is refused on this device") == len(device.refused)
 
 
 def test_fp32_runs_where_it_is_faster_than_what_was_planned_and_has_a_certificate_of_its_own(servers, devices, monkeypatch):

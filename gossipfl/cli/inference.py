@@ -89,7 +89,7 @@ def plan_inference(run: Path, model: str, device_file: Path | None, max_accuracy
         }
         click.echo(json.dumps(plain(values)))
     else:
-        title = f"{device.name}, for a loss of {max_accuracy_loss:.1%} at most"
+        title = f"{device.name}, for a loss of {100 * max_accuracy_loss:g} % at most"
         print_plan(Console(), calibration.catalogue.profile, plan, rows, title, certificates)
 
 

@@ -102,7 +102,9 @@ def decode_query(body: bytes, header_bytes: int | None, input_shape: Shape, long
 def _parse(text: bytes) -> dict[str, Any]:
     try:
         request = json.loads(text, parse_constant=_not_finite)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise ConfigError("the request is nested too deeply") from error
+    except ValueError as error:
         hint = "; is Inference-Header-Content-Length missing?" if isinstance(error, UnicodeDecodeError) else ""
         raise ConfigError(f"the request is not JSON: {error}{hint}") from error
     if not isinstance(request, dict):

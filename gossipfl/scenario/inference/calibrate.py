@@ -155,7 +155,11 @@ def load_calibration(trained: Trained) -> Calibration:
         text = trained.calibration_file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{trained.folder} is not calibrated ({error}); run `gossipfl calibrate {trained.folder}`") from error
-    calibration = Calibration.from_json(text)
+    try:
+        calibration = Calibration.from_json(text)
+    except ConfigError as error:
+        command = f"`gossipfl calibrate {trained.folder} --model {trained.name}`"
+        raise ConfigError(f"{trained.calibration_file}: {error}, with {command}") from error
     if calibration.digest != trained.digest:
         raise ConfigError(f"{trained.calibration_file} is of other weights; run `gossipfl calibrate {trained.folder}` again")
     return calibration

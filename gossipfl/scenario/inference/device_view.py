@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import get_args
 
+import click
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -40,6 +41,9 @@ class Answers:
             print(json.dumps({"sample": index, "class": class_, "receipt": receipt}), flush=True)
 
     def finish(self, device: EdgeDevice) -> None:
+        for engine in device.refused:
+            reason = "not installed, no samples to compile it with, slower than fp32, or it computes something else"
+            click.echo(f"{engine} is refused on this device: {reason}", err=True)
         if self._as_json or not self._receipts:
             return
         last, count = self._receipts[-1], len(self._receipts)
@@ -58,7 +62,7 @@ class Answers:
             "for a fallback": _fallbacks(self._receipts),
             "accepted from margin": "-" if last.threshold is None else f"{last.threshold:.3f}",
             "guarantee": _guarantee(last),
-            "latency, median / slowest": f"{1000 * statistics.median(self._seconds):.2f} / {1000 * max(self._seconds):.1f} ms",
+            "latency": _latency(self._seconds),
         }
         if self._labels is not None:
             rows["accuracy"] = f"{self._right / count:.3f}"
@@ -78,6 +82,13 @@ def _fallbacks(receipts: Sequence[Receipt]) -> str:
         return "-"
     up = statistics.fmean(receipt.fallback_bytes_up for receipt in fallen_back)
     return f"{size_text(up)} up, {1000 * statistics.median(receipt.fallback_s for receipt in fallen_back):.2f} ms"
+
+
+def _latency(seconds: Sequence[float]) -> str:
+    """The first apart: it waits for the plan and for the pieces."""
+    first, *then = (1000 * one for one in seconds)
+    rest = f", then median {statistics.median(then):.2f}, slowest {max(then):.1f}" if then else ""
+    return f"first {first:.1f}{rest} ms"
 
 
 def _guarantee(receipt: Receipt) -> str:
