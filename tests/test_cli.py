@@ -6,6 +6,8 @@ An audit hook notes every process that a command starts.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from click.testing import CliRunner
 from sockets import free_address
 
 from gossipfl.cli import main
+from gossipfl.cli.options import stdout_console
 
 SMALL = ("--set", "peers=4", "--set", "rounds=3", "--set", "central=false")
 
@@ -54,6 +57,7 @@ def note(event, arguments):
 
 sys.addaudithook(note)
 from gossipfl.cli import main
+from gossipfl.cli.options import stdout_console
 main(prog_name="gossipfl")
 """
 
@@ -331,7 +335,28 @@ def test_a_peer_whose_protocol_draws_for_everybody_needs_everybody_linked(by_han
     assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.parametrize("command", [("plan",), ("run", "--clock", "virtual"), ("run", "--clock", "local")])
+@pytest.mark.parametrize("code", ["class Mine:\n    pass\n", "def Mine(name, degrees):\n    pass\n"])
+def test_what_is_no_protocol_is_refused_before_anything_starts(command, code, tmp_path):
+    (tmp_path / "mine.py").write_text(code)
+    done = gossipfl(*command, "quickstart", "--set", "gossip.protocol=mine:Mine", cwd=tmp_path)
+    check_refused(done, "gossip.protocol = 'mine:Mine' is no protocol", "(name, degrees, config, numbers)")
+    assert not (tmp_path / "runs").exists()
+
+
 # --------------------------------------------------------------------------------------------------------------- two outputs
+
+
+def test_tables_that_go_to_a_file_are_as_wide_as_their_figures_need(monkeypatch):
+    row = "figure " * 25
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with io.StringIO() as file, contextlib.redirect_stdout(file):
+        stdout_console().print(row)
+        assert file.getvalue() == f"{row}\n"
+    monkeypatch.setenv("COLUMNS", "80")
+    with io.StringIO() as file, contextlib.redirect_stdout(file):
+        stdout_console().print(row)
+        assert len(file.getvalue().splitlines()) > 1
 
 
 @pytest.mark.processes
@@ -385,6 +410,7 @@ class Interrupts:
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupts())
 from gossipfl.cli import main
+from gossipfl.cli.options import stdout_console
 main(["run", "quickstart"])
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -42,7 +42,7 @@ SCENARIO = {
 
 
 def call(*words: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, list(map(str, words)))
+    result = CliRunner(env={"COLUMNS": None}).invoke(main, list(map(str, words)))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 import click
-from rich.console import Console
 
-from gossipfl.cli.options import EPILOG, errors_are_messages, insecure_option, quiet_option
+from gossipfl.cli.options import EPILOG, errors_are_messages, insecure_option, quiet_option, stdout_console
 
 run_argument = click.argument("run", type=click.Path(path_type=Path))
 model_option = click.option("--model", default="average", show_default=True, help="The run's average model, or a peer's: p3.")
@@ -51,7 +50,7 @@ def calibrate(run: Path, model: str, alpha: float, delta: float, as_json: bool, 
     if as_json:
         click.echo(calibration.to_json())
     else:
-        print_calibration(Console(), calibration)
+        print_calibration(stdout_console(), calibration)
         click.echo(f"stored  {trained.calibration_file}")
 
 
@@ -90,7 +89,7 @@ def plan_inference(run: Path, model: str, device_file: Path | None, max_accuracy
         click.echo(json.dumps(plain(values)))
     else:
         title = f"{device.name}, for a loss of {100 * max_accuracy_loss:g} % at most"
-        print_plan(Console(), calibration.catalogue.profile, plan, rows, title, certificates)
+        print_plan(stdout_console(), calibration.catalogue.profile, plan, rows, title, certificates)
 
 
 @click.command("bench-inference", epilog=EPILOG)
@@ -159,14 +158,14 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
         }
         click.echo(json.dumps(plain(values)))
     else:
-        print_plan_rows(Console(), plans)
-        print_threshold_rows(Console(), thresholds)
-        print_latency_rows(Console(), latencies)
-        print_cascade_rows(Console(), cascades)
+        print_plan_rows(stdout_console(), plans)
+        print_threshold_rows(stdout_console(), thresholds)
+        print_latency_rows(stdout_console(), latencies)
+        print_cascade_rows(stdout_console(), cascades)
         if fallbacks:
-            print_fallback_rows(Console(), fallbacks)
+            print_fallback_rows(stdout_console(), fallbacks)
         if links:
-            print_link_rows(Console(), links)
+            print_link_rows(stdout_console(), links)
         click.echo(f"{len(samples[1])} test samples, that neither training nor calibration saw")
 
 

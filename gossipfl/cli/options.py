@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import click
+from rich.console import Console
 
 from gossipfl.errors import GossipflError
 
 EPILOG = "Exit codes: 0 done, 1 the run failed, 2 wrong usage or scenario, 130 interrupted."
+FILE_WIDTH = 240
 F = Callable[..., Any]
 
 
@@ -34,6 +37,11 @@ def errors_are_messages(command: F) -> F:
             sys.exit(130)
 
     return wrapped
+
+
+def stdout_console() -> Console:
+    """As wide as the terminal; what goes to a file is as wide as its figures need."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH)
 
 
 set_option = click.option(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 from rich.console import Console
 
-from gossipfl.cli.options import EPILOG, errors_are_messages, insecure_option, quiet_option, set_option
+from gossipfl.cli.options import EPILOG, errors_are_messages, insecure_option, quiet_option, set_option, stdout_console
 from gossipfl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def reproduce(name: str, full: bool, out: Path | None, force: bool, jobs: int | 
     if as_json:
         click.echo(json.dumps([asdict(table) for table in tables]))
     else:
-        print_tables(Console(), tables)
+        print_tables(stdout_console(), tables)
         click.echo(f"records  {folder}/")
 
 
@@ -271,7 +271,7 @@ def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_jso
     if as_json:
         click.echo(json.dumps(asdict(figures) | {"rounds_to_tenth": figures.rounds_to_tenth}))
     else:
-        print_topology(Console(), loaded, graph, figures)
+        print_topology(stdout_console(), loaded, graph, figures)
     if refusal is not None:
         click.echo(f"a run on it would be refused: {refusal}", err=True)
 
@@ -300,7 +300,7 @@ def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: 
     if as_json:
         click.echo(json.dumps(asdict(made)))
     else:
-        print_plan(Console(), made)
+        print_plan(stdout_console(), made)
     if made.too_large:
         raise ConfigError(f"the run would be refused: {made.too_large}")
 
@@ -354,7 +354,7 @@ def sweep(
         last_interrupt()
         display.interrupted()
         sys.exit(130)
-    print_sweep(Console(), rows, list(runs[0].settings))
+    print_sweep(stdout_console(), rows, list(runs[0].settings))
     click.echo(folder / "sweep.csv")
     sys.exit(1 if any(row["error"] for row in rows) else 0)
 
@@ -366,7 +366,7 @@ def _end(result: RunResult, as_json: bool) -> NoReturn:
     if as_json:
         click.echo(json.dumps(result.summary))
     else:
-        print_summary(Console(), result)
+        print_summary(stdout_console(), result)
     if result.ending is not None:
         click.echo(f"gossipfl: {result.ending}", err=True)
     sys.exit(result.exit_code)

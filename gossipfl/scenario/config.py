@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -257,9 +258,14 @@ def check_names(scenario: Scenario) -> None:
     ]
     for key, table, name in tables:
         try:
-            table.get(name)
+            found = table.get(name)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from error
+        if table is PROTOCOLS and not _is_machine(found):
+            raise ConfigError(
+                f"{key} = {name!r} is no protocol: it must be called as (name, degrees, config, numbers) and have "
+                "handle(event, now) and next_deadline, as gossipfl.Gossip does"
+            )
     names_own_module = any(":" in name for name in (scenario.model, scenario.data.kind, scenario.training.step or ""))
     for key, kind, name, known in (
         ("model", "model", scenario.model, BUILT_IN_MODELS),
@@ -267,6 +273,14 @@ def check_names(scenario: Scenario) -> None:
     ):
         if name not in known and not names_own_module:
             raise ConfigError(f"{key}: unknown {kind} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+
+
+def _is_machine(protocol: Any) -> bool:
+    try:
+        inspect.signature(protocol).bind("p0", {}, None, None)
+    except (TypeError, ValueError):  # a value error is of what has no signature to be read
+        return False
+    return not isinstance(protocol, type) or (hasattr(protocol, "handle") and hasattr(protocol, "next_deadline"))
 
 
 def _build_topology(scenario: Scenario) -> PeerTopology:

@@ -114,9 +114,7 @@ def print_plan(
     table = Table("cut after", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     columns = ("bits: layers | cut", "down", "up", "saved", "latency\nin ms", "falls\nback", "energy\nin mJ", "memory")
     for column in columns:
-        table.add_column(
-            column, justify="left" if column.startswith("bits") else "right", no_wrap=not column.startswith("bits")
-        )
+        table.add_column(column, justify="left" if column.startswith("bits") else "right", overflow="fold")
     for row in rows:
         found = row.prediction
         if found is None:
@@ -244,7 +242,7 @@ def print_fallback_rows(console: Console, rows: Sequence[FallbackRow]) -> None:
     title = "fallbacks, to continue or to start afresh: predicted | measured"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("device, cut", "way", "bytes up", "ms", "fall back", "differ", "of all"):
-        table.add_column(column, justify="left" if column in ("device, cut", "way") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("device, cut", "way") else "right", overflow="fold")
     for row in rows:
         table.add_row(
             f"{row.device} {row.cut}/{row.num_layers}",
@@ -267,7 +265,7 @@ def print_latency_rows(console: Console, rows: Sequence[LatencyRow]) -> None:
     title = "latency and bytes: predicted | measured, on emulated devices and links"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("device, cut", "ms", "error", "calibrated", "median", "bytes up", "pulled", "in ms"):
-        table.add_column(column, justify="left" if column.startswith("device") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column.startswith("device") else "right", overflow="fold")
     for row in rows:
         table.add_row(
             f"{row.device} {row.cut}/{row.num_layers}",
@@ -316,7 +314,7 @@ def print_link_rows(console: Console, rows: Sequence[LinkRow]) -> None:
     title = "emulated links by themselves: set | measured"
     table = Table("link", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("latency in ms", "error", "bytes/s", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         table.add_row(
             f"{row.device} {row.direction}",
