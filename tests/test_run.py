@@ -722,6 +722,8 @@ def test_every_image_model_runs(model, shape, n, tmp_path):
     assert result.exit_code == 0 and result.summary["rounds"] == 2 and result.summary["accuracy"]["mean"] >= 0
     assert result.summary["parameters"] == sum(values.size for values in result.model("p0").values())
     assert all(np.isfinite(values).all() for values in result.model().values())
+    with pytest.raises(ConfigError, match=r"has no model 'p99'; its models: average, p0, "):
+        result.model("p99")
 
 
 def test_gpt_learns_the_characters_of_a_text_file(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gossipfl.errors import RunError
+from gossipfl.errors import ConfigError, RunError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED
@@ -93,8 +93,12 @@ class RunResult:
         return reasons
 
     def model(self, name: str = "average") -> dict[str, np.ndarray]:
-        """The final tensors of a peer, or of the average model."""
-        layout, vector = load_model(self.folder / "models" / f"{name}.safetensors")
+        """The final tensors of a peer, or of the average model. ConfigError, with those that there are, for any other."""
+        path = self.folder / "models" / f"{name}.safetensors"
+        if not path.exists():
+            known = sorted(other.stem for other in path.parent.glob("*.safetensors"))
+            raise ConfigError(f"{self.folder} has no model {name!r}; its models: {', '.join(known) or 'none'}")
+        layout, vector = load_model(path)
         return layout.tensors(vector)
 
     def check(self) -> RunResult:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import get_args
 
-import click
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -18,7 +17,7 @@ from rich.table import Table
 from gossipfl.inference.planning.receipts import Answer, Receipt, Tier
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.scenario.inference.display import bits_text, plain
-from gossipfl.scenario.terminal import size_text
+from gossipfl.scenario.terminal import print_line, size_text
 
 
 class Answers:
@@ -43,7 +42,7 @@ class Answers:
     def finish(self, device: EdgeDevice) -> None:
         for engine in device.refused:
             reason = "not installed, no samples to compile it with, slower than fp32, or it computes something else"
-            click.echo(f"{engine} is refused on this device: {reason}", err=True)
+            print_line(Console(stderr=True), f"{engine} is refused on this device: {reason}")
         if self._as_json or not self._receipts:
             return
         last, count = self._receipts[-1], len(self._receipts)

@@ -112,9 +112,19 @@ def print_plan(
     """`certificates` of the plan that there are by now."""
     title = f"every cut of {len(profile.layers)} layers for {device}"
     table = Table("cut after", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    columns = ("bits: layers | cut", "down", "up", "saved", "latency\nin ms", "falls\nback", "energy\nin mJ", "memory")
+    columns = (
+        "bits: layers | cut",
+        "engine",
+        "down",
+        "up",
+        "saved",
+        "latency\nin ms",
+        "falls\nback",
+        "energy\nin mJ",
+        "memory",
+    )
     for column in columns:
-        table.add_column(column, justify="left" if column.startswith("bits") else "right", overflow="fold")
+        table.add_column(column, justify="left" if column.startswith(("bits", "engine")) else "right", overflow="fold")
     for row in rows:
         found = row.prediction
         if found is None:
@@ -123,6 +133,7 @@ def print_plan(
         table.add_row(
             _place(profile, row.cut),
             f"{bits_text(row.weight_bits)} | {row.activation_bits or '-'}",
+            row.device_engine if row.cut else "-",
             size_text(found.weight_bytes + found.sample_bytes + found.offer_bytes),
             size_text(found.activation_bytes),
             f"{saved(profile, row.cut, row.weight_bits, row.activation_bits):.0%}",
@@ -133,6 +144,11 @@ def print_plan(
             style="bold" if row.cut == plan.cut else "dim" if row.obstacle else None,
         )
     console.print(table)
+    for line in (
+        "down: weights, offer, and samples where an engine is compiled with some; saved: of weights and values at the cut",
+        "cost: seconds, joules and the server's seconds of a mean request, each times the device's weight for it",
+    ):
+        console.print(line, highlight=False)
     if any(row.fallback_rate for row in rows):
         console.print("in ms: the reduced model's + what those that fall back add to a mean request", highlight=False)
     for row in rows:
@@ -235,6 +251,11 @@ def print_threshold_rows(console: Console, rows: Sequence[ThresholdRow]) -> None
             f"{row.time_saved:.0%}",
         )
     console.print(table)
+    for line in (
+        "max: above every margin seen where the class changed; fit99, fit99.9: quantiles of an exponential fitted to those",
+        "margins, at most 1, where all fall back: with few bits the fit is poor; certified: what a guarantee is given for",
+    ):
+        console.print(line, highlight=False)
 
 
 def print_fallback_rows(console: Console, rows: Sequence[FallbackRow]) -> None:
