@@ -577,6 +577,15 @@ def test_a_lost_neighbour_is_not_lingered_for():
     assert a.handle(PeerDown("e"), 3.0)[-1] == Finish()
 
 
+@pytest.mark.parametrize(("newest", "kinds"), [(1, []), (0, ["down"])])
+def test_the_end_of_who_has_finished_is_no_fault_though_its_leave_is_overtaken(newest, kinds):
+    a, asked = gathering(rounds=1)
+    silent = min(set(OTHERS) - set(asked))
+    answer_all(a, asked, 2.0)
+    a.handle(Received(silent, Hello("L", newest, False)), 2.0)
+    assert [action.record.kind for action in only(a.handle(PeerDown(silent), 3.0), Report)] == kinds
+
+
 def test_lingering_ends_after_linger_s():
     a = lingering(linger_s=5)
     while a.phase is not Phase.DONE:

@@ -304,7 +304,8 @@ class Gatherer(Participant):
         if neighbour is None or neighbour.away:
             return []
         actions: list[Action] = []
-        if neighbour.answered and not neighbour.gone:
+        is_finished = self.phase is Phase.LINGERING and neighbour.newest >= self.round  # its Leave may be on its way
+        if neighbour.answered and not neighbour.gone and not is_finished:
             actions.append(Report(Fault(self.round, peer, "down", f"the connection to {peer} broke")))
         neighbour.away = neighbour.answered  # before its first answer, Hello goes on trying
         self.desk.forget(peer)

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from gossipfl.errors import ConfigError, DataError, GossipflError, RunError
+from gossipfl.errors import ConfigError, DataError, RunError
 from gossipfl.learning.checkpoint import load_model, write_atomically
 from gossipfl.learning.datasets import open_dataset
 from gossipfl.protocol.messages import Collect, PeerId, Record
@@ -38,7 +38,7 @@ from gossipfl.scenario.hosting import (
     tcp_address,
     tell_of_statistics,
 )
-from gossipfl.scenario.interrupts import interrupts_deferred, not_interrupted
+from gossipfl.scenario.interrupts import OneInterrupt
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import RunFolder, check_free, final_models, remove_files, summarize
 from gossipfl.scenario.results import RunResult
@@ -136,17 +136,6 @@ def run_peer(
         serving=served,
         **settings,
     )
-    host: PeerHost | None = None
-    try:
-        with interrupts_deferred():
-            host = PeerHost(job)
-    except (GossipflError, KeyboardInterrupt):
-        with not_interrupted():
-            if host is not None:
-                host.close()
-            record.close()
-            place.give_up()
-        raise
     problem: str | None = None
     is_served = False
 
@@ -165,28 +154,35 @@ def run_peer(
             case {"event": "finished", "error": error}:
                 problem = error
 
-    try:
-        place.keep()
-        tell_of_statistics(scenario, host.engine.flat.has_statistics, say, record.warn)
-        say(f"{name} listens at {host.address}; waiting for {len(peer.degrees)} neighbours")
-        host.start({other: address for other, address in roster.peers.items() if other in peer.degrees or other == name})
-        began = time.monotonic()
-        while host.num_active:
-            host.work(hear, timeout_s=0.5)
-            if scenario.stop.duration is not None and time.monotonic() - began > scenario.stop.duration:
-                host.stop_after(1)
-        if problem is not None:
-            raise RunError(problem)
-        if keep_s > 0:
-            say(f"{name} has finished; keeping its results for {keep_s:g} s, or until they are collected")
-            deadline = time.monotonic() + keep_s
-            while time.monotonic() < deadline and not host.is_collected:
-                host.work(hear, timeout_s=0.2)
-    finally:
-        with not_interrupted():  # or its socket would stay
-            host.close(flush_s=1.0)
+    host: PeerHost | None = None
+    with OneInterrupt() as interrupt:  # a second one would leave the socket's file behind
+        try:
+            with interrupt.deferred():
+                host = PeerHost(job)
+            place.keep()
+            tell_of_statistics(scenario, host.engine.flat.has_statistics, say, record.warn)
+            say(f"{name} listens at {host.address}; waiting for {len(peer.degrees)} neighbours")
+            host.start({other: address for other, address in roster.peers.items() if other in peer.degrees or other == name})
+            began = time.monotonic()
+            while host.num_active:
+                host.work(hear, timeout_s=0.5)
+                if scenario.stop.duration is not None and time.monotonic() - began > scenario.stop.duration:
+                    host.stop_after(1)
+            if problem is not None:
+                raise RunError(problem)
+            if keep_s > 0:
+                say(f"{name} has finished; keeping its results for {keep_s:g} s, or until they are collected")
+                deadline = time.monotonic() + keep_s
+                while time.monotonic() < deadline and not host.is_collected:
+                    host.work(hear, timeout_s=0.2)
+        finally:
+            if host is not None:
+                host.close(flush_s=1.0)
             record.close()
-            shard.unlink(missing_ok=True)
+            if place.is_kept:
+                shard.unlink(missing_ok=True)
+            else:
+                place.give_up()
     return folder
 
 

@@ -26,18 +26,37 @@ def not_interrupted() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt afterwards: what is made within can then be cleaned up."""
-    heard: list[int] = []
+class OneInterrupt:
+    """While entered, the first Ctrl-C or SIGTERM raises KeyboardInterrupt, and further ones are ignored: cleaning up goes on.
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        heard.append(number)
+    Does nothing outside of the main thread.
+    """
 
-    with _handled(signal.SIGINT, hear), _handled(signal.SIGTERM, hear):
+    def __init__(self) -> None:
+        self._is_heard = self._is_deferred = False
+        self._handlers = contextlib.ExitStack()
+
+    def __enter__(self) -> OneInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers.enter_context(_handled(number, self._hear))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._handlers.close()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        is_first, self._is_heard = not self._is_heard, True
+        if is_first and not self._is_deferred:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """It is raised afterwards: what is made within can then be cleaned up."""
+        self._is_deferred = True
         yield
-    if heard:
-        raise KeyboardInterrupt
+        self._is_deferred = False
+        if self._is_heard:
+            raise KeyboardInterrupt
 
 
 def last_interrupt() -> None:

@@ -120,6 +120,7 @@ class RunFolder:
 
     def __init__(self, out: Path | None, name: str, force: bool) -> None:
         self.path = folder = _free_place(name, force) if out is None else out
+        self.is_kept = False
         check_free(folder, force)
         self._replaced = None if _is_free(folder) else _moved_aside(folder)
         self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -138,6 +139,7 @@ class RunFolder:
 
     def keep(self) -> None:
         """The run begins: what it replaces goes."""
+        self.is_kept = True
         if self._replaced is not None:
             remove_files(self._replaced)
             self._replaced = None

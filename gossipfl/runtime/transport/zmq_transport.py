@@ -191,12 +191,13 @@ class ZmqTransport:
         for link in list(self._links.values()):
             if ready.get(link.socket, 0) & POLLOUT:
                 self._flush(link)
-            if link.monitor in ready:
-                self._read_monitor(link)
             if ready.get(link.socket, 0) & POLLIN:
-                self._read_link(link)  # last: it may drop the link
+                self._read_link(link)
         if self._router in ready:
             self._read_router()
+        for link in list(self._links.values()):  # after the last words of whoever has gone
+            if link.monitor in ready:
+                self._read_monitor(link)
         for origin in list(self._blocked):
             self._pump(origin, self._inbound[origin])
         if time.monotonic() - self._swept_at > SWEEP_S:
