@@ -47,8 +47,8 @@ MAX_MODELS_BYTES = 2**30
 """Of the peers' final models together, to be kept one by one; beyond it only the average is."""
 SAVED_AT_ONCE = 16
 """Models: a disk that is asked to keep many files takes little longer than for one."""
-SUMMED_AT_ONCE = 2**15
-"""Values: their float64s stay in the cache."""
+SUMMED_AT_ONCE = 2**13
+"""Values: their float64s stay in the cache, and are too few for several threads, which would take longer to agree."""
 MANY_PEERS = 64
 """From here on "auto" measures which engine is faster."""
 
