@@ -21,7 +21,8 @@ from gossipfl.protocol.messages import Data, Fault, Message, Pull, RoundReport, 
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.layout import Layout, even_segments
 from gossipfl.segments.store import SegmentStore
-from gossipfl.simulation.simulator import SimulatedPeer, Simulator, Watcher
+from gossipfl.simulation.peer import SimulatedPeer, Watcher
+from gossipfl.simulation.simulator import Simulator
 
 TrainFunction = Callable[[str, int, np.ndarray], np.ndarray]
 

@@ -41,7 +41,8 @@ from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256
 from gossipfl.scenario.results import Observer, RunResult
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.store import SegmentStore
-from gossipfl.simulation.simulator import SimulatedPeer, Simulator, Watcher
+from gossipfl.simulation.peer import SimulatedPeer, Watcher
+from gossipfl.simulation.simulator import Simulator
 
 MAX_MODELS_BYTES = 2**30
 """Of the peers' final models together, to be kept one by one; beyond it only the average is."""

@@ -14,8 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +42,6 @@ from gossipfl.protocol.messages import (
     Pull,
     Received,
     Report,
-    RoundReport,
     Send,
     Serve,
     Start,
@@ -61,72 +59,12 @@ from gossipfl.segments.mixing import SegmentMix, mix_segments
 from gossipfl.segments.store import SegmentStore
 from gossipfl.simulation.clock import VirtualClock
 from gossipfl.simulation.network import Network
+from gossipfl.simulation.peer import ProtocolMachine, SimulatedPeer, Watcher
 
 RUN = 1
 """The number of a simulated run in its headers: there are no other runs to be told apart from."""
 LARGE = 2**18
 """Parameters from which on a vector (1 MiB) has a mapping of its own and is mixed as its segments come in."""
-
-
-class ProtocolMachine(Protocol):
-    """What the simulator needs of a machine beyond `Machine`."""
-
-    name: PeerId
-    config: Any
-    desk: Any
-    membership: Any
-    round: int
-
-    @property
-    def next_deadline(self) -> float | None: ...
-
-    def handle(self, event: Event, now: float) -> list[Any]: ...
-
-
-@dataclass(slots=True, eq=False)
-class SimulatedPeer:
-    """One peer: its machine, what it stores, and the vectors between training and merging (all f32[P])."""
-
-    index: int
-    name: PeerId
-    machine: ProtocolMachine
-    store: SegmentStore
-    learner: Learner
-    own: np.ndarray
-    """The newest trained vector; while `task` is set, the one that training starts from."""
-    mixed: np.ndarray | None = None
-    merges: dict[int, Merge] = field(default_factory=dict)
-    """Of each segment, the merge that is due and not yet carried out."""
-    task: int | None = None
-    """The round that is being trained and not yet computed."""
-    owns_start: bool = False
-    """Whether nobody else may see the vector that training starts from, so that it is trained in place."""
-    loss: float = float("nan")
-    wake_at: float | None = None
-    is_there: bool = False
-    """Begun, not killed since, and not finished."""
-    is_away: bool = False
-    is_finished: bool = False
-    error: str | None = None
-    traffic: Traffic = field(default_factory=Traffic)
-    decoded: dict[tuple[int, Range], Decoded] = field(default_factory=dict)
-
-
-class Watcher:
-    """Hears of what happens in a simulation. Does nothing; a run's record has one that writes it down."""
-
-    def trained(self, peers: Sequence[SimulatedPeer]) -> None:
-        """These peers' trained vectors (`own`) have just been computed."""
-
-    def will_train(self) -> None:
-        """Mixed vectors are about to be trained from, some in place: the last moment to look at them."""
-
-    def round_done(self, peer: SimulatedPeer, report: RoundReport, traffic: Traffic) -> None:
-        """The peer's merges of this round are done: `mixed` (or `own`, where nothing was merged) is what came of them."""
-
-    def fault(self, peer: SimulatedPeer, fault: Fault) -> None: ...
-
-    def finished(self, peer: SimulatedPeer) -> None: ...
 
 
 class Simulator:
