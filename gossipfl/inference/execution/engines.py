@@ -275,6 +275,7 @@ PRECISIONS = {
     "fp32": Precision(lambda rows: rows, lambda rows: rows),
     "bf16": Precision(lambda rows: rows.bfloat16().float(), lambda rows: rows.bfloat16().float()),
     "int8": Precision(_rounded_to_codes, partial(_rounded_to_codes, largest=LARGEST_CODE)),
+    "onnxruntime": Precision(partial(_rounded_to_codes, largest=127), _rounded_to_codes),
 }
 """Of engines with another than eight bits."""
 

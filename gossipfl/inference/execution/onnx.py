@@ -1,4 +1,8 @@
-"""A stage of a chain in onnxruntime's 8-bit arithmetic (extra `ort`): u8 activations of fixed scales, i8 weights by channel."""
+"""A stage of a chain in onnxruntime's 8-bit arithmetic (extra `ort`): u8 activations of fixed scales, 7-bit weights by channel.
+
+Seven bits, since processors without dot products of bytes (AVX2) add pairs of products in 16 bits, where 2 x 255 x 127 saturates
+and 2 x 255 x 64 does not. Its mode that is as precise with eight takes 1.4 times as long there.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +40,7 @@ def quantized_session(stage: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Call
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
+            reduce_range=True,
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},  # scores are not rounded to codes
         )
         session = _session(quantized, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
@@ -71,7 +76,6 @@ def _session(
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = level
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")  # else sums of products saturate in 16 bits on AVX2
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
