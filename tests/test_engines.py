@@ -131,8 +131,43 @@ def test_a_residual_network_stays_in_codes_from_end_to_end() -> None:
     chain = chain_of("resnet20")
     nodes = list(quantize(chain.stage(0, 20), (samples(chain),)).graph.nodes)
     counts = Counter(str(node.target) for node in nodes)
-    assert (counts["quantized.conv2d_relu"], counts["quantized.conv2d"], counts["quantized.add_relu"]) == (10, 9, 9)
+    shortcuts = 2  # that pad channels
+    assert (counts["quantized.conv2d_relu"], counts["quantized.conv2d"], counts["quantized.add_relu"]) == (10, 9 + shortcuts, 9)
     assert sum(node.target is torch.quantize_per_tensor for node in nodes) == counts["dequantize"] == 1
+
+
+class Arranged(nn.Module):
+    """Codes that are padded, with their channels first or not; then flattened for a layer, or for who looks at them."""
+
+    def __init__(self, pads: tuple[int, ...], has_head: bool) -> None:
+        super().__init__()
+        self.pads, self.conv = pads, nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear((6 + sum(pads[:2])) * (6 + sum(pads[2:4])) * (4 + sum(pads[4:])), 5) if has_head else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.flatten(F.pad(torch.relu(self.conv(x)), self.pads), 1)
+        return self.head(flat) if self.head is not None else flat
+
+
+@needs_int8
+@pytest.mark.parametrize("pads", [(0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 2, 3), (1, 0, 2, 1, 1, 0)])
+def test_arranging_codes_changes_none(pads: tuple[int, ...]) -> None:
+    """Padding and flattening are done in other ways than in f32 where that is faster; they come to the same."""
+    torch.manual_seed(0)
+    whole = Arranged(pads, has_head=True)
+    plain, looked_at = Arranged((0, 0), has_head=False), Arranged(pads, has_head=False)
+    for other in (plain, looked_at):
+        other.conv.load_state_dict(whole.conv.state_dict())
+    x = torch.rand(7, 3, 8, 8)
+    codes, flat, scores = (
+        quantize(Chain.of(m, (3, 8, 8)).stage(0, n), (x,))(x)[0] for m, n in ((plain, 1), (looked_at, 1), (whole, 2))
+    )
+    assert torch.equal(flat, F.pad(codes.view(7, 4, 6, 6), pads).flatten(1))
+    head = whole.head
+    assert head is not None
+    steps = head.weight.abs().amax(1, keepdim=True) / 127
+    rounded = (head.weight / steps).round() * steps
+    torch.testing.assert_close(scores, F.linear(flat, rounded, head.bias), rtol=1e-4, atol=1e-5)
 
 
 @needs_int8

@@ -1,7 +1,7 @@
 """A stage of a chain in onnxruntime's 8-bit arithmetic (extra `ort`): u8 activations of fixed scales, 7-bit weights by channel.
 
-Seven bits, since processors without dot products of bytes (AVX2) add pairs of products in 16 bits, where 2 x 255 x 127 saturates
-and 2 x 255 x 64 does not. Its mode that is as precise with eight takes 1.4 times as long there.
+Seven bits, since processors without dot products of bytes (AVX2) add pairs of products in 16 bits, where 2 x 255 x 127
+saturates and 2 x 255 x 64 does not. Its mode that is exact with eight takes 1.4 times as long there.
 """
 
 from __future__ import annotations
