@@ -244,7 +244,7 @@ def test_pulled_planes_come_apart_into_the_pieces_that_are_cached(start, length,
 
 def asker(servers=("s0", "s1"), **config) -> Asker:
     settings_ = dict(patience_s=PATIENCE, wait_s=WAIT) | config
-    return Asker(DeviceConfig(**settings_), servers, PROFILE, itertools.count(1))
+    return Asker(DeviceConfig(**settings_), {peer: f"tcp://{peer}" for peer in servers}, PROFILE, itertools.count(1))
 
 
 def sent(actions, kind):
@@ -303,7 +303,7 @@ def test_who_does_not_answer_a_plan_request_is_left_alone_and_another_is_asked()
     ((_, first),) = sent(machine.handle(Start(), 0.0), PlanRequest)
     assert machine.next_deadline == PATIENCE and machine.handle(Wake(), PATIENCE - 0.1) == []
     actions = machine.handle(Wake(), PATIENCE)
-    assert Forget("s0", first.request) in actions and [r.peer for r in of(actions, Report)] == ["s0"]
+    assert Forget("s0", first.request) in actions and [r.source for r in of(actions, Report)] == ["tcp://s0"]
     assert [peer for peer, _ in sent(actions, PlanRequest)] == ["s1"]
     actions = machine.handle(PeerDown("s1"), PATIENCE + 1.0)
     assert [peer for peer, _ in sent(actions, PlanRequest)] == ["s0"], "its time alone is over"
@@ -491,7 +491,7 @@ def test_where_there_is_no_version_yet_the_question_waits_for_it():
     (failure,) = of(machine.handle(Wake(), 30.0), Fail)
     assert (failure.number, failure.kind) == (2, "deadline")
     assert failure.reason == (
-        "no answer in time; waited 29 s for a first version: s0 has none ready yet, while it is trained or calibrated; "
+        "no answer in time; waited 29 s for a first version: tcp://s0 has none ready yet, while it is trained or calibrated; "
         "allow more time"
     )
     assert machine.next_deadline == 1.0 + WAIT + PATIENCE
@@ -655,7 +655,8 @@ def test_where_every_server_is_gone_the_policy_decides(policy):
         while not of(actions, Fail):
             now = machine.next_deadline
             actions = machine.handle(Wake(), now)
-        assert now == 100.0 and of(actions, Fail)[0].kind == "deadline"
+        (failure,) = of(actions, Fail)
+        assert now == 100.0 and failure.kind == "deadline" and "--on-no-server unverified" in failure.reason
     assert 1 not in machine._questions and not machine._by_request
 
 
@@ -943,7 +944,7 @@ def test_after_an_alarm_the_full_model_answers_all_and_where_there_is_none_the_p
     (report,) = of(alarm(machine), Report)
     num_audited, num_differing = counted(machine)
     assert num_audited == num_differing <= 10
-    assert (report.peer, report.kind) == ("m", "drift") and f"alpha = 0.02: it did in {num_audited} of" in report.detail
+    assert (report.source, report.kind) == ("m", "drift") and f"alpha = 0.02: it did in {num_audited} of" in report.detail
     (upload,) = ask_sure(machine, 1, (0.9, 1.0))
     assert (upload.tier, upload.samples) == ("full", None), "however sure"
     actions = machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1)), 0.1)
@@ -1026,7 +1027,9 @@ def test_only_so_many_audits_are_under_way():
 
 def test_about_the_share_is_audited_and_the_generator_decides():
     def run(seed) -> list:
-        machine = Asker(DeviceConfig(audit_share=0.1), ["s0"], PROFILE, itertools.count(1), np.random.default_rng(seed))
+        machine = Asker(
+            DeviceConfig(audit_share=0.1), {"s0": "tcp://s0"}, PROFILE, itertools.count(1), np.random.default_rng(seed)
+        )
         machine.handle(Start(), 0.0)
         switch(machine, certified())
         uploads = [of(ask_sure(machine, number), Upload) for number in range(500)]
@@ -1409,7 +1412,7 @@ class World:
         self.peers = [f"m@{k}" for k in range(num_servers)]
         self.device = Asker(
             DeviceConfig(on_no_server=policy, patience_s=0.5, wait_s=2.0, audit_share=0.5),
-            self.peers,
+            dict(zip(self.peers, self.peers, strict=True)),
             PROFILE,
             itertools.count(1),
             np.random.default_rng(seed),

@@ -499,7 +499,7 @@ def test_a_server_that_lies_when_it_continues_is_left_and_another_starts_afresh(
     answer = device.predict(X, DEADLINE_S)
     assert answer.receipt.tiers == ("full",) * 6
     assert_same(answer.scores, full_scores(X))
-    assert [(fault.peer, fault.kind) for fault in device.faults] == [("m@0", "rejected")]
+    assert [(fault.source, fault.kind) for fault in device.faults] == [(liar.address, "rejected")]
 
 
 def test_what_is_kept_to_be_continued_is_bounded_whatever_devices_do(servers, attackers):
@@ -687,7 +687,7 @@ def test_a_tampered_piece_is_pulled_from_another(servers, devices):
     tamper(liar)
     device = devices(liar, honest)
     assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X, cut=LAYERS))
-    assert {(fault.peer, fault.kind) for fault in device.faults} == {("m@0", "rejected")}
+    assert {(fault.source, fault.kind) for fault in device.faults} == {(liar.address, "rejected")}
     assert all("is not what was offered: its digest is" in fault.detail for fault in device.faults)
 
 
@@ -904,7 +904,11 @@ def test_a_device_with_another_model_is_told_so(servers):
 
 def test_where_nobody_is_there_a_question_ends_in_time(devices):
     device = devices("tcp://127.0.0.1:9", patience_s=0.1)
-    with pytest.raises(RunError, match="no answer in time"):
+    with pytest.raises(
+        RunError, match=r"no answer in time; .* no answer from tcp://127.0.0.1:9 yet; is .* running there\? .*--server"
+    ):
+        device.predict(X, 0.05)
+    with pytest.raises(RunError, match=r"no answer in time; .* tcp://127.0.0.1:9: no answer to a plan request; is .* there\?"):
         device.predict(X, 0.5)
 
 
@@ -969,7 +973,7 @@ def test_a_question_whose_server_is_killed_is_answered_by_another(cut, activatio
     answer = asked_and_killed(device, process).result(DEADLINE_S)
     assert answer.receipt.tiers == ("full",) * 6
     assert_same(answer.scores, full_scores(X))
-    assert ("m@0", "gone") in {(fault.peer, fault.kind) for fault in device.faults}
+    assert (process.address, "gone") in {(fault.source, fault.kind) for fault in device.faults}
 
 
 @pytest.mark.processes
@@ -990,8 +994,13 @@ def test_or_fails_where_that_is_not_wanted_or_half_of_the_model_is_missing(proce
         device = devices(process, on_no_server=policy)
         device.predict(X, DEADLINE_S)
         process.signal(signal.SIGKILL)
-        with pytest.raises(RunError, match=r"no answer in time; .*m@0"):
+        with pytest.raises(RunError) as error:
             device.predict(X, 1.0)
+        said = str(error.value)
+        assert said.startswith(
+            f"no answer in time; {process.address}: the connection broke; is `gossipfl serve` running there?"
+        )
+        assert "--server" in said and ("--on-no-server unverified" in said) == (process is whole), "half a model has no answer"
 
 
 def test_a_server_that_closes_finishes_what_it_has_taken_and_others_go_on(servers, devices):
@@ -1087,9 +1096,9 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_who_lies_about_plans_is_passed_over(lie, liars, servers, devices):
-    device = devices(liars(LIES[lie]), servers(cut=2), patience_s=0.3)
+    device = devices(liar := liars(LIES[lie]), servers(cut=2), patience_s=0.3)
     assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X))
-    assert {fault.peer for fault in device.faults} == {"m@0"}
+    assert {fault.source for fault in device.faults} == {liar.address}
 
 
 def test_who_offers_and_then_says_nothing_or_something_else_is_passed_over(liars, servers, devices):

@@ -128,14 +128,14 @@ class EdgeDevice:
         self._emulated_speed = emulated_speed
         self._cache = ContentCache(cache, cache_bytes)
         self._name = f"device-{secrets.token_hex(8)}"
-        peers = [f"{model}@{index}" for index in range(len(servers))]
+        addresses = {f"{model}@{index}": address for index, address in enumerate(servers)}
         own = "" if samples is None else samples_to_text(check_inputs(samples[:MAX_SAMPLES], chain.profile.input_shape))
         profile = device_profile or DeviceProfile()
         config = DeviceConfig(profile, max_accuracy_loss, on_no_server, patience_s, wait_s, audit_share, own)
-        self._machine = Asker(config, peers, chain.profile)
+        self._machine = Asker(config, addresses, chain.profile)
         self._transport = ZmqTransport(f"inproc://{uuid.uuid4().hex}", run=INFERENCE_RUN)
         try:
-            for peer, address in zip(peers, servers, strict=True):
+            for peer, address in addresses.items():
                 self._transport.connect(peer, address)
         except ConfigError:
             self._transport.close()
@@ -277,7 +277,7 @@ class EdgeDevice:
             case Unload(version):
                 self._versions.pop(version, None)
             case Report():
-                logger.info("%s %s: %s", action.peer, action.kind, action.detail)
+                logger.info("%s %s: %s", action.source, action.kind, action.detail)
                 self.faults = [*self.faults[-63:], action]
 
     # --- what goes out ------------------------------------------------------------------------------------------------

@@ -170,9 +170,10 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Something went wrong with a server and was survived; of kind "drift" with a certificate, and `peer` is the model."""
+    """Something went wrong and was survived. `source`: the address of a server; of kind "drift" the model, whose certificate is
+    void."""
 
-    peer: PeerId
+    source: str
     kind: str
     detail: str
 

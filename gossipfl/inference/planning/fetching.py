@@ -118,7 +118,8 @@ class Fetcher:
             done = "built" if self._candidate.is_loading else "pulled"
             return f"version {self._candidate.manifest.version} is not {done} yet; allow more time"
         if self._unready:
-            who = f"{' and '.join(sorted(self._unready))} {'have' if len(self._unready) > 1 else 'has'}"
+            addresses = sorted(self._holders.addresses[peer] for peer in self._unready)
+            who = f"{' and '.join(addresses)} {'have' if len(addresses) > 1 else 'has'}"
             return f"{who} none ready yet, while it is trained or calibrated; allow more time"
         return self._holders.last_trouble
 
@@ -182,7 +183,7 @@ class Fetcher:
     def rejected(self, peer: PeerId, request: int, reason: str, now: float) -> list[Action] | None:
         """What came for this request is not what was asked for; None if nothing was, here."""
         if self._plan is not None and (self._plan.request, self._plan.peer) == (request, peer):
-            self.error, self._plan = (Failure.OFFER, f"{peer}: {reason}"), None
+            self.error, self._plan = (Failure.OFFER, f"{self._holders.addresses[peer]}: {reason}"), None
             self._spoilt.add(peer)
             return self.ask_for_plan(now)
         candidate = self._candidate
@@ -192,7 +193,7 @@ class Fetcher:
         spoilt = [server for server, times in candidate.rejections.items() if times >= MAX_REJECTIONS]
         if self._holders.are_all({*spoilt, *candidate.lacking}):
             # all of them say something else than was offered: the offer was wrong
-            self.error = Failure.OFFER, f"{peer}: {reason}"
+            self.error = Failure.OFFER, f"{self._holders.addresses[peer]}: {reason}"
             self._spoilt.add(candidate.offered_by)
             blamed = self._holders.blame(candidate.offered_by, "offer", "nobody has what it offered", now)
             return [blamed, *self._drop_candidate(), *self._ask_for_plan_at(now), *self.ask_for_plan(now)]

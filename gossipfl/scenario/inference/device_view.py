@@ -71,7 +71,9 @@ class Answers:
         console.print(table)
         for fault in device.faults:
             is_drift = fault.kind == "drift"
-            console.print(f"alarm: {fault.detail}" if is_drift else f"survived: {fault}", highlight=False)
+            console.print(
+                f"alarm: {fault.detail}" if is_drift else f"survived: {fault.source}: {fault.detail}", highlight=False
+            )
 
 
 def _fallbacks(receipts: Sequence[Receipt]) -> str:
