@@ -511,6 +511,7 @@ def test_an_engine_that_the_device_has_refused_is_not_planned_for_it():
         plan, rows = choose_plan(catalogue, DeviceProfile(price_weight=9.0), 0.01, refused=refused)
         assert {row.device_engine for row in rows[1:]} == {plan.stages[0].engine} == {engine}
         assert plan.prediction.device_s == catalogue.device_s[engine][3]
+        assert plan.other_engines == (("bf16",) if engine == "int8" else ())
     alone = replace(catalogue, device_s={"int8": catalogue.device_s["int8"]})
     assert choose_plan(alone, DeviceProfile(price_weight=9.0), 0.01, refused=("int8",))[0].stages[0].engine == "int8"
 

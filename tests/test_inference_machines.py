@@ -115,7 +115,9 @@ def digests(of: Manifest) -> frozenset[str]:
 
 
 def test_asks_and_manifests_come_back_from_json_as_they_went():
-    described = Ask(DeviceProfile("d", uplink=1e6, memory_bytes=5), 0.02, 7, 60.0, (4, 6), refused=("int8", "bf16"))
+    described = Ask(
+        DeviceProfile("d", uplink=1e6, memory_bytes=5), 0.02, 7, 60.0, (4, 6), refused={"int8": "too slow", "bf16": "not there"}
+    )
     for ask in (Ask(DeviceProfile()), described):
         assert offers.ask_from_json(offers.to_json(ask)) == ask
     for offer in (
@@ -423,15 +425,31 @@ def test_for_an_engine_that_is_of_no_use_here_another_plan_is_asked_for_and_then
     ((_, parked),) = sent(offered(machine, offer, 1.0), PlanRequest)
     assert parked.payload.held == 2
     machine.handle(Found(2, digests(offer)), 1.0)
-    actions = machine.handle(Loaded(2, engine="fp32"), 1.0)
+    actions = machine.handle(Loaded(2, engine="bf16", refused={"int8": "too slow"}), 1.0)
     assert of(actions, Unload) == [Unload(2)] and of(actions, Forget) == [Forget("s0", parked.request)]
     ((_, request),) = sent(actions, PlanRequest)
-    assert (request.payload.held, request.payload.refused) == (1, ("int8",))
+    assert (request.payload.held, request.payload.refused) == (1, {"int8": "too slow"})
     assert machine.fetcher.active == manifest(1) and machine.handle(Question(1, 1, 100.0), 1.0) == [RunHead(1, 1)]
     ((_, request),) = sent(offered(machine, certified, 1.0), PlanRequest)
-    assert (request.payload.held, request.payload.refused) == (2, ("int8",)), "nor is it planned for the next version"
+    assert (request.payload.held, request.payload.refused) == (2, {"int8": "too slow"}), (
+        "nor is it planned for the next version"
+    )
     machine.handle(Found(2, digests(certified)), 1.0)
     assert machine.handle(Loaded(2, engine="fp32"), 1.0) == [] and machine.fetcher.active == certified
+
+
+def test_what_is_known_to_be_missing_and_all_that_was_tried_is_named_so_that_there_is_one_more_offer_at_most():
+    machine = asker(("s0",), refused={"onnxruntime": "not there"})
+    ((_, request),) = sent(machine.handle(Start(), 0.0), PlanRequest)
+    assert request.payload.refused == {"onnxruntime": "not there"}
+    offered(machine, by_engine(manifest(), "int8"))
+    machine.handle(Found(1, digests(manifest())), 0.0)
+    actions = machine.handle(Loaded(1, engine="fp32", refused={"int8": "too slow", "bf16": "wrong"}), 0.0)
+    ((_, request),) = sent(actions, PlanRequest)
+    assert request.payload.refused == {"onnxruntime": "not there", "int8": "too slow", "bf16": "wrong"}
+    offered(machine, manifest())
+    assert machine.handle(Found(1, digests(manifest())), 0.0) == [Load(manifest())], "its pieces are there"
+    assert machine.handle(Loaded(1, engine="fp32"), 0.0) == [] and machine.fetcher.active == manifest()
 
 
 def test_who_offers_a_refused_engine_all_the_same_is_taken_up_without_its_certificate():

@@ -27,7 +27,7 @@ from torch import nn
 from gossipfl.errors import ConfigError, PlanError, RunError
 from gossipfl.inference.execution.activations import decode_live, encode_live, samples_to_text
 from gossipfl.inference.execution.chain import Chain
-from gossipfl.inference.execution.engines import ENGINES
+from gossipfl.inference.execution.engines import ENGINES, missing_engines
 from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import Basis, Certificate, certify
 from gossipfl.inference.planning.cuts import choose_plan
@@ -49,7 +49,7 @@ from gossipfl.protocol.messages import (
     Refuse,
     Result,
 )
-from gossipfl.runtime import inference_server
+from gossipfl.runtime import edge_device, inference_server
 from gossipfl.runtime.content_cache import ContentCache, digest_of
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import InferenceServer
@@ -252,6 +252,11 @@ def by_engine(plan) -> Certificate:
     return certified(0.25 if plan.stages[0].engine == "fp32" else 0.125)(plan)
 
 
+def refused(device) -> tuple[str, ...]:
+    """Beside what is not installed here."""
+    return tuple(engine for engine in device.refused if engine not in missing_engines())
+
+
 def test_a_certificate_is_of_the_engine_that_runs(slow_fp32, servers, devices, capsys):
     """Engines other than fp32 take samples to be compiled; a device that has none runs fp32 instead."""
     server = servers(version=0)
@@ -261,9 +266,9 @@ def test_a_certificate_is_of_the_engine_that_runs(slow_fp32, servers, devices, c
     for device, engine, threshold in ((without, "fp32", 0.25), (with_samples, "bf16", 0.125)):
         receipt = device.predict(X, DEADLINE_S).receipt
         assert (receipt.engines[0], receipt.threshold, receipt.alpha) == (engine, threshold, 0.02)
-        assert device.refused == (() if engine == "bf16" else ("bf16",))
+        assert refused(device) == (() if engine == "bf16" else ("bf16",))
         Answers(None, as_json=True).finish(device)
-        assert capsys.readouterr().err.count("bf16 is refused on this device") == len(device.refused)
+        assert capsys.readouterr().err.count("bf16 is refused on this device") == len(refused(device))
 
 
 def test_fp32_runs_where_it_is_faster_than_what_was_planned_and_has_a_certificate_of_its_own(servers, devices, monkeypatch):
@@ -282,11 +287,40 @@ def test_fp32_runs_where_it_is_faster_than_what_was_planned_and_has_a_certificat
     for device in (devices(server), devices(server, device_profile=slow, emulated_speed=0.1)):
         receipt = device.predict(X, DEADLINE_S).receipt
         assert (receipt.engines[0], receipt.threshold, receipt.alpha) == ("fp32", 0.25, 0.02)
-        assert device.refused == ("planted",)
+        assert refused(device) == ("planted",)
     publish(2)
     assert wait_for(lambda: device.models()[0].version == 2)
     assert device.predict(X, DEADLINE_S).receipt.threshold == 0.25
     assert planned == [(1, "planted"), (1, "fp32"), (2, "fp32")], "it is not tried again"
+
+
+def test_however_many_engines_a_device_refuses_there_is_one_more_offer_and_nothing_is_pulled_or_compiled_again(
+    servers, devices, monkeypatch
+):
+    compiled, wrong = [], lambda stage, inputs: lambda x: (x.flatten(1)[:, :CLASSES],)
+    monkeypatch.setitem(ENGINES._functions, "slow", lambda *of: compiled.append("slow") or laboured(*of))
+    monkeypatch.setitem(ENGINES._functions, "wrong", lambda *of: compiled.append("wrong") or wrong(*of))
+    full = ENGINES.get("fp32")
+    monkeypatch.setitem(ENGINES._functions, "fp32", lambda *of: compiled.append("fp32") or full(*of))
+    monkeypatch.setitem(ENGINES._functions, "gone", laboured)
+    server, plain, planned = servers(version=0), servers(cut=LAYERS), []
+
+    def certificate(plan) -> Certificate:
+        planned.append(plan.stages[0].engine)
+        return certified(0.0)(plan)
+
+    times = catalogue().device_s["fp32"]
+    faster = {name: [seconds / k for seconds in times] for k, name in ((2, "slow"), (3, "wrong"), (4, "gone"))}
+    server.publish("m", 1, vector_of(1), replace(catalogue(cut=LAYERS), device_s={"fp32": times} | faster), certificate, X)
+    monkeypatch.setattr(edge_device, "missing_engines", lambda: {"gone": "engine 'gone' is not there: pip install it"})
+    other, device = devices(plain), devices(server)
+    assert other.predict(X, DEADLINE_S).receipt.engines == ("fp32",)
+    del compiled[:]
+    assert device.predict(X, DEADLINE_S).receipt.engines == ("fp32",)
+    assert list(device.refused) == ["gone", "wrong", "slow"]
+    assert planned == ["wrong", "fp32"] and compiled == ["fp32", "wrong", "slow"]
+    assert device.bytes_pulled == other.bytes_pulled
+    assert device.bytes_offered == 2 * other.bytes_offered + len(samples_to_text(X))
 
 
 def test_fp32_does_not_run_in_a_planned_engines_place_where_its_weights_do_not_fit(servers, devices, monkeypatch):
@@ -353,7 +387,7 @@ def test_where_the_planned_engine_does_not_work_the_plan_of_another_is_asked_for
     device = devices(server)
     receipt = device.predict(X, DEADLINE_S).receipt
     assert (receipt.engines, receipt.alpha, receipt.tiers) == (("fp32",), 0.02, ("reduced",) * 6)
-    assert device.refused == ("elsewhere",)
+    assert refused(device) == ("elsewhere",)
 
 
 def test_a_certificate_of_accuracy_says_nothing_of_how_many_answers_differ(servers, devices):

@@ -25,7 +25,7 @@ import numpy as np
 
 from gossipfl.errors import ConfigError, GossipflError, PlanError, RunError
 from gossipfl.inference.execution.activations import encode_live, encode_missing, samples_to_text
-from gossipfl.inference.execution.engines import MAX_SAMPLES
+from gossipfl.inference.execution.engines import MAX_SAMPLES, missing_engines
 from gossipfl.inference.planning.asking import Asker
 from gossipfl.inference.planning.audit import SHARE
 from gossipfl.inference.planning.device_words import (
@@ -93,8 +93,8 @@ class EdgeDevice:
 
     `cache` is a folder for the pieces that have been pulled (None: in memory), of at most `cache_bytes`. Where no server
     answers in time, the reduced model's answer stands, marked "unverified", or the question fails (`on_no_server`). `samples`
-    (f32[n, *input_shape]) are what engines other than "fp32" are compiled with where the server sends none. An engine that was
-    planned and cannot be used here, or is slower than "fp32", is `refused`, and another plan asked for. `audit_share`
+    (f32[n, *input_shape]) are what engines other than "fp32" are compiled with where the server sends none. An engine that
+    cannot be used here, or is slower than "fp32", is `refused`, and a plan without it asked for. `audit_share`
     of the samples are compared with the full model after they have been answered, to see whether a certificate still holds; 0:
     none. `emulated_speed` makes the device's part take as much longer as on a device of that speed, for measuring.
     """
@@ -131,7 +131,7 @@ class EdgeDevice:
         addresses = {f"{model}@{index}": address for index, address in enumerate(servers)}
         own = "" if samples is None else samples_to_text(check_inputs(samples[:MAX_SAMPLES], chain.profile.input_shape))
         profile = device_profile or DeviceProfile()
-        config = DeviceConfig(profile, max_accuracy_loss, on_no_server, patience_s, wait_s, audit_share, own)
+        config = DeviceConfig(profile, max_accuracy_loss, on_no_server, patience_s, wait_s, audit_share, own, missing_engines())
         self._machine = Asker(config, addresses, chain.profile)
         self._transport = ZmqTransport(f"inproc://{uuid.uuid4().hex}", run=INFERENCE_RUN)
         try:
@@ -147,6 +147,7 @@ class EdgeDevice:
         self._jobs: dict[int, Job] = {}
         self._coming: dict[Key, Coming] = {}
         self._versions: dict[int, DeviceVersion] = {}
+        self._not_as_planned: DeviceVersion | None = None  # loaded, of the loader's thread
         self._error: BaseException | None = None
         self.faults: list[Report] = []
         """The last things that went wrong with servers and were survived."""
@@ -201,9 +202,9 @@ class EdgeDevice:
         return (ServedModel(self._model, active.version, profile.input_shape, profile.num_classes),)
 
     @property
-    def refused(self) -> tuple[str, ...]:
-        """Engines that were planned for this device, and did not work here or were slower than "fp32"."""
-        return self._machine.fetcher.refused
+    def refused(self) -> dict[str, str]:
+        """Engines that do not work here, or were planned and did not, or were slower than "fp32"; and why."""
+        return self._machine.fetcher.refused.copy()
 
     def close(self) -> None:
         """Give up what is under way. Closing twice is allowed."""
@@ -382,14 +383,17 @@ class EdgeDevice:
         self._loop.post(lambda: self._handle(Found(version.manifest.version, have)))
 
     def _load(self, version: DeviceVersion) -> None:
-        """On the thread that loads: the stage, from the pieces."""
+        """On the thread that loads: the stage, from the pieces. Of one not as planned it is kept for the plan that follows."""
         failure = None
         try:
-            version.load()
+            version.load(self._not_as_planned)
+            self._not_as_planned = version if version.refused else None
+            for reason in version.refused.values():
+                logger.info("%s; another plan is asked for", reason)
         except Exception as error:  # whatever a compiler raises: the device goes on with the version before
             logger.exception("version %d cannot be loaded", version.manifest.version)
             failure = f"version {version.manifest.version} cannot be loaded: {type(error).__name__}: {error}"
-        self._loop.post(lambda: self._handle(Loaded(version.manifest.version, failure, version.engine)))
+        self._loop.post(lambda: self._handle(Loaded(version.manifest.version, failure, version.engine, version.refused)))
 
 
 def _error_of(kind: str, reason: str) -> GossipflError:

@@ -148,8 +148,8 @@ class Asker:
                 return self._wake(now)
             case Found(version, have):
                 return self.fetcher.found(version, have, now)
-            case Loaded(version, error, engine):
-                actions = self.fetcher.loaded_now(version, error, engine, now)
+            case Loaded():
+                actions = self.fetcher.loaded_now(event, now)
                 return actions + self._settled(now) + self._unload()
             case PeerDown(peer) if peer in self._holders:
                 return self._down(peer, now)

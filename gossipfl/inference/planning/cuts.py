@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import NamedTuple
 
 from gossipfl.errors import PlanError
@@ -72,6 +73,7 @@ class CutRow:
     continued: FallbackCost | None = None
     fallback_rate: float | None = None
     expected: Expected | None = None
+    other_engines: tuple[str, ...] = ()
 
     @property
     def cost(self) -> float:
@@ -153,9 +155,10 @@ def _best_row(
 
 
 class _Computing(NamedTuple):
-    """What a cut takes but for its bits."""
+    """What a cut takes but for its bits. `others` than `engine` follow it, the cheaper before, down to the full one."""
 
     engine: str
+    others: tuple[str, ...]
     server_engine: str
     device_s: float
     server_s: float
@@ -176,13 +179,14 @@ def _computing(catalogue: Catalogue, device: DeviceProfile, cut: int, sizes: Lay
         computing = (device.time_weight + device.energy_weight * device.compute_w) * device_s
         return computing + device.time_weight * samples[engine] / device.downlink / device.requests, device_s
 
-    engine = min(fitting, key=cost_of) if fitting else min(memory, key=memory.__getitem__)
+    ranked = sorted(fitting, key=cost_of) or [min(memory, key=memory.__getitem__)]
+    engine, others = ranked[0], tuple(takewhile(FULL_ENGINE.__ne__, ranked))[1:]
     server_engine = min(server_times, key=server_times.__getitem__)
     overhead = catalogue.overhead(cut)
     device_s = (device_times[engine] + overhead.device_s) / device.speed
     server_s = server_times[server_engine] + overhead.server_s
     obstacle = None if fitting else f"takes {memory[engine]:,} bytes of memory, of {device.memory_bytes:,}"
-    return _Computing(engine, server_engine, device_s, server_s, memory[engine], samples[engine], obstacle)
+    return _Computing(engine, others, server_engine, device_s, server_s, memory[engine], samples[engine], obstacle)
 
 
 def _row(
@@ -198,7 +202,7 @@ def _row(
     if cut not in catalogue.levels[level]:
         return CutRow(cut, obstacle=f"has no bits for a loss of {level}")
     weights, activations = catalogue.levels[level][cut]
-    engine, server_engine, device_s, server_s, memory, samples, obstacle = computing
+    engine, others, server_engine, device_s, server_s, memory, samples, obstacle = computing
     fetched = sizes.fetched(weights)
     up = activation_bytes(profile, cut, activations)
     offer = offer_bytes(profile, weights)
@@ -215,7 +219,7 @@ def _row(
         latency_s, device_s, server_s, transfer_s, energy_j, cost, fetched.num_bytes, up, memory, level, samples, offer
     )
     fallback = _fallback(catalogue, device, cut, activations, prediction, afresh)
-    return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle, *fallback)
+    return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle, *fallback, others)
 
 
 def _fallback(
@@ -286,4 +290,5 @@ def _plan(catalogue: Catalogue, row: CutRow) -> Plan:
         row.afresh,
         row.continued,
         row.fallback_rate,
+        row.other_engines,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gossipfl.inference.planning.offers import Manifest
@@ -36,11 +37,15 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A Load: the version's stage is ready, or why not. `engine` runs it; None where there is nothing to run."""
+    """A Load: the version's stage is ready, or why not. `engine` runs it; None where there is nothing to run.
+
+    `refused`: those tried before it, the one planned among them, and why each is of no use here.
+    """
 
     version: int
     error: str | None = None
     engine: str | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
