@@ -482,9 +482,10 @@ def test_without_a_level_that_is_allowed_the_nearest_is_named():
 
 def test_a_level_may_offer_only_the_full_model_at_the_server():
     exact = replace(EXAMPLE, levels={0.0: {0: ((), 32)}, **EXAMPLE.levels})
-    plan, rows = choose_plan(exact, DeviceProfile(price_weight=9.0), 0.001)
-    assert (plan.cut, plan.activation_bits, plan.prediction.activation_bytes) == (0, 32, 4 * 36)
-    assert [row.obstacle for row in rows[1:]] == ["has no bits for a loss of 0.0"] * 3
+    for loss in (0.0, 0.001, 0.00035):
+        plan, rows = choose_plan(exact, DeviceProfile(price_weight=9.0), loss)
+        assert (plan.cut, plan.activation_bits, plan.prediction.activation_bytes) == (0, 32, 4 * 36)
+        assert [row.obstacle for row in rows[1:]] == [f"has no bits for a loss of {loss:g}"] * 3, "the loss that was asked"
 
 
 def test_an_engine_with_smaller_weights_is_taken_where_the_faster_one_does_not_fit():

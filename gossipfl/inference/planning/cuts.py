@@ -112,7 +112,9 @@ def choose_plan(
         known = replace(known, device_s=left)
     sizes = LayerSizes(catalogue.profile, cached)
     afresh = _fallback_cost(catalogue, device, 0, activation_bytes(catalogue.profile, 0, FULL_BITS))
-    rows = tuple(_best_row(known, device, levels, cut, sizes, afresh) for cut in range(num_layers + 1))
+    no_bits = f"has no bits for a loss of {max_accuracy_loss:g}"
+    found = (_best_row(known, device, levels, cut, sizes, afresh) for cut in range(num_layers + 1))
+    rows = tuple(row if row.prediction else CutRow(row.cut, obstacle=no_bits) for row in found)
     best = min(rows, key=lambda row: row.cost)
     if not best.cost < math.inf:
         memory, cut = min((row.prediction.memory_bytes, row.cut) for row in rows if row.prediction)
@@ -200,7 +202,7 @@ def _row(
 ) -> CutRow:
     profile, overhead = catalogue.profile, catalogue.overhead(cut)
     if cut not in catalogue.levels[level]:
-        return CutRow(cut, obstacle=f"has no bits for a loss of {level}")
+        return CutRow(cut)
     weights, activations = catalogue.levels[level][cut]
     engine, others, server_engine, device_s, server_s, memory, samples, obstacle = computing
     fetched = sizes.fetched(weights)
