@@ -105,7 +105,7 @@ def fastest(stage: fx.GraphModule, inputs: Live, engines: Iterable[str] | None =
 
     An engine that cannot carry out the stage, or computes something else, is left out, and the log says why.
     """
-    inputs, names = _few(inputs), dict.fromkeys(["fp32", *(available_engines() if engines is None else engines)])
+    inputs, names = _few(inputs), dict.fromkeys([FULL_ENGINE, *(available_engines() if engines is None else engines)])
     runs = _usable(stage, inputs, names)
     seconds = _time_by_turns(runs, inputs)
     best = min(seconds, key=seconds.__getitem__)
@@ -168,7 +168,7 @@ def _usable(stage: fx.GraphModule, inputs: Live, names: Iterable[str]) -> dict[s
         try:
             runs[name] = _compile(stage, inputs, name, golden)
         except RunError as error:
-            if name == "fp32":
+            if name == FULL_ENGINE:
                 raise
             logger.warning("%s; left out", error)
     return runs
@@ -180,7 +180,7 @@ def _rising(seconds: list[float]) -> list[float]:
     return [float(bound) if math.isfinite(own) else own for own, bound in zip(seconds, least, strict=True)]
 
 
-@ENGINES.register("fp32")
+@ENGINES.register(FULL_ENGINE)
 def _fp32(stage: fx.GraphModule, inputs: Live) -> Run:
     """The kernels of the model itself, without Python between them."""
     return _traced(stage, inputs)
@@ -296,7 +296,7 @@ def _rounded_to_codes(rows: Tensor, largest: int = 255) -> Tensor:
 
 EIGHT_BITS = Precision(_rounded_to_codes, _rounded_to_codes)
 PRECISIONS = {
-    "fp32": Precision(lambda rows: rows, lambda rows: rows),
+    FULL_ENGINE: Precision(lambda rows: rows, lambda rows: rows),
     "bf16": Precision(lambda rows: rows.bfloat16().float(), lambda rows: rows.bfloat16().float()),
     "int8": Precision(_rounded_to_codes, partial(_rounded_to_codes, largest=LARGEST_CODE)),
 }

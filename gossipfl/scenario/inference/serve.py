@@ -20,7 +20,6 @@ from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Answer
 from gossipfl.learning.datasets import normalise, open_dataset
 from gossipfl.learning.models import MODELS, build_model
-from gossipfl.protocol.messages import INFERENCE_RUN
 from gossipfl.registry import did_you_mean
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import InferenceServer
@@ -110,7 +109,7 @@ def find_architecture(servers: Sequence[str], model: str | None, timeout_s: floa
     failure: RunError | None = None
     for address in servers:
         try:
-            listed = ask_models(address, INFERENCE_RUN, timeout_s)
+            listed = ask_models(address, timeout_s)
         except RunError as error:
             failure = error
             continue
