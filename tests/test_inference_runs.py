@@ -268,7 +268,8 @@ def test_a_certificate_is_of_the_engine_that_runs(slow_fp32, servers, devices, c
         assert (receipt.engines[0], receipt.threshold, receipt.alpha) == (engine, threshold, 0.02)
         assert refused(device) == (() if engine == "bf16" else ("bf16",))
         Answers(None, as_json=True).finish(device)
-        assert capsys.readouterr().err.count("bf16 is refused on this device") == len(refused(device))
+        said = "not used on this device: engine 'bf16' is compiled with samples, and there are none\n"
+        assert (said in capsys.readouterr().err) == (device is without)
 
 
 def test_fp32_runs_where_it_is_faster_than_what_was_planned_and_has_a_certificate_of_its_own(servers, devices, monkeypatch):
@@ -295,7 +296,7 @@ def test_fp32_runs_where_it_is_faster_than_what_was_planned_and_has_a_certificat
 
 
 def test_however_many_engines_a_device_refuses_there_is_one_more_offer_and_nothing_is_pulled_or_compiled_again(
-    servers, devices, monkeypatch
+    servers, devices, monkeypatch, capsys
 ):
     compiled, wrong = [], lambda stage, inputs: lambda x: (x.flatten(1)[:, :CLASSES],)
     monkeypatch.setitem(ENGINES._functions, "slow", lambda *of: compiled.append("slow") or laboured(*of))
@@ -321,6 +322,13 @@ def test_however_many_engines_a_device_refuses_there_is_one_more_offer_and_nothi
     assert planned == ["wrong", "fp32"] and compiled == ["fp32", "wrong", "slow"]
     assert device.bytes_pulled == other.bytes_pulled
     assert device.bytes_offered == 2 * other.bytes_offered + len(samples_to_text(X))
+    Answers(None, as_json=True).finish(device)
+    gone, differs, slower = capsys.readouterr().err.splitlines()
+    assert gone == "not used on this device: engine 'gone' is not there: pip install it"
+    assert re.match(r"not used .*: engine 'wrong' computes something else than fp32 .*\(relative difference [\d.]+, ", differs)
+    assert re.match(
+        r"not used .*: engine 'slow' is slower than fp32 on this machine: [\d.]+ ms a sample, fp32 [\d.]+ ms", slower
+    )
 
 
 def test_fp32_does_not_run_in_a_planned_engines_place_where_its_weights_do_not_fit(servers, devices, monkeypatch):
