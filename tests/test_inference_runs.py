@@ -314,9 +314,10 @@ def test_however_many_engines_a_device_refuses_there_is_one_more_offer_and_nothi
     faster = {name: [seconds / k for seconds in times] for k, name in ((2, "slow"), (3, "wrong"), (4, "gone"))}
     server.publish("m", 1, vector_of(1), replace(catalogue(cut=LAYERS), device_s={"fp32": times} | faster), certificate, X)
     monkeypatch.setattr(edge_device, "missing_engines", lambda: {"gone": "engine 'gone' is not there: pip install it"})
-    other, device = devices(plain), devices(server)
+    other = devices(plain)
     assert other.predict(X, DEADLINE_S).receipt.engines == ("fp32",)
     del compiled[:]
+    device = devices(server)
     assert device.predict(X, DEADLINE_S).receipt.engines == ("fp32",)
     assert list(device.refused) == ["gone", "wrong", "slow"]
     assert planned == ["wrong", "fp32"] and compiled == ["fp32", "wrong", "slow"]
@@ -329,6 +330,22 @@ def test_however_many_engines_a_device_refuses_there_is_one_more_offer_and_nothi
     assert re.match(
         r"not used .*: engine 'slow' is slower than fp32 on this machine: [\d.]+ ms a sample, fp32 [\d.]+ ms", slower
     )
+
+
+def test_a_server_tells_once_of_each_device_what_it_refuses_of_the_engines_that_would_be_planned(servers, attackers, caplog):
+    server = servers(version=0)
+    server.publish("m", 1, vector_of(1), with_engine("int8", catalogue(cut=LAYERS)), samples=X)
+    refused = {"int8": "engine 'int8' is slower\x1b[2J\n" + 500 * "!", "unheard of": "no"}
+    asked = Ask(DeviceProfile(name="a\nphone"), LOSS, refused=refused)
+    with caplog.at_level("WARNING", inference_server.__name__):
+        for sender in ("d0", "d1"):
+            attacker = attackers(server.address)
+            for request in (1, 2):
+                attacker.say(sender, "m", PlanRequest(request, payload=to_json(asked)), run=INFERENCE_RUN)
+                assert isinstance(heard(attacker), Offer)
+    first, second = caplog.messages
+    assert first.startswith("device a\\nphone (d0) does without an engine: engine 'int8' is slower\\x1b[2J\\n!!!")
+    assert second == first.replace("(d0)", "(d1)") and len(first) < 400 and first.isprintable()
 
 
 def test_fp32_does_not_run_in_a_planned_engines_place_where_its_weights_do_not_fit(servers, devices, monkeypatch):

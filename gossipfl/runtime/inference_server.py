@@ -79,6 +79,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SERVED = 256
 """Pulls being answered at once on one connection, and pulls that wait to be; more are refused."""
+MAX_TOLD = 4096
+"""Engines that devices refuse, each told once of each device; more are not told."""
 
 
 class InferenceServer:
@@ -109,6 +111,7 @@ class InferenceServer:
         self._served: dict[str, dict[int, ServedVersion]] = {name: {} for name in models}
         self._kept: dict[tuple[Caller, int], list[Any]] = {}  # chunks of activations
         self._num_pulls = 0
+        self._told_refused: set[tuple[str, str]] = set()
         self._publishing = threading.Lock()
         self._local = threading.Semaphore(self._max_queued)
         self._finished = threading.Event()
@@ -318,11 +321,21 @@ class InferenceServer:
         served = self._served[caller.model].get(version)
         if served is None:
             return Failed(request, Failure.VERSION, f"version {version} has been retired; ask again")
+        self._tell_refused(caller, ask, served)
         try:
             offer = served.offer(ask, self._served[caller.model].get(ask.held))
         except ConfigError as error:
             return Failed(request, Failure.PLAN, clipped(error))
         return [Offer(request, offset, len(offer), payload=part) for offset, part in wire.parts(memoryview(offer))]
+
+    def _tell_refused(self, caller: Caller, ask: Ask, served: ServedVersion) -> None:
+        """Of the engines that would be planned, once for each device."""
+        for engine, reason in ask.refused.items():
+            key = caller.name, engine
+            if engine in served.catalogue.device_s and key not in self._told_refused and len(self._told_refused) < MAX_TOLD:
+                self._told_refused.add(key)
+                shown = (ascii(text)[1:-1] for text in (clipped(ask.device.name), caller.name, clipped(reason)))
+                logger.warning("device %s (%s) does without an engine: %s", *shown)
 
     def _serve(self, caller: Caller, pull: Pull, served: ServedVersion) -> None:
         try:
