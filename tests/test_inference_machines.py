@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gossipfl.errors import PlanError, RemoteProtocolError
 from gossipfl.inference.planning import offers
-from gossipfl.inference.planning.answering import Answerer, ServerConfig
+from gossipfl.inference.planning.answering import PLAN_S, Answerer, ServerConfig
 from gossipfl.inference.planning.asking import AUDIT_S, MAX_AUDITS, Asker, _Asked
 from gossipfl.inference.planning.device_words import (
     Audited,
@@ -509,8 +509,8 @@ def test_where_there_is_no_version_yet_the_question_waits_for_it():
     (failure,) = of(machine.handle(Wake(), 30.0), Fail)
     assert (failure.number, failure.kind) == (2, "deadline")
     assert failure.reason == (
-        "no answer in time; waited 29 s for a first version: tcp://s0 has none ready yet, while it is trained or calibrated; "
-        "allow more time"
+        "no answer in time; waited 29 s for a first version: tcp://s0 has none ready yet, while it is trained, "
+        "calibrated or certified for this plan; allow more time"
     )
     assert machine.next_deadline == 1.0 + WAIT + PATIENCE
     actions = machine.handle(Wake(), 66.0)
@@ -521,6 +521,28 @@ def test_where_there_is_no_version_yet_the_question_waits_for_it():
     machine.handle(Question(3, 1, 71.0), 70.0)
     (failure,) = of(machine.handle(Wake(), 71.0), Fail)
     assert failure.reason == "no answer in time; waited 1 s for a first version: version 1 is not pulled yet; allow more time"
+
+
+def test_who_has_said_that_it_is_at_a_version_and_falls_silent_is_not_waited_for():
+    machine = asker(servers=("s0",))
+    machine.handle(Start(), 0.0)
+    assert not machine.fetcher.is_awaited and machine.waits_for.startswith("no answer from tcp://s0 yet")
+    later(machine, "s0", 0.5)
+    assert machine.fetcher.is_awaited and machine.waits_for.startswith("tcp://s0 has none ready yet")
+    assert sent(machine.handle(Wake(), 0.5 + WAIT + PATIENCE), PlanRequest) and machine.fetcher.is_awaited, "it is asked again"
+    assert of(machine.handle(Wake(), machine.next_deadline), Report) and not machine.fetcher.is_awaited
+    assert machine.waits_for.startswith("tcp://s0: no answer to a plan request; is `gossipfl serve` running there?")
+
+
+def test_who_fails_at_the_version_that_it_was_at_is_not_waited_for_but_says_why():
+    machine = asker(servers=("s0",))
+    machine.handle(Start(), 0.0)
+    for now in (0.5, 10.0):
+        later(machine, "s0", now)
+        assert machine.fetcher.is_awaited == (now < 1)
+        machine.handle(Received("s0", Failed(machine.fetcher._plan.request, Failure.COMPUTE, "no memory")), now)
+        assert not machine.fetcher.is_awaited and machine.waits_for == "tcp://s0: no memory"
+        machine.handle(Wake(), machine.next_deadline)
 
 
 def test_a_server_that_has_a_version_is_found_while_others_prepare_their_first():
@@ -1117,6 +1139,7 @@ def test_a_plan_is_made_at_once_or_when_there_is_something_newer():
     machine = server()
     ask = Ask(DeviceProfile(), held=0, wait_s=60.0)
     assert machine.handle(Heard(DEVICE, PlanRequest(1, payload=ask)), 0.0) == [MakePlan(DEVICE, 1, 1, ask)]
+    assert machine.handle(Planned(DEVICE, 1), 0.0) == []
     ask = Ask(DeviceProfile(), held=1, wait_s=60.0)
     assert machine.handle(Heard(DEVICE, PlanRequest(2, payload=ask)), 0.0) == [Reply(DEVICE, Later(2, 0))]
     assert machine.handle(Heard(OTHER, PlanRequest(2, payload=replace(ask, wait_s=1.0))), 0.0) == [Reply(OTHER, Later(2, 0))]
@@ -1127,6 +1150,16 @@ def test_a_plan_is_made_at_once_or_when_there_is_something_newer():
     assert failures(machine.handle(Heard(DEVICE, PlanRequest(4)), 0.0)) == ["input"]
     stranger = Caller(b"1", "device", "unheard of")
     assert failures(machine.handle(Heard(stranger, PlanRequest(5, payload=ask)), 0.0)) == ["model"]
+
+
+def test_that_making_a_plan_takes_long_is_said_once():
+    machine, ask = server(), Ask(DeviceProfile(), wait_s=60.0)
+    machine.handle(Heard(DEVICE, PlanRequest(1, payload=ask)), 0.0)
+    machine.handle(Heard(OTHER, PlanRequest(1, payload=ask)), 0.1)
+    assert machine.handle(Planned(OTHER, 1), 0.2) == [] and machine.next_deadline == PLAN_S < PATIENCE
+    assert machine.handle(Wake(), PLAN_S) == [Reply(DEVICE, Later(1, 0))]
+    assert machine.next_deadline is None and machine.handle(Wake(), 100.0) == []
+    assert machine.handle(Planned(DEVICE, 1), 101.0) == [] and not machine._planning
 
 
 def test_who_asks_before_there_is_a_version_may_wait_for_it():

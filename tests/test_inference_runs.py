@@ -55,6 +55,7 @@ from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.stages import live_shapes
 from gossipfl.scenario.inference.device_view import Answers
+from gossipfl.scenario.inference.serve import SAY_S, Inputs, answer_all
 from gossipfl.segments.codecs.planes import Planes
 
 SHAPE, CLASSES, LAYERS = (1, 8, 8), 5, 4
@@ -436,6 +437,67 @@ def test_a_certificate_for_another_plan_is_not_offered(servers, devices):
         devices(servers(certificate=of_another_engine)).predict(X, DEADLINE_S)
 
 
+@pytest.fixture
+def certifying(servers) -> Iterator[tuple[InferenceServer, threading.Event]]:
+    """A server that certifies plans when the event is set, but for those of the cut after two layers: they are certified."""
+    is_let = threading.Event()
+
+    def certificate(plan) -> Certificate:
+        assert is_let.wait(DEADLINE_S)
+        return certified(0.0)(plan)
+
+    def known(plan) -> Certificate | None:
+        return also_continued(0.0)(plan) if plan.cut == 2 else None
+
+    server, whole = servers(version=0), catalogue(cut=LAYERS)
+    levels = {LOSS: {2: ((6,) * 2, 8)}, 2 * LOSS: whole.levels[LOSS]}
+    server.publish("m", 1, vector_of(1), replace(whole, levels=levels), certificate, known=known)
+    yield server, is_let
+    is_let.set()
+
+
+def test_a_device_waits_while_its_plan_is_certified_and_others_are_not_held_up(certifying, devices):
+    server, is_let = certifying
+    slow = devices(server, max_accuracy_loss=2 * LOSS)
+    future = slow.submit(X, DEADLINE_S)
+    assert wait_for(lambda: slow.is_awaited)
+    other = devices(server)
+    assert other.predict(X, DEADLINE_S).receipt.cut == 2, "its plan is made, its pieces come, and the server computes for it"
+    with pytest.raises(RunError, match=f"first version: {server.address} has none ready yet, while it is .* certified"):
+        slow.predict(X, 1.5)
+    assert not future.done() and slow.models() == ()
+    is_let.set()
+    assert future.result(DEADLINE_S).receipt.cut == LAYERS
+    assert slow.faults == other.faults == [] and slow.waits_for is None and not slow.is_awaited
+
+
+def test_gossipfl_device_says_what_it_waits_for_and_has_time_as_long_as_a_server_is_at_it(certifying, devices, monkeypatch):
+    server, is_let = certifying
+    asked, said, answers = [], [], []
+    device = devices(server, max_accuracy_loss=2 * LOSS)
+    submit = device.submit
+
+    def spied(*question):
+        asked.append(question)
+        if len(asked) == 2:  # the first one's time is over
+            is_let.set()
+        return submit(*question)
+
+    monkeypatch.setattr(device, "submit", spied)
+    answer_all(device, Inputs(X[:1], None), 3 * SAY_S, lambda index, answer, seconds: answers.append(answer), said.append)
+    assert len(answers) == 1 and len(asked) >= 2 and len(said) >= 1
+    assert said[0].startswith(f"waiting for a first version: {server.address} has none ready yet, while it is ")
+
+
+def test_gossipfl_device_does_not_wait_for_who_cannot_offer_a_plan(servers, devices):
+    device = devices(servers(), max_accuracy_loss=LOSS / 2)
+    with pytest.raises(PlanError, match="no plan keeps within"):
+        answer_all(device, Inputs(X, None), DEADLINE_S, lambda *_: None, lambda text: None)
+    nobody = devices("tcp://127.0.0.1:9")
+    with pytest.raises(RunError, match=r"no answer in time; .*is `gossipfl serve` running there"):
+        answer_all(nobody, Inputs(X, None), 0.1, lambda *_: None, lambda text: None)
+
+
 def test_a_server_answers_callers_of_its_own_process_with_the_full_model(servers):
     server = servers()
     answer = server.infer("m", X, Budget())
@@ -727,10 +789,16 @@ def test_a_cache_that_cannot_be_written_to_is_an_error_that_says_so(tmp_path):
         ContentCache(tmp_path / "file")
 
 
+def offer_of(served) -> bytes:
+    ask = Ask(DeviceProfile(), LOSS)
+    served.certify(plan := served.plan(ask))
+    return served.offer(plan, ask)
+
+
 def tamper(server: InferenceServer) -> None:
     """From now on what is pulled of it differs from what it has offered, by a bit."""
     served = server._served["m"][1]
-    served.offer(Ask(DeviceProfile(), LOSS))
+    offer_of(served)
     honest = served.piece
 
     def piece(range_, name):
@@ -940,7 +1008,7 @@ def test_a_device_that_asks_before_the_first_version_gets_it_as_soon_as_there_is
         devices(early, model="n").predict(X, DEADLINE_S)
     for addresses in ((early,), (other, early)):
         device = devices(*addresses)
-        names = " and ".join(f"m@{k} {'has' if len(addresses) == 1 else ''}".strip() for k in range(len(addresses)))
+        names = " and ".join(sorted(server.address for server in addresses)) + (" has" if len(addresses) == 1 else "")
         with pytest.raises(RunError, match=rf"waited 0\.\d+ s for a first version: {names}.* none ready yet.*allow more time"):
             device.predict(X, 0.5)
         assert device.faults == []
@@ -1136,7 +1204,7 @@ def offering(content: bytes):
 
 def honest_offer() -> bytes:
     served = inference_server.ServedVersion("m", 1, chain(), vector_of(1), catalogue(1, LAYERS), lambda plan: None)
-    return served.offer(Ask(DeviceProfile(), LOSS))
+    return offer_of(served)
 
 
 LIES = {

@@ -177,12 +177,12 @@ class EdgeDevice:
         wanted, planned = budget.max_accuracy_loss, self._machine.config.max_accuracy_loss
         if wanted is not None and planned is not None and wanted < planned:
             raise ConfigError(f"max_accuracy_loss = {wanted}, this device is made for {planned}; make one for {wanted}")
-        if not 0 < budget.timeout_s < 1e9:
-            raise ConfigError(f"timeout_s = {budget.timeout_s}; give seconds above 0")
         return self.submit(inputs, budget.timeout_s, version).result(budget.timeout_s + GRACE_S)
 
     def submit(self, inputs: np.ndarray, timeout_s: float = 30.0, version: int | None = None) -> Future[Answer]:
         """As `predict`, without waiting. `inputs` must stay as they are until there is an answer."""
+        if not 0 < timeout_s < 1e9:
+            raise ConfigError(f"timeout_s = {timeout_s}; give seconds above 0")
         inputs = check_inputs(inputs, self._chain.profile.input_shape)
         if not self._loop.is_running:
             raise RunError("the device is closed; make another") from self._error
@@ -205,6 +205,16 @@ class EdgeDevice:
     def refused(self) -> dict[str, str]:
         """Engines that do not work here, or were planned and did not, or were slower than "fp32"; and why."""
         return self._machine.fetcher.refused.copy()
+
+    @property
+    def waits_for(self) -> str | None:
+        """What keeps the first version, for people; None once it is there."""
+        return self._machine.waits_for
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a server has said that it is at a first version for this device, which may take long."""
+        return self._machine.fetcher.is_awaited
 
     def close(self) -> None:
         """Give up what is under way. Closing twice is allowed."""

@@ -118,6 +118,11 @@ class Asker:
         self._questions: dict[int, _Asked] = {}
         self._by_request: dict[int, _Asked] = {}
 
+    @property
+    def waits_for(self) -> str | None:
+        """What keeps questions from being begun; None where there is a version to answer them."""
+        return None if self.fetcher.active else self.fetcher.waits_for or self._holders.last_trouble
+
     # --- driving ------------------------------------------------------------------------------------------------------
 
     @property
@@ -342,7 +347,9 @@ class Asker:
     def _trouble_of(self, asked: _Asked, now: float) -> str:
         """What has kept the answer, and what may help."""
         if asked.manifest is None:
-            return f"waited {now - asked.asked_at:.3g} s for a first version: {self.fetcher.waits_for}"
+            waits_for = self.fetcher.waits_for
+            trouble = f"{waits_for}; allow more time" if waits_for else self._holders.last_trouble
+            return f"waited {now - asked.asked_at:.3g} s for a first version: {trouble}"
         trouble = asked.last_failure or self._holders.last_trouble
         return f"{trouble}; --on-no-server unverified lets the device's own answer do" if self._has_spoken(asked) else trouble
 

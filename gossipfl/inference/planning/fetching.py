@@ -115,16 +115,21 @@ class Fetcher:
         return self.error[0] != Failure.OFFER or self._holders.are_all(self._spoilt)
 
     @property
-    def waits_for(self) -> str:
-        """What keeps the first version."""
+    def is_awaited(self) -> bool:
+        """Whether a server has said that it is at a first version for this device, and none of its has come to nothing."""
+        return bool(self._unready - self._spoilt) and self.error is None
+
+    @property
+    def waits_for(self) -> str | None:
+        """What keeps the first version, while something is done about it."""
         if self._candidate is not None:
             done = "built" if self._candidate.is_loading else "pulled"
-            return f"version {self._candidate.manifest.version} is not {done} yet; allow more time"
+            return f"version {self._candidate.manifest.version} is not {done} yet"
         if self._unready:
             addresses = sorted(self._holders.addresses[peer] for peer in self._unready)
             who = f"{' and '.join(addresses)} {'have' if len(addresses) > 1 else 'has'}"
-            return f"{who} none ready yet, while it is trained or calibrated; allow more time"
-        return self._holders.last_trouble
+            return f"{who} none ready yet, while it is trained, calibrated or certified for this plan"
+        return None
 
     def receive(self, peer: PeerId, message: Message, now: float) -> list[Action] | None:
         """None if the message is no answer to what was asked here."""
@@ -159,6 +164,7 @@ class Fetcher:
                 if plan.is_parked:
                     self._unready.intersection_update({plan.peer})  # the others may have a version by now
                 else:
+                    self._unready.discard(plan.peer)
                     actions.append(self._holders.blame(plan.peer, "silent", "no answer to a plan request", now))
             actions += self.ask_for_plan(now)
         candidate = self._candidate
@@ -253,6 +259,9 @@ class Fetcher:
             return self._ask_for_plan_at(now + MAX_BACKOFF_S)
         if kind == Failure.MODEL:
             self.error = kind, reason
+        if kind == Failure.COMPUTE:
+            self._spoilt.add(peer)
+        self._unready.discard(peer)
         return [self._holders.blame(peer, kind, reason, now), *self.ask_for_plan(now)]
 
     def _offered(self, peer: PeerId, manifest: Manifest, now: float) -> list[Action]:

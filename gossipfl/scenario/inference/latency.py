@@ -25,7 +25,7 @@ from gossipfl.inference.planning.receipts import Receipt
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.link_relay import LinkRelay
-from gossipfl.runtime.served import Certifier
+from gossipfl.runtime.served import Certifier, nothing_certified
 
 LEVEL = 0.01
 """The loss that plans are made for, or the least that there is."""
@@ -213,7 +213,7 @@ def only(catalogue: Catalogue, cut: int, bits: Bits, rates: FallbackRates | None
 
 
 def serve(
-    stack: ExitStack, calibrator: Calibrator, forced: Catalogue, certificate: Certifier = lambda plan: None
+    stack: ExitStack, calibrator: Calibrator, forced: Catalogue, certificate: Certifier = nothing_certified
 ) -> InferenceServer:
     server = stack.enter_context(InferenceServer({MODEL: calibrator.chain}))
     server.publish(MODEL, forced.version, calibrator.vector, forced, certificate, calibrator.samples)
