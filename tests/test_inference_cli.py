@@ -26,9 +26,12 @@ from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.offers import Ask, manifest_from_json
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.learning.models import build_model
+from gossipfl.runtime import edge_device
+from gossipfl.runtime.model_list import ask_models
 from gossipfl.runtime.served import ServedVersion
 from gossipfl.scenario.inference import latency
 from gossipfl.scenario.inference.calibrate import Certificates, calibrator_like, load_calibration, served_here, timed_here
+from gossipfl.scenario.inference.serve import open_device, open_server
 from gossipfl.scenario.inference.trained import load_trained
 
 SCENARIO = {
@@ -409,6 +412,19 @@ def test_a_device_that_knows_nothing_but_an_address_answers_and_the_server_ends_
         assert code == 0 and "alarm: version 6 differs from the full model more often than alpha" in " ".join(stdout.split())
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_gossipfl_serve_tells_which_engines_devices_do_without(run, monkeypatch):
+    trained, lines = load_trained(run), []
+    monkeypatch.setattr(edge_device, "missing_engines", lambda: {"int8": "engine 'int8' is not there: build torch with it"})
+    with open_server(trained, "tcp://127.0.0.1:0", None, False, lines.append) as server:
+        (listed,) = ask_models(server.address)
+        with open_device([server.address], listed, DeviceProfile("phone"), 0.05, "fail", None, 0.0) as device:
+            device.predict(trained.test_samples[0][:1], 20.0)
+    assert re.fullmatch(
+        r"device phone \(device-[0-9a-f]{16}\) does without an engine: engine 'int8' is not there: build torch with it",
+        lines[0],
+    )
 
 
 @pytest.mark.processes

@@ -338,7 +338,7 @@ def test_a_server_tells_once_of_each_device_what_it_refuses_of_the_engines_that_
     server.publish("m", 1, vector_of(1), with_engine("int8", catalogue(cut=LAYERS)), samples=X)
     refused = {"int8": "engine 'int8' is slower\x1b[2J\n" + 500 * "!", "unheard of": "no"}
     asked = Ask(DeviceProfile(name="a\nphone"), LOSS, refused=refused)
-    with caplog.at_level("WARNING", inference_server.__name__):
+    with caplog.at_level("INFO", inference_server.__name__):
         for sender in ("d0", "d1"):
             attacker = attackers(server.address)
             for request in (1, 2):
@@ -928,7 +928,7 @@ def test_inputs_that_have_drifted_raise_an_alarm_in_time_and_then_the_full_model
     audit = device._machine._audits._watched[1].audit
     assert audit.alarmed_at is not None and audit.alarmed_at <= 200 + delay_bound(risk, 200)
     (fault,) = device.faults
-    assert (fault.peer, fault.kind) == ("m", "drift") and f"of {audit.alarmed_at} audits" in fault.detail
+    assert (fault.source, fault.kind) == ("m", "drift") and f"of {audit.alarmed_at} audits" in fault.detail
     answer = device.predict(drifted[:10], DEADLINE_S)
     assert answer.receipt.tiers == ("full",) * 10
     assert (answer.receipt.alpha, answer.receipt.delta, answer.receipt.alarm) == (None, None, True)

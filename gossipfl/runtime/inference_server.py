@@ -97,8 +97,10 @@ class InferenceServer:
         insecure: bool = False,
         config: ServerConfig | None = None,
         architectures: Iterable[Architecture] = (),
+        told: Callable[[str], None] = logger.info,
     ) -> None:
-        """`architectures` of the models, for devices that ask what is served here (`model_list.ask_models`)."""
+        """`architectures` of the models, for devices that ask what is served here (`model_list.ask_models`); `told` hears of
+        engines that devices do without."""
         for name in models:
             if not name or "@" in name or len(name.encode()) > wire.MAX_NAME_BYTES - 8:
                 raise ConfigError(f"model {name!r}: name it with 1 to {wire.MAX_NAME_BYTES - 8} bytes and without '@'")
@@ -114,6 +116,7 @@ class InferenceServer:
         self._served: dict[str, dict[int, ServedVersion]] = {name: {} for name in models}
         self._kept: dict[tuple[Caller, int], list[Any]] = {}  # chunks of activations
         self._num_pulls = 0
+        self._told = told
         self._told_refused: set[tuple[str, str]] = set()
         self._publishing = threading.Lock()
         self._local = threading.Semaphore(self._max_queued)
@@ -356,8 +359,8 @@ class InferenceServer:
             key = caller.name, engine
             if engine in served.catalogue.device_s and key not in self._told_refused and len(self._told_refused) < MAX_TOLD:
                 self._told_refused.add(key)
-                shown = (ascii(text)[1:-1] for text in (clipped(ask.device.name), caller.name, clipped(reason)))
-                logger.warning("device %s (%s) does without an engine: %s", *shown)
+                name, own, why = (ascii(text)[1:-1] for text in (clipped(ask.device.name), caller.name, clipped(reason)))
+                self._told(f"device {name} ({own}) does without an engine: {why}")
 
     def _serve(self, caller: Caller, pull: Pull, served: ServedVersion) -> None:
         try:

@@ -46,7 +46,7 @@ def open_server(trained: Trained, bind: str, advertise: str | None, insecure: bo
     architecture = architecture_of(trained)
     chain = calibrator.chain
     server = InferenceServer(
-        {architecture.name: chain}, bind, advertise=advertise, insecure=insecure, architectures=[architecture]
+        {architecture.name: chain}, bind, advertise=advertise, insecure=insecure, architectures=[architecture], told=say
     )
     try:
         published = catalogue.version, calibrator.vector, catalogue
