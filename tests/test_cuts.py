@@ -482,9 +482,10 @@ def test_without_a_level_that_is_allowed_the_nearest_is_named():
 
 def test_a_level_may_offer_only_the_full_model_at_the_server():
     exact = replace(EXAMPLE, levels={0.0: {0: ((), 32)}, **EXAMPLE.levels})
-    plan, rows = choose_plan(exact, DeviceProfile(price_weight=9.0), 0.001)
-    assert (plan.cut, plan.activation_bits, plan.prediction.activation_bytes) == (0, 32, 4 * 36)
-    assert [row.obstacle for row in rows[1:]] == ["has no bits for a loss of 0.0"] * 3
+    for loss in (0.0, 0.001, 0.00035):
+        plan, rows = choose_plan(exact, DeviceProfile(price_weight=9.0), loss)
+        assert (plan.cut, plan.activation_bits, plan.prediction.activation_bytes) == (0, 32, 4 * 36)
+        assert [row.obstacle for row in rows[1:]] == [f"has no bits for a loss of {loss:g}"] * 3, "the loss that was asked"
 
 
 def test_an_engine_with_smaller_weights_is_taken_where_the_faster_one_does_not_fit():
@@ -511,6 +512,7 @@ def test_an_engine_that_the_device_has_refused_is_not_planned_for_it():
         plan, rows = choose_plan(catalogue, DeviceProfile(price_weight=9.0), 0.01, refused=refused)
         assert {row.device_engine for row in rows[1:]} == {plan.stages[0].engine} == {engine}
         assert plan.prediction.device_s == catalogue.device_s[engine][3]
+        assert plan.other_engines == (("bf16",) if engine == "int8" else ())
     alone = replace(catalogue, device_s={"int8": catalogue.device_s["int8"]})
     assert choose_plan(alone, DeviceProfile(price_weight=9.0), 0.01, refused=("int8",))[0].stages[0].engine == "int8"
 

@@ -26,9 +26,12 @@ from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.offers import Ask, manifest_from_json
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.learning.models import build_model
+from gossipfl.runtime import edge_device
+from gossipfl.runtime.model_list import ask_models
 from gossipfl.runtime.served import ServedVersion
 from gossipfl.scenario.inference import latency
-from gossipfl.scenario.inference.calibrate import calibrator_like, certifier, load_calibration, served_here, timed_here
+from gossipfl.scenario.inference.calibrate import Certificates, calibrator_like, load_calibration, served_here, timed_here
+from gossipfl.scenario.inference.serve import open_device, open_server
 from gossipfl.scenario.inference.trained import load_trained
 
 SCENARIO = {
@@ -197,14 +200,14 @@ def test_a_certificate_that_a_plan_asks_for_is_kept_beside_the_model(run, tmp_pa
     plan, _ = choose_plan(forced, DeviceProfile(uplink=1.0), 0.01)
     assert plan.fallback == "continued" and calibration.certificates_for(plan) == ()
     afresh, alone = replace(plan, fallback="full"), replace(plan, fallback="full", continued=None)
-    made = [certifier(trained, calibration, calibrator)(one) for one in (afresh, alone)]
+    made = [Certificates(trained, calibration, calibrator).certify(one) for one in (afresh, alone)]
     assert [one.tried for one in made] == [2, 1], "to choose from two, each at half of delta, or there is one only"
     stored = load_calibration(trained)
     assert stored.certificates == (*calibration.certificates, *made) and not calibration.certificates_for(alone)
     assert [stored.certificates_for(one) for one in (plan, alone)] == [(made[0],), (made[1],)]
     assert replace(stored, certificates=calibration.certificates) == calibration
     calibrator.certify = None  # what is kept is not made again
-    again = certifier(trained, stored, calibrator)
+    again = Certificates(trained, stored, calibrator).certify
     assert [again(one) for one in (afresh, alone)] == made
     assert load_calibration(trained) == stored
 
@@ -217,11 +220,11 @@ def test_a_certificate_is_not_kept_with_a_calibration_at_other_levels_nor_where_
     plan = replace(plan, fallback="full", continued=None)
     other = replace(calibration, certificates=tuple(replace(one, alpha=0.1) for one in calibration.certificates))
     trained.calibration_file.write_text(other.to_json())
-    assert certifier(trained, calibration, calibrator)(plan).alpha == 0.02
+    assert Certificates(trained, calibration, calibrator).certify(plan).alpha == 0.02
     assert load_calibration(trained) == other
     trained.calibration_file.unlink()
     with caplog.at_level("INFO"):
-        assert certifier(trained, calibration, calibrator)(plan).alpha == 0.02
+        assert Certificates(trained, calibration, calibrator).certify(plan).alpha == 0.02
     assert "a certificate is not kept" in caplog.text and not trained.calibration_file.exists()
 
 
@@ -241,7 +244,9 @@ def test_whatever_plan_is_offered_there_is_a_certificate_of_the_way_that_it_fall
             forced = latency.only(catalogue, cut, bits, catalogue.fallback_rates[level][cut])
             served = ServedVersion("m", catalogue.version, calibrator.chain, calibrator.vector, forced, certify)
             certificates.clear()
-            manifest = manifest_from_json(served.offer(Ask(DeviceProfile(uplink=uplink), 0.01)))
+            ask = Ask(DeviceProfile(uplink=uplink), 0.01)
+            served.certify(plan := served.plan(ask))
+            manifest = manifest_from_json(served.offer(plan, ask))
             (offered,) = [one for one in certificates if one and one.basis.fallback == manifest.plan.fallback]
             assert offered.basis == calibrator.basis(manifest.plan)
             assert (manifest.threshold, manifest.alpha, manifest.delta) == (offered.threshold, 0.02, 0.05)
@@ -407,6 +412,19 @@ def test_a_device_that_knows_nothing_but_an_address_answers_and_the_server_ends_
         assert code == 0 and "alarm: version 6 differs from the full model more often than alpha" in " ".join(stdout.split())
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_gossipfl_serve_tells_which_engines_devices_do_without(run, monkeypatch):
+    trained, lines = load_trained(run), []
+    monkeypatch.setattr(edge_device, "missing_engines", lambda: {"int8": "engine 'int8' is not there: build torch with it"})
+    with open_server(trained, "tcp://127.0.0.1:0", None, False, lines.append) as server:
+        (listed,) = ask_models(server.address)
+        with open_device([server.address], listed, DeviceProfile("phone"), 0.05, "fail", None, 0.0) as device:
+            device.predict(trained.test_samples[0][:1], 20.0)
+    assert re.fullmatch(
+        r"device phone \(device-[0-9a-f]{16}\) does without an engine: engine 'int8' is not there: build torch with it",
+        lines[0],
+    )
 
 
 @pytest.mark.processes

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gossipfl.errors import PlanError, RemoteProtocolError
 from gossipfl.inference.planning import offers
-from gossipfl.inference.planning.answering import Answerer, ServerConfig
+from gossipfl.inference.planning.answering import PLAN_S, Answerer, ServerConfig
 from gossipfl.inference.planning.asking import AUDIT_S, MAX_AUDITS, Asker, _Asked
 from gossipfl.inference.planning.device_words import (
     Audited,
@@ -115,7 +115,9 @@ def digests(of: Manifest) -> frozenset[str]:
 
 
 def test_asks_and_manifests_come_back_from_json_as_they_went():
-    described = Ask(DeviceProfile("d", uplink=1e6, memory_bytes=5), 0.02, 7, 60.0, (4, 6), refused=("int8", "bf16"))
+    described = Ask(
+        DeviceProfile("d", uplink=1e6, memory_bytes=5), 0.02, 7, 60.0, (4, 6), refused={"int8": "too slow", "bf16": "not there"}
+    )
     for ask in (Ask(DeviceProfile()), described):
         assert offers.ask_from_json(offers.to_json(ask)) == ask
     for offer in (
@@ -244,7 +246,7 @@ def test_pulled_planes_come_apart_into_the_pieces_that_are_cached(start, length,
 
 def asker(servers=("s0", "s1"), **config) -> Asker:
     settings_ = dict(patience_s=PATIENCE, wait_s=WAIT) | config
-    return Asker(DeviceConfig(**settings_), servers, PROFILE, itertools.count(1))
+    return Asker(DeviceConfig(**settings_), {peer: f"tcp://{peer}" for peer in servers}, PROFILE, itertools.count(1))
 
 
 def sent(actions, kind):
@@ -303,7 +305,7 @@ def test_who_does_not_answer_a_plan_request_is_left_alone_and_another_is_asked()
     ((_, first),) = sent(machine.handle(Start(), 0.0), PlanRequest)
     assert machine.next_deadline == PATIENCE and machine.handle(Wake(), PATIENCE - 0.1) == []
     actions = machine.handle(Wake(), PATIENCE)
-    assert Forget("s0", first.request) in actions and [r.peer for r in of(actions, Report)] == ["s0"]
+    assert Forget("s0", first.request) in actions and [r.source for r in of(actions, Report)] == ["tcp://s0"]
     assert [peer for peer, _ in sent(actions, PlanRequest)] == ["s1"]
     actions = machine.handle(PeerDown("s1"), PATIENCE + 1.0)
     assert [peer for peer, _ in sent(actions, PlanRequest)] == ["s0"], "its time alone is over"
@@ -423,15 +425,31 @@ def test_for_an_engine_that_is_of_no_use_here_another_plan_is_asked_for_and_then
     ((_, parked),) = sent(offered(machine, offer, 1.0), PlanRequest)
     assert parked.payload.held == 2
     machine.handle(Found(2, digests(offer)), 1.0)
-    actions = machine.handle(Loaded(2, engine="fp32"), 1.0)
+    actions = machine.handle(Loaded(2, engine="bf16", refused={"int8": "too slow"}), 1.0)
     assert of(actions, Unload) == [Unload(2)] and of(actions, Forget) == [Forget("s0", parked.request)]
     ((_, request),) = sent(actions, PlanRequest)
-    assert (request.payload.held, request.payload.refused) == (1, ("int8",))
+    assert (request.payload.held, request.payload.refused) == (1, {"int8": "too slow"})
     assert machine.fetcher.active == manifest(1) and machine.handle(Question(1, 1, 100.0), 1.0) == [RunHead(1, 1)]
     ((_, request),) = sent(offered(machine, certified, 1.0), PlanRequest)
-    assert (request.payload.held, request.payload.refused) == (2, ("int8",)), "nor is it planned for the next version"
+    assert (request.payload.held, request.payload.refused) == (2, {"int8": "too slow"}), (
+        "nor is it planned for the next version"
+    )
     machine.handle(Found(2, digests(certified)), 1.0)
     assert machine.handle(Loaded(2, engine="fp32"), 1.0) == [] and machine.fetcher.active == certified
+
+
+def test_what_is_known_to_be_missing_and_all_that_was_tried_is_named_so_that_there_is_one_more_offer_at_most():
+    machine = asker(("s0",), refused={"onnxruntime": "not there"})
+    ((_, request),) = sent(machine.handle(Start(), 0.0), PlanRequest)
+    assert request.payload.refused == {"onnxruntime": "not there"}
+    offered(machine, by_engine(manifest(), "int8"))
+    machine.handle(Found(1, digests(manifest())), 0.0)
+    actions = machine.handle(Loaded(1, engine="fp32", refused={"int8": "too slow", "bf16": "wrong"}), 0.0)
+    ((_, request),) = sent(actions, PlanRequest)
+    assert request.payload.refused == {"onnxruntime": "not there", "int8": "too slow", "bf16": "wrong"}
+    offered(machine, manifest())
+    assert machine.handle(Found(1, digests(manifest())), 0.0) == [Load(manifest())], "its pieces are there"
+    assert machine.handle(Loaded(1, engine="fp32"), 0.0) == [] and machine.fetcher.active == manifest()
 
 
 def test_who_offers_a_refused_engine_all_the_same_is_taken_up_without_its_certificate():
@@ -491,8 +509,8 @@ def test_where_there_is_no_version_yet_the_question_waits_for_it():
     (failure,) = of(machine.handle(Wake(), 30.0), Fail)
     assert (failure.number, failure.kind) == (2, "deadline")
     assert failure.reason == (
-        "no answer in time; waited 29 s for a first version: s0 has none ready yet, while it is trained or calibrated; "
-        "allow more time"
+        "no answer in time; waited 29 s for a first version: tcp://s0 has none ready yet, while it is trained, "
+        "calibrated or certified for this plan; allow more time"
     )
     assert machine.next_deadline == 1.0 + WAIT + PATIENCE
     actions = machine.handle(Wake(), 66.0)
@@ -503,6 +521,28 @@ def test_where_there_is_no_version_yet_the_question_waits_for_it():
     machine.handle(Question(3, 1, 71.0), 70.0)
     (failure,) = of(machine.handle(Wake(), 71.0), Fail)
     assert failure.reason == "no answer in time; waited 1 s for a first version: version 1 is not pulled yet; allow more time"
+
+
+def test_who_has_said_that_it_is_at_a_version_and_falls_silent_is_not_waited_for():
+    machine = asker(servers=("s0",))
+    machine.handle(Start(), 0.0)
+    assert not machine.fetcher.is_awaited and machine.waits_for.startswith("no answer from tcp://s0 yet")
+    later(machine, "s0", 0.5)
+    assert machine.fetcher.is_awaited and machine.waits_for.startswith("tcp://s0 has none ready yet")
+    assert sent(machine.handle(Wake(), 0.5 + WAIT + PATIENCE), PlanRequest) and machine.fetcher.is_awaited, "it is asked again"
+    assert of(machine.handle(Wake(), machine.next_deadline), Report) and not machine.fetcher.is_awaited
+    assert machine.waits_for.startswith("tcp://s0: no answer to a plan request; is `gossipfl serve` running there?")
+
+
+def test_who_fails_at_the_version_that_it_was_at_is_not_waited_for_but_says_why():
+    machine = asker(servers=("s0",))
+    machine.handle(Start(), 0.0)
+    for now in (0.5, 10.0):
+        later(machine, "s0", now)
+        assert machine.fetcher.is_awaited == (now < 1)
+        machine.handle(Received("s0", Failed(machine.fetcher._plan.request, Failure.COMPUTE, "no memory")), now)
+        assert not machine.fetcher.is_awaited and machine.waits_for == "tcp://s0: no memory"
+        machine.handle(Wake(), machine.next_deadline)
 
 
 def test_a_server_that_has_a_version_is_found_while_others_prepare_their_first():
@@ -655,7 +695,8 @@ def test_where_every_server_is_gone_the_policy_decides(policy):
         while not of(actions, Fail):
             now = machine.next_deadline
             actions = machine.handle(Wake(), now)
-        assert now == 100.0 and of(actions, Fail)[0].kind == "deadline"
+        (failure,) = of(actions, Fail)
+        assert now == 100.0 and failure.kind == "deadline" and "--on-no-server unverified" in failure.reason
     assert 1 not in machine._questions and not machine._by_request
 
 
@@ -943,7 +984,7 @@ def test_after_an_alarm_the_full_model_answers_all_and_where_there_is_none_the_p
     (report,) = of(alarm(machine), Report)
     num_audited, num_differing = counted(machine)
     assert num_audited == num_differing <= 10
-    assert (report.peer, report.kind) == ("m", "drift") and f"alpha = 0.02: it did in {num_audited} of" in report.detail
+    assert (report.source, report.kind) == ("m", "drift") and f"alpha = 0.02: it did in {num_audited} of" in report.detail
     (upload,) = ask_sure(machine, 1, (0.9, 1.0))
     assert (upload.tier, upload.samples) == ("full", None), "however sure"
     actions = machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1)), 0.1)
@@ -1026,7 +1067,9 @@ def test_only_so_many_audits_are_under_way():
 
 def test_about_the_share_is_audited_and_the_generator_decides():
     def run(seed) -> list:
-        machine = Asker(DeviceConfig(audit_share=0.1), ["s0"], PROFILE, itertools.count(1), np.random.default_rng(seed))
+        machine = Asker(
+            DeviceConfig(audit_share=0.1), {"s0": "tcp://s0"}, PROFILE, itertools.count(1), np.random.default_rng(seed)
+        )
         machine.handle(Start(), 0.0)
         switch(machine, certified())
         uploads = [of(ask_sure(machine, number), Upload) for number in range(500)]
@@ -1096,6 +1139,7 @@ def test_a_plan_is_made_at_once_or_when_there_is_something_newer():
     machine = server()
     ask = Ask(DeviceProfile(), held=0, wait_s=60.0)
     assert machine.handle(Heard(DEVICE, PlanRequest(1, payload=ask)), 0.0) == [MakePlan(DEVICE, 1, 1, ask)]
+    assert machine.handle(Planned(DEVICE, 1), 0.0) == []
     ask = Ask(DeviceProfile(), held=1, wait_s=60.0)
     assert machine.handle(Heard(DEVICE, PlanRequest(2, payload=ask)), 0.0) == [Reply(DEVICE, Later(2, 0))]
     assert machine.handle(Heard(OTHER, PlanRequest(2, payload=replace(ask, wait_s=1.0))), 0.0) == [Reply(OTHER, Later(2, 0))]
@@ -1106,6 +1150,16 @@ def test_a_plan_is_made_at_once_or_when_there_is_something_newer():
     assert failures(machine.handle(Heard(DEVICE, PlanRequest(4)), 0.0)) == ["input"]
     stranger = Caller(b"1", "device", "unheard of")
     assert failures(machine.handle(Heard(stranger, PlanRequest(5, payload=ask)), 0.0)) == ["model"]
+
+
+def test_that_making_a_plan_takes_long_is_said_once():
+    machine, ask = server(), Ask(DeviceProfile(), wait_s=60.0)
+    machine.handle(Heard(DEVICE, PlanRequest(1, payload=ask)), 0.0)
+    machine.handle(Heard(OTHER, PlanRequest(1, payload=ask)), 0.1)
+    assert machine.handle(Planned(OTHER, 1), 0.2) == [] and machine.next_deadline == PLAN_S < PATIENCE
+    assert machine.handle(Wake(), PLAN_S) == [Reply(DEVICE, Later(1, 0))]
+    assert machine.next_deadline is None and machine.handle(Wake(), 100.0) == []
+    assert machine.handle(Planned(DEVICE, 1), 101.0) == [] and not machine._planning
 
 
 def test_who_asks_before_there_is_a_version_may_wait_for_it():
@@ -1409,7 +1463,7 @@ class World:
         self.peers = [f"m@{k}" for k in range(num_servers)]
         self.device = Asker(
             DeviceConfig(on_no_server=policy, patience_s=0.5, wait_s=2.0, audit_share=0.5),
-            self.peers,
+            dict(zip(self.peers, self.peers, strict=True)),
             PROFILE,
             itertools.count(1),
             np.random.default_rng(seed),

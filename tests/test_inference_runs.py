@@ -27,7 +27,7 @@ from torch import nn
 from gossipfl.errors import ConfigError, PlanError, RunError
 from gossipfl.inference.execution.activations import decode_live, encode_live, samples_to_text
 from gossipfl.inference.execution.chain import Chain
-from gossipfl.inference.execution.engines import ENGINES
+from gossipfl.inference.execution.engines import ENGINES, missing_engines
 from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import Basis, Certificate, certify
 from gossipfl.inference.planning.cuts import choose_plan
@@ -49,12 +49,13 @@ from gossipfl.protocol.messages import (
     Refuse,
     Result,
 )
-from gossipfl.runtime import inference_server
+from gossipfl.runtime import edge_device, inference_server
 from gossipfl.runtime.content_cache import ContentCache, digest_of
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.stages import live_shapes
 from gossipfl.scenario.inference.device_view import Answers
+from gossipfl.scenario.inference.serve import SAY_S, Inputs, answer_all
 from gossipfl.segments.codecs.planes import Planes
 
 SHAPE, CLASSES, LAYERS = (1, 8, 8), 5, 4
@@ -252,6 +253,11 @@ def by_engine(plan) -> Certificate:
     return certified(0.25 if plan.stages[0].engine == "fp32" else 0.125)(plan)
 
 
+def refused(device) -> tuple[str, ...]:
+    """Beside what is not installed here."""
+    return tuple(engine for engine in device.refused if engine not in missing_engines())
+
+
 def test_a_certificate_is_of_the_engine_that_runs(slow_fp32, servers, devices, capsys):
     """Engines other than fp32 take samples to be compiled; a device that has none runs fp32 instead."""
     server = servers(version=0)
@@ -261,9 +267,10 @@ def test_a_certificate_is_of_the_engine_that_runs(slow_fp32, servers, devices, c
     for device, engine, threshold in ((without, "fp32", 0.25), (with_samples, "bf16", 0.125)):
         receipt = device.predict(X, DEADLINE_S).receipt
         assert (receipt.engines[0], receipt.threshold, receipt.alpha) == (engine, threshold, 0.02)
-        assert device.refused == (() if engine == "bf16" else ("bf16",))
+        assert refused(device) == (() if engine == "bf16" else ("bf16",))
         Answers(None, as_json=True).finish(device)
-        assert capsys.readouterr().err.count("bf16 is refused on this device") == len(device.refused)
+        said = "not used on this device: engine 'bf16' is compiled with samples, and there are none\n"
+        assert (said in capsys.readouterr().err) == (device is without)
 
 
 def test_fp32_runs_where_it_is_faster_than_what_was_planned_and_has_a_certificate_of_its_own(servers, devices, monkeypatch):
@@ -282,11 +289,64 @@ def test_fp32_runs_where_it_is_faster_than_what_was_planned_and_has_a_certificat
     for device in (devices(server), devices(server, device_profile=slow, emulated_speed=0.1)):
         receipt = device.predict(X, DEADLINE_S).receipt
         assert (receipt.engines[0], receipt.threshold, receipt.alpha) == ("fp32", 0.25, 0.02)
-        assert device.refused == ("planted",)
+        assert refused(device) == ("planted",)
     publish(2)
     assert wait_for(lambda: device.models()[0].version == 2)
     assert device.predict(X, DEADLINE_S).receipt.threshold == 0.25
     assert planned == [(1, "planted"), (1, "fp32"), (2, "fp32")], "it is not tried again"
+
+
+def test_however_many_engines_a_device_refuses_there_is_one_more_offer_and_nothing_is_pulled_or_compiled_again(
+    servers, devices, monkeypatch, capsys
+):
+    compiled, wrong = [], lambda stage, inputs: lambda x: (x.flatten(1)[:, :CLASSES],)
+    monkeypatch.setitem(ENGINES._functions, "slow", lambda *of: compiled.append("slow") or laboured(*of))
+    monkeypatch.setitem(ENGINES._functions, "wrong", lambda *of: compiled.append("wrong") or wrong(*of))
+    full = ENGINES.get("fp32")
+    monkeypatch.setitem(ENGINES._functions, "fp32", lambda *of: compiled.append("fp32") or full(*of))
+    monkeypatch.setitem(ENGINES._functions, "gone", laboured)
+    server, plain, planned = servers(version=0), servers(cut=LAYERS), []
+
+    def certificate(plan) -> Certificate:
+        planned.append(plan.stages[0].engine)
+        return certified(0.0)(plan)
+
+    times = catalogue().device_s["fp32"]
+    faster = {name: [seconds / k for seconds in times] for k, name in ((2, "slow"), (3, "wrong"), (4, "gone"))}
+    server.publish("m", 1, vector_of(1), replace(catalogue(cut=LAYERS), device_s={"fp32": times} | faster), certificate, X)
+    monkeypatch.setattr(edge_device, "missing_engines", lambda: {"gone": "engine 'gone' is not there: pip install it"})
+    other = devices(plain)
+    assert other.predict(X, DEADLINE_S).receipt.engines == ("fp32",)
+    del compiled[:]
+    device = devices(server)
+    assert device.predict(X, DEADLINE_S).receipt.engines == ("fp32",)
+    assert list(device.refused) == ["gone", "wrong", "slow"]
+    assert planned == ["wrong", "fp32"] and compiled == ["fp32", "wrong", "slow"]
+    assert device.bytes_pulled == other.bytes_pulled
+    assert device.bytes_offered == 2 * other.bytes_offered + len(samples_to_text(X))
+    Answers(None, as_json=True).finish(device)
+    gone, differs, slower = capsys.readouterr().err.splitlines()
+    assert gone == "not used on this device: engine 'gone' is not there: pip install it"
+    assert re.match(r"not used .*: engine 'wrong' computes something else than fp32 .*\(relative difference [\d.]+, ", differs)
+    assert re.match(
+        r"not used .*: engine 'slow' is slower than fp32 on this machine: [\d.]+ ms a sample, fp32 [\d.]+ ms", slower
+    )
+
+
+def test_a_server_tells_once_of_each_device_what_it_refuses_of_the_engines_that_would_be_planned(servers, attackers, caplog):
+    server = servers(version=0)
+    server.publish("m", 1, vector_of(1), with_engine("int8", catalogue(cut=LAYERS)), samples=X)
+    refused = {"int8": "engine 'int8' is slower\x1b[2J\n" + 500 * "!", "unheard of": "no"}
+    asked = Ask(DeviceProfile(name="a\nphone"), LOSS, refused=refused)
+    with caplog.at_level("INFO", inference_server.__name__):
+        for sender in ("d0", "d1"):
+            attacker = attackers(server.address)
+            for request in (1, 2):
+                attacker.say(sender, "m", PlanRequest(request, payload=to_json(asked)), run=INFERENCE_RUN)
+                assert isinstance(heard(attacker), Offer)
+    first, second = caplog.messages
+    assert first.startswith("device a\\nphone (d0) does without an engine: engine 'int8' is slower\\x1b[2J\\n!!!")
+    assert second == first.replace("(d0)", "(d1)") and len(first) < 400 and first.isprintable()
 
 
 def test_fp32_does_not_run_in_a_planned_engines_place_where_its_weights_do_not_fit(servers, devices, monkeypatch):
@@ -353,7 +413,7 @@ def test_where_the_planned_engine_does_not_work_the_plan_of_another_is_asked_for
     device = devices(server)
     receipt = device.predict(X, DEADLINE_S).receipt
     assert (receipt.engines, receipt.alpha, receipt.tiers) == (("fp32",), 0.02, ("reduced",) * 6)
-    assert device.refused == ("elsewhere",)
+    assert refused(device) == ("elsewhere",)
 
 
 def test_a_certificate_of_accuracy_says_nothing_of_how_many_answers_differ(servers, devices):
@@ -375,6 +435,67 @@ def test_a_certificate_for_another_plan_is_not_offered(servers, devices):
 
     with pytest.raises(PlanError, match=r"the certificate is of .*'int8'.*, the plan of .*'fp32'.*certify the plan"):
         devices(servers(certificate=of_another_engine)).predict(X, DEADLINE_S)
+
+
+@pytest.fixture
+def certifying(servers) -> Iterator[tuple[InferenceServer, threading.Event]]:
+    """A server that certifies plans when the event is set, but for those of the cut after two layers: they are certified."""
+    is_let = threading.Event()
+
+    def certificate(plan) -> Certificate:
+        assert is_let.wait(DEADLINE_S)
+        return certified(0.0)(plan)
+
+    def known(plan) -> Certificate | None:
+        return also_continued(0.0)(plan) if plan.cut == 2 else None
+
+    server, whole = servers(version=0), catalogue(cut=LAYERS)
+    levels = {LOSS: {2: ((6,) * 2, 8)}, 2 * LOSS: whole.levels[LOSS]}
+    server.publish("m", 1, vector_of(1), replace(whole, levels=levels), certificate, known=known)
+    yield server, is_let
+    is_let.set()
+
+
+def test_a_device_waits_while_its_plan_is_certified_and_others_are_not_held_up(certifying, devices):
+    server, is_let = certifying
+    slow = devices(server, max_accuracy_loss=2 * LOSS)
+    future = slow.submit(X, DEADLINE_S)
+    assert wait_for(lambda: slow.is_awaited)
+    other = devices(server)
+    assert other.predict(X, DEADLINE_S).receipt.cut == 2, "its plan is made, its pieces come, and the server computes for it"
+    with pytest.raises(RunError, match=f"first version: {server.address} has none ready yet, while it is .* certified"):
+        slow.predict(X, 1.5)
+    assert not future.done() and slow.models() == ()
+    is_let.set()
+    assert future.result(DEADLINE_S).receipt.cut == LAYERS
+    assert slow.faults == other.faults == [] and slow.waits_for is None and not slow.is_awaited
+
+
+def test_gossipfl_device_says_what_it_waits_for_and_has_time_as_long_as_a_server_is_at_it(certifying, devices, monkeypatch):
+    server, is_let = certifying
+    asked, said, answers = [], [], []
+    device = devices(server, max_accuracy_loss=2 * LOSS)
+    submit = device.submit
+
+    def spied(*question):
+        asked.append(question)
+        if len(asked) == 2:  # the first one's time is over
+            is_let.set()
+        return submit(*question)
+
+    monkeypatch.setattr(device, "submit", spied)
+    answer_all(device, Inputs(X[:1], None), 3 * SAY_S, lambda index, answer, seconds: answers.append(answer), said.append)
+    assert len(answers) == 1 and len(asked) >= 2 and len(said) >= 1
+    assert said[0].startswith(f"waiting for a first version: {server.address} has none ready yet, while it is ")
+
+
+def test_gossipfl_device_does_not_wait_for_who_cannot_offer_a_plan(servers, devices):
+    device = devices(servers(), max_accuracy_loss=LOSS / 2)
+    with pytest.raises(PlanError, match="no plan keeps within"):
+        answer_all(device, Inputs(X, None), DEADLINE_S, lambda *_: None, lambda text: None)
+    nobody = devices("tcp://127.0.0.1:9")
+    with pytest.raises(RunError, match=r"no answer in time; .*is `gossipfl serve` running there"):
+        answer_all(nobody, Inputs(X, None), 0.1, lambda *_: None, lambda text: None)
 
 
 def test_a_server_answers_callers_of_its_own_process_with_the_full_model(servers):
@@ -499,7 +620,7 @@ def test_a_server_that_lies_when_it_continues_is_left_and_another_starts_afresh(
     answer = device.predict(X, DEADLINE_S)
     assert answer.receipt.tiers == ("full",) * 6
     assert_same(answer.scores, full_scores(X))
-    assert [(fault.peer, fault.kind) for fault in device.faults] == [("m@0", "rejected")]
+    assert [(fault.source, fault.kind) for fault in device.faults] == [(liar.address, "rejected")]
 
 
 def test_what_is_kept_to_be_continued_is_bounded_whatever_devices_do(servers, attackers):
@@ -668,10 +789,16 @@ def test_a_cache_that_cannot_be_written_to_is_an_error_that_says_so(tmp_path):
         ContentCache(tmp_path / "file")
 
 
+def offer_of(served) -> bytes:
+    ask = Ask(DeviceProfile(), LOSS)
+    served.certify(plan := served.plan(ask))
+    return served.offer(plan, ask)
+
+
 def tamper(server: InferenceServer) -> None:
     """From now on what is pulled of it differs from what it has offered, by a bit."""
     served = server._served["m"][1]
-    served.offer(Ask(DeviceProfile(), LOSS))
+    offer_of(served)
     honest = served.piece
 
     def piece(range_, name):
@@ -687,7 +814,7 @@ def test_a_tampered_piece_is_pulled_from_another(servers, devices):
     tamper(liar)
     device = devices(liar, honest)
     assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X, cut=LAYERS))
-    assert {(fault.peer, fault.kind) for fault in device.faults} == {("m@0", "rejected")}
+    assert {(fault.source, fault.kind) for fault in device.faults} == {(liar.address, "rejected")}
     assert all("is not what was offered: its digest is" in fault.detail for fault in device.faults)
 
 
@@ -801,7 +928,7 @@ def test_inputs_that_have_drifted_raise_an_alarm_in_time_and_then_the_full_model
     audit = device._machine._audits._watched[1].audit
     assert audit.alarmed_at is not None and audit.alarmed_at <= 200 + delay_bound(risk, 200)
     (fault,) = device.faults
-    assert (fault.peer, fault.kind) == ("m", "drift") and f"of {audit.alarmed_at} audits" in fault.detail
+    assert (fault.source, fault.kind) == ("m", "drift") and f"of {audit.alarmed_at} audits" in fault.detail
     answer = device.predict(drifted[:10], DEADLINE_S)
     assert answer.receipt.tiers == ("full",) * 10
     assert (answer.receipt.alpha, answer.receipt.delta, answer.receipt.alarm) == (None, None, True)
@@ -881,7 +1008,7 @@ def test_a_device_that_asks_before_the_first_version_gets_it_as_soon_as_there_is
         devices(early, model="n").predict(X, DEADLINE_S)
     for addresses in ((early,), (other, early)):
         device = devices(*addresses)
-        names = " and ".join(f"m@{k} {'has' if len(addresses) == 1 else ''}".strip() for k in range(len(addresses)))
+        names = " and ".join(sorted(server.address for server in addresses)) + (" has" if len(addresses) == 1 else "")
         with pytest.raises(RunError, match=rf"waited 0\.\d+ s for a first version: {names}.* none ready yet.*allow more time"):
             device.predict(X, 0.5)
         assert device.faults == []
@@ -904,7 +1031,11 @@ def test_a_device_with_another_model_is_told_so(servers):
 
 def test_where_nobody_is_there_a_question_ends_in_time(devices):
     device = devices("tcp://127.0.0.1:9", patience_s=0.1)
-    with pytest.raises(RunError, match="no answer in time"):
+    with pytest.raises(
+        RunError, match=r"no answer in time; .* no answer from tcp://127.0.0.1:9 yet; is .* running there\? .*--server"
+    ):
+        device.predict(X, 0.05)
+    with pytest.raises(RunError, match=r"no answer in time; .* tcp://127.0.0.1:9: no answer to a plan request; is .* there\?"):
         device.predict(X, 0.5)
 
 
@@ -969,7 +1100,7 @@ def test_a_question_whose_server_is_killed_is_answered_by_another(cut, activatio
     answer = asked_and_killed(device, process).result(DEADLINE_S)
     assert answer.receipt.tiers == ("full",) * 6
     assert_same(answer.scores, full_scores(X))
-    assert ("m@0", "gone") in {(fault.peer, fault.kind) for fault in device.faults}
+    assert (process.address, "gone") in {(fault.source, fault.kind) for fault in device.faults}
 
 
 @pytest.mark.processes
@@ -990,8 +1121,13 @@ def test_or_fails_where_that_is_not_wanted_or_half_of_the_model_is_missing(proce
         device = devices(process, on_no_server=policy)
         device.predict(X, DEADLINE_S)
         process.signal(signal.SIGKILL)
-        with pytest.raises(RunError, match=r"no answer in time; .*m@0"):
+        with pytest.raises(RunError) as error:
             device.predict(X, 1.0)
+        said = str(error.value)
+        assert said.startswith(
+            f"no answer in time; {process.address}: the connection broke; is `gossipfl serve` running there?"
+        )
+        assert "--server" in said and ("--on-no-server unverified" in said) == (process is whole), "half a model has no answer"
 
 
 def test_a_server_that_closes_finishes_what_it_has_taken_and_others_go_on(servers, devices):
@@ -1068,7 +1204,7 @@ def offering(content: bytes):
 
 def honest_offer() -> bytes:
     served = inference_server.ServedVersion("m", 1, chain(), vector_of(1), catalogue(1, LAYERS), lambda plan: None)
-    return served.offer(Ask(DeviceProfile(), LOSS))
+    return offer_of(served)
 
 
 LIES = {
@@ -1087,9 +1223,9 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_who_lies_about_plans_is_passed_over(lie, liars, servers, devices):
-    device = devices(liars(LIES[lie]), servers(cut=2), patience_s=0.3)
+    device = devices(liar := liars(LIES[lie]), servers(cut=2), patience_s=0.3)
     assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X))
-    assert {fault.peer for fault in device.faults} == {"m@0"}
+    assert {fault.source for fault in device.faults} == {liar.address}
 
 
 def test_who_offers_and_then_says_nothing_or_something_else_is_passed_over(liars, servers, devices):

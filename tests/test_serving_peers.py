@@ -114,7 +114,7 @@ def test_devices_get_rising_versions_while_peers_train_and_peers_learn_what_they
     training.start()
     first = watcher.serving.get(timeout=DEADLINE_S)
     assert first["model"] == f"digits-{first['peer']}" and first["version"] >= 1
-    (listed,) = ask_models(first["address"], INFERENCE_RUN)
+    (listed,) = ask_models(first["address"])
     assert (listed.name, listed.model, listed.input_shape) == (first["model"], "mlp", SHAPE)
     exact = EdgeDevice([first["address"]], chain, max_accuracy_loss=0.0, model=first["model"])
     # not audited: eight samples, asked again and again, are no draw of what was calibrated for
@@ -167,7 +167,7 @@ def test_a_peer_by_hand_tells_where_it_serves(tmp_path):
     try:
         assert process.stderr is not None
         line = next(line for line in process.stderr if line.startswith("serving alone-p0 for devices at tcp://127.0.0.1:"))
-        (listed,) = ask_models(line.split()[-1], INFERENCE_RUN)
+        (listed,) = ask_models(line.split()[-1])
         assert listed.name == "alone-p0"
     finally:
         process.kill()

@@ -249,7 +249,7 @@ def device(
     asked = read_inputs(inputs, load_scenario(scenario) if scenario else None, samples, found.input_shape)
     answers = Answers(asked.y, as_json)
     with open_device(servers, found, profile, max_accuracy_loss, on_no_server, cache, audit_share) as edge:
-        answer_all(edge, asked, timeout_s, answers.take)
+        answer_all(edge, asked, timeout_s, answers.take, lambda text: click.echo(text, err=True))
         answers.finish(edge)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 
 from gossipfl.errors import ConfigError, RemoteProtocolError, RunError
 from gossipfl.inference.execution.activations import samples_from_text
+from gossipfl.inference.execution.engines import available_engines
 from gossipfl.inference.planning.margins import margins
 from gossipfl.inference.planning.offers import Manifest, Piece, pieces
 from gossipfl.inference.planning.profile import FULL_ENGINE, Range
@@ -17,8 +16,6 @@ from gossipfl.runtime.stages import ModelChain, RunnableStage
 from gossipfl.segments.codecs import all_finite
 from gossipfl.segments.codecs.planes import PlaneSet
 
-logger = logging.getLogger(__name__)
-
 
 class DeviceVersion:
     """With `memory_bytes` for the model."""
@@ -27,6 +24,8 @@ class DeviceVersion:
         self.manifest = manifest
         self.stage: RunnableStage | None = None
         """Of the layers before the cut, once loaded; None also where there are none."""
+        self.refused: dict[str, str] = {}
+        """Engines that were tried for it and are of no use here, and why."""
         self._chain, self._memory_bytes = chain, memory_bytes
         self._expected = {(piece.range, piece.codec): piece.digest for piece in pieces(manifest, chain.profile)}
         self._contents: dict[str, bytes] = {}
@@ -55,13 +54,17 @@ class DeviceVersion:
         self._contents[found] = content
         cache.put(found, content)
 
-    def load(self) -> None:
-        """Build the stage from the pieces, all of which are here.
+    def load(self, before: DeviceVersion | None = None) -> None:
+        """Build the stage from the pieces, all of which are here, or take that of `before` where it is the same.
 
-        In fp32 in place of an engine that is not installed here, computes something else on this machine, or is slower than it.
+        In place of an engine that does not work here, computes something else on this machine, or is slower than fp32, the next
+        one of the plan is tried, and fp32 is used in the end.
         """
         manifest, profile = self.manifest, self._chain.profile
-        if manifest.cut:
+        planned = manifest.plan.stages[0].engine if manifest.cut else None
+        if before is not None and before.engine == planned and before._is_built_of(manifest):
+            self.stage = before.stage
+        elif manifest.cut:
             vector = np.zeros(self._chain.layout.size, np.float32)
             for layer, offer in zip(profile.layers, manifest.layers, strict=False):
                 held = PlaneSet(layer.num_weights, layer.group)
@@ -71,17 +74,24 @@ class DeviceVersion:
                     vector[slice(*layer.bias)] = np.frombuffer(self._contents[offer.bias], np.float32)
             if not all_finite(vector):
                 raise RunError("it holds NaN or infinite weights")
-            engine = manifest.plan.stages[0].engine
+            assert planned is not None, "there are layers"
             samples = samples_from_text(manifest.samples, profile.input_shape)
             fits = resident_bytes(profile, manifest.cut, FULL_ENGINE) <= self._memory_bytes
+            here = available_engines()
+            others = [engine for engine in manifest.plan.other_engines if engine in here] if fits else None
             try:
-                self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, engine, samples, or_full=fits)
+                self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, planned, samples, others)
+                self.refused = self.stage.refused
             except (ConfigError, RunError) as error:
-                if engine == FULL_ENGINE:
+                if planned == FULL_ENGINE:
                     raise
-                logger.warning("%s; %s runs in its place", error, FULL_ENGINE)
+                self.refused = {planned: str(error)}
                 self.stage = RunnableStage(self._chain, 0, manifest.cut, vector, FULL_ENGINE)
         self._contents.clear()
+
+    def _is_built_of(self, manifest: Manifest) -> bool:
+        """Whether its stage is what comes of this offer's pieces and samples."""
+        return (self.manifest.layers, self.manifest.samples) == (manifest.layers, manifest.samples)
 
     def margins_of(self, scores: np.ndarray) -> tuple[float, ...]:
         return tuple(margins(scores, self.manifest.scale).tolist())

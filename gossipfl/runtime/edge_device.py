@@ -25,7 +25,7 @@ import numpy as np
 
 from gossipfl.errors import ConfigError, GossipflError, PlanError, RunError
 from gossipfl.inference.execution.activations import encode_live, encode_missing, samples_to_text
-from gossipfl.inference.execution.engines import MAX_SAMPLES
+from gossipfl.inference.execution.engines import MAX_SAMPLES, missing_engines
 from gossipfl.inference.planning.asking import Asker
 from gossipfl.inference.planning.audit import SHARE
 from gossipfl.inference.planning.device_words import (
@@ -93,8 +93,8 @@ class EdgeDevice:
 
     `cache` is a folder for the pieces that have been pulled (None: in memory), of at most `cache_bytes`. Where no server
     answers in time, the reduced model's answer stands, marked "unverified", or the question fails (`on_no_server`). `samples`
-    (f32[n, *input_shape]) are what engines other than "fp32" are compiled with where the server sends none. An engine that was
-    planned and cannot be used here, or is slower than "fp32", is `refused`, and another plan asked for. `audit_share`
+    (f32[n, *input_shape]) are what engines other than "fp32" are compiled with where the server sends none. An engine that
+    cannot be used here, or is slower than "fp32", is `refused`, and a plan without it asked for. `audit_share`
     of the samples are compared with the full model after they have been answered, to see whether a certificate still holds; 0:
     none. `emulated_speed` makes the device's part take as much longer as on a device of that speed, for measuring.
     """
@@ -128,14 +128,14 @@ class EdgeDevice:
         self._emulated_speed = emulated_speed
         self._cache = ContentCache(cache, cache_bytes)
         self._name = f"device-{secrets.token_hex(8)}"
-        peers = [f"{model}@{index}" for index in range(len(servers))]
+        addresses = {f"{model}@{index}": address for index, address in enumerate(servers)}
         own = "" if samples is None else samples_to_text(check_inputs(samples[:MAX_SAMPLES], chain.profile.input_shape))
         profile = device_profile or DeviceProfile()
-        config = DeviceConfig(profile, max_accuracy_loss, on_no_server, patience_s, wait_s, audit_share, own)
-        self._machine = Asker(config, peers, chain.profile)
+        config = DeviceConfig(profile, max_accuracy_loss, on_no_server, patience_s, wait_s, audit_share, own, missing_engines())
+        self._machine = Asker(config, addresses, chain.profile)
         self._transport = ZmqTransport(f"inproc://{uuid.uuid4().hex}", run=INFERENCE_RUN)
         try:
-            for peer, address in zip(peers, servers, strict=True):
+            for peer, address in addresses.items():
                 self._transport.connect(peer, address)
         except ConfigError:
             self._transport.close()
@@ -147,6 +147,7 @@ class EdgeDevice:
         self._jobs: dict[int, Job] = {}
         self._coming: dict[Key, Coming] = {}
         self._versions: dict[int, DeviceVersion] = {}
+        self._not_as_planned: DeviceVersion | None = None  # loaded, of the loader's thread
         self._error: BaseException | None = None
         self.faults: list[Report] = []
         """The last things that went wrong with servers and were survived."""
@@ -176,12 +177,12 @@ class EdgeDevice:
         wanted, planned = budget.max_accuracy_loss, self._machine.config.max_accuracy_loss
         if wanted is not None and planned is not None and wanted < planned:
             raise ConfigError(f"max_accuracy_loss = {wanted}, this device is made for {planned}; make one for {wanted}")
-        if not 0 < budget.timeout_s < 1e9:
-            raise ConfigError(f"timeout_s = {budget.timeout_s}; give seconds above 0")
         return self.submit(inputs, budget.timeout_s, version).result(budget.timeout_s + GRACE_S)
 
     def submit(self, inputs: np.ndarray, timeout_s: float = 30.0, version: int | None = None) -> Future[Answer]:
         """As `predict`, without waiting. `inputs` must stay as they are until there is an answer."""
+        if not 0 < timeout_s < 1e9:
+            raise ConfigError(f"timeout_s = {timeout_s}; give seconds above 0")
         inputs = check_inputs(inputs, self._chain.profile.input_shape)
         if not self._loop.is_running:
             raise RunError("the device is closed; make another") from self._error
@@ -201,9 +202,19 @@ class EdgeDevice:
         return (ServedModel(self._model, active.version, profile.input_shape, profile.num_classes),)
 
     @property
-    def refused(self) -> tuple[str, ...]:
-        """Engines that were planned for this device, and did not work here or were slower than "fp32"."""
-        return self._machine.fetcher.refused
+    def refused(self) -> dict[str, str]:
+        """Engines that do not work here, or were planned and did not, or were slower than "fp32"; and why."""
+        return self._machine.fetcher.refused.copy()
+
+    @property
+    def waits_for(self) -> str | None:
+        """What keeps the first version, for people; None once it is there."""
+        return self._machine.waits_for
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a server has said that it is at a first version for this device, which may take long."""
+        return self._machine.fetcher.is_awaited
 
     def close(self) -> None:
         """Give up what is under way. Closing twice is allowed."""
@@ -277,7 +288,7 @@ class EdgeDevice:
             case Unload(version):
                 self._versions.pop(version, None)
             case Report():
-                logger.info("%s %s: %s", action.peer, action.kind, action.detail)
+                logger.info("%s %s: %s", action.source, action.kind, action.detail)
                 self.faults = [*self.faults[-63:], action]
 
     # --- what goes out ------------------------------------------------------------------------------------------------
@@ -382,14 +393,17 @@ class EdgeDevice:
         self._loop.post(lambda: self._handle(Found(version.manifest.version, have)))
 
     def _load(self, version: DeviceVersion) -> None:
-        """On the thread that loads: the stage, from the pieces."""
+        """On the thread that loads: the stage, from the pieces. Of one not as planned it is kept for the plan that follows."""
         failure = None
         try:
-            version.load()
+            version.load(self._not_as_planned)
+            self._not_as_planned = version if version.refused else None
+            for reason in version.refused.values():
+                logger.info("%s; another plan is asked for", reason)
         except Exception as error:  # whatever a compiler raises: the device goes on with the version before
             logger.exception("version %d cannot be loaded", version.manifest.version)
             failure = f"version {version.manifest.version} cannot be loaded: {type(error).__name__}: {error}"
-        self._loop.post(lambda: self._handle(Loaded(version.manifest.version, failure, version.engine)))
+        self._loop.post(lambda: self._handle(Loaded(version.manifest.version, failure, version.engine, version.refused)))
 
 
 def _error_of(kind: str, reason: str) -> GossipflError:

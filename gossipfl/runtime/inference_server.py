@@ -6,7 +6,8 @@
     server.publish("digits", 2, newer, newer_catalogue)    # devices change over as they can; nobody mixes the two
 
 Messages move on one thread, stages run on a second, and a third makes plans and pieces, so that a new version does not hold up
-the answers of the one in use. Devices call a model by its name, or by `name@anything`.
+the answers of the one in use. A fourth certifies plans, which takes seconds and more: who needs one that nobody has needed
+before waits for that, and nobody else. Devices call a model by its name, or by `name@anything`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from gossipfl.inference.execution.activations import decode_continued, decode_li
 from gossipfl.inference.planning.answering import Answerer, ServerConfig
 from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
+from gossipfl.inference.planning.profile import Plan
 from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
 from gossipfl.inference.planning.remembered import First
 from gossipfl.inference.planning.server_words import (
@@ -69,7 +71,7 @@ from gossipfl.protocol.messages import (
 from gossipfl.runtime import model_list
 from gossipfl.runtime.message_loop import MessageLoop
 from gossipfl.runtime.model_list import Architecture
-from gossipfl.runtime.served import Certifier, ServedVersion
+from gossipfl.runtime.served import Certifier, ServedVersion, nothing_certified
 from gossipfl.runtime.stages import ModelChain, check_inputs, clipped, live_shapes, threads
 from gossipfl.runtime.transport import Happening, Incoming, ZmqTransport
 from gossipfl.segments.codecs import all_finite
@@ -79,6 +81,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SERVED = 256
 """Pulls being answered at once on one connection, and pulls that wait to be; more are refused."""
+MAX_TOLD = 4096
+"""Engines that devices refuse, each told once of each device; more are not told."""
 
 
 class InferenceServer:
@@ -93,8 +97,10 @@ class InferenceServer:
         insecure: bool = False,
         config: ServerConfig | None = None,
         architectures: Iterable[Architecture] = (),
+        told: Callable[[str], None] = logger.info,
     ) -> None:
-        """`architectures` of the models, for devices that ask what is served here (`model_list.ask_models`)."""
+        """`architectures` of the models, for devices that ask what is served here (`model_list.ask_models`); `told` hears of
+        engines that devices do without."""
         for name in models:
             if not name or "@" in name or len(name.encode()) > wire.MAX_NAME_BYTES - 8:
                 raise ConfigError(f"model {name!r}: name it with 1 to {wire.MAX_NAME_BYTES - 8} bytes and without '@'")
@@ -106,9 +112,12 @@ class InferenceServer:
         self._loop = MessageLoop(self._transport, self, "gossipfl-inference-server")
         self._compute = threads("gossipfl-stages")
         self._library = threads("gossipfl-library")
+        self._certifying = threads("gossipfl-certifying")
         self._served: dict[str, dict[int, ServedVersion]] = {name: {} for name in models}
         self._kept: dict[tuple[Caller, int], list[Any]] = {}  # chunks of activations
         self._num_pulls = 0
+        self._told = told
+        self._told_refused: set[tuple[str, str]] = set()
         self._publishing = threading.Lock()
         self._local = threading.Semaphore(self._max_queued)
         self._finished = threading.Event()
@@ -127,12 +136,14 @@ class InferenceServer:
         version: int,
         vector: np.ndarray,
         catalogue: Catalogue,
-        certificate: Certifier = lambda plan: None,
+        certificate: Certifier = nothing_certified,
         samples: np.ndarray | None = None,
+        known: Certifier = nothing_certified,
     ) -> None:
         """Serve `vector` (f32[P], copied) as the newest version; returns once it is. Questions under way keep theirs.
 
-        `certificate(plan)` is asked once for each plan that is offered, and each fallback that it may have. Devices compile
+        `certificate(plan)` is asked once for each plan that is offered, and each fallback that it may have, where there is none
+        that is `known` already: that takes no time, and devices do not have to wait for their turn. Devices compile
         their engines with `samples` (f32[n, *input_shape]), if given. ConfigError for what does not fit the model or is no
         newer than what is served.
         """
@@ -143,7 +154,7 @@ class InferenceServer:
             newest = max(self._served[model], default=0)
             if version <= newest:
                 raise ConfigError(f"version {version} of {model!r} is not newer than {newest}, which is served; count on")
-            served = ServedVersion(model, version, self._chains[model], vector, catalogue, certificate, samples)
+            served = ServedVersion(model, version, self._chains[model], vector, catalogue, certificate, samples, known)
             served.stage(0)
             done: Future[None] = Future()
             self._loop.post(lambda: self._publish(served, done))
@@ -188,6 +199,7 @@ class InferenceServer:
         self._loop.stop(flush_s=min(drain_s, 1.0))
         self._compute.shutdown(wait=False, cancel_futures=True)
         self._library.shutdown(wait=False, cancel_futures=True)
+        self._certifying.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> InferenceServer:
         return self
@@ -277,7 +289,8 @@ class InferenceServer:
                 served = self._served[caller.model][first.version]
                 self._run(Ran(caller, continuation.request), lambda: _run_again(served, continuation, first, kept, missing))
             case MakePlan(caller, request, version, ask):
-                self._submit(self._library, Planned(caller, request), lambda: self._offer(caller, request, version, ask))
+                planned = Planned(caller, request)
+                self._submit(self._library, planned, lambda: self._offer(planned, version, ask))
             case Serve(caller, pull) if self._num_pulls < MAX_SERVED:
                 self._num_pulls += 1
                 self._library.submit(self._serve, caller, pull, self._served[caller.model][pull.version])
@@ -293,8 +306,8 @@ class InferenceServer:
             self._transport.send(ran.caller.called, ran.caller.name, Later(ran.request, 0), ran.caller.origin)
         self._submit(self._compute, ran, work)
 
-    def _submit(self, pool: ThreadPoolExecutor, done: Planned | Ran, work: Callable[[], list[Chunk] | Failed]) -> None:
-        """Have `work` done, send what it returns, and tell the machine that it is `done`."""
+    def _submit(self, pool: ThreadPoolExecutor, done: Planned | Ran, work: Callable[[], list[Chunk] | Failed | None]) -> None:
+        """Have `work` done, send what it returns, and tell the machine that it is `done`; None: another thread goes on."""
 
         def do() -> None:
             try:
@@ -302,9 +315,11 @@ class InferenceServer:
             except Exception as error:  # whatever a model's kernels raise: the device hears of it
                 logger.exception("request %d of %s failed", done.request, done.caller.name)
                 answer = Failed(done.request, Failure.COMPUTE, clipped(f"{type(error).__name__}: {error}"))
-            self._loop.post(lambda: self._answered(done, answer))
+            if answer is not None:
+                self._loop.post(lambda: self._answered(done, answer))
 
-        pool.submit(do)
+        if self._loop.is_running:
+            pool.submit(do)
 
     def _answered(self, done: Planned | Ran, answer: list[Chunk] | Failed) -> None:
         caller = done.caller
@@ -314,15 +329,38 @@ class InferenceServer:
             self._transport.queue(caller.origin, caller.called, caller.name, answer)
         self._handle(done)
 
-    def _offer(self, caller: Caller, request: int, version: int, ask: Ask) -> list[Chunk] | Failed:
-        served = self._served[caller.model].get(version)
+    def _offer(self, planned: Planned, version: int, ask: Ask) -> list[Chunk] | Failed | None:
+        """None where the plan is certified first, on another thread, and then offered."""
+        caller, request, versions = planned.caller, planned.request, self._served[planned.caller.model]
+        served = versions.get(version)
         if served is None:
             return Failed(request, Failure.VERSION, f"version {version} has been retired; ask again")
+        self._tell_refused(caller, ask, served)
         try:
-            offer = served.offer(ask, self._served[caller.model].get(ask.held))
+            plan = served.plan(ask, versions.get(ask.held))
+            if served.is_certified(plan):
+                return _offered(request, served.offer(plan, ask))
         except ConfigError as error:
             return Failed(request, Failure.PLAN, clipped(error))
-        return [Offer(request, offset, len(offer), payload=part) for offset, part in wire.parts(memoryview(offer))]
+        self._submit(self._certifying, planned, lambda: self._certify(planned, served, plan, ask))
+        return None
+
+    def _certify(self, planned: Planned, served: ServedVersion, plan: Plan, ask: Ask) -> Failed | None:
+        try:
+            served.certify(plan)
+        except ConfigError as error:
+            return Failed(planned.request, Failure.PLAN, clipped(error))
+        self._submit(self._library, planned, lambda: _offered(planned.request, served.offer(plan, ask)))
+        return None
+
+    def _tell_refused(self, caller: Caller, ask: Ask, served: ServedVersion) -> None:
+        """Of the engines that would be planned, once for each device."""
+        for engine, reason in ask.refused.items():
+            key = caller.name, engine
+            if engine in served.catalogue.device_s and key not in self._told_refused and len(self._told_refused) < MAX_TOLD:
+                self._told_refused.add(key)
+                name, own, why = (ascii(text)[1:-1] for text in (clipped(ask.device.name), caller.name, clipped(reason)))
+                self._told(f"device {name} ({own}) does without an engine: {why}")
 
     def _serve(self, caller: Caller, pull: Pull, served: ServedVersion) -> None:
         try:
@@ -351,6 +389,10 @@ class InferenceServer:
     def _refuse(self, caller: Caller, pull: Pull) -> None:
         refusal = Refuse(pull.request, pull.version, pull.version)
         self._transport.send(caller.called, caller.name, refusal, caller.origin)
+
+
+def _offered(request: int, offer: bytes) -> list[Chunk]:
+    return [Offer(request, offset, len(offer), payload=part) for offset, part in wire.parts(memoryview(offer))]
 
 
 def _ask(payload: wire.Buffer) -> Ask | None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gossipfl.errors import RemoteProtocolError, RunError
-from gossipfl.protocol.messages import Collect, Record
+from gossipfl.protocol.messages import INFERENCE_RUN, Collect, Record
 from gossipfl.runtime.transport import Incoming, LinkDown, ZmqTransport
 
 ITEM = "models"
@@ -55,9 +55,9 @@ def _architecture(item: Any) -> Architecture:
     return found
 
 
-def ask_models(address: str, run: int, timeout_s: float = 10.0) -> list[Architecture]:
+def ask_models(address: str, timeout_s: float = 10.0) -> list[Architecture]:
     """What the server at `address` serves. RunError if it does not say so within `timeout_s`."""
-    transport = ZmqTransport(f"inproc://{uuid.uuid4().hex}", run=run)
+    transport = ZmqTransport(f"inproc://{uuid.uuid4().hex}", run=INFERENCE_RUN)
     try:
         transport.connect(ANYBODY, address)
         content, total = bytearray(), -1

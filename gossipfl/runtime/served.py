@@ -29,9 +29,16 @@ Certifier = Callable[[Plan], Certificate | None]
 """Of the plan with its fallback; None where nothing is certified. With `Plan.continued` it is asked for both fallbacks."""
 
 
+def nothing_certified(plan: Plan) -> None:
+    """A certifier."""
+
+
 @dataclass
 class ServedVersion:
-    """`stage` may be called by the thread that computes, all else by one other thread."""
+    """`stage` may be called by the thread that computes, `certify` by another, all else by a third.
+
+    `known` are certificates that need not be made any more.
+    """
 
     model: str
     version: int
@@ -40,14 +47,13 @@ class ServedVersion:
     catalogue: Catalogue
     certificate: Certifier
     samples: np.ndarray | None = None
+    known: Certifier = nothing_certified
     _stages: dict[int, RunnableStage] = field(default_factory=dict)
     _planes: dict[Range, PlaneSet] = field(default_factory=dict)
     _digests: dict[tuple[Range, str], str] = field(default_factory=dict)
     _same: dict[int, tuple[bool, ...]] = field(default_factory=dict)
     _encoded: OrderedDict[tuple[Range, str], memoryview] = field(default_factory=OrderedDict)
-    _offers: dict[tuple[tuple[Stage, ...], int, Fallback], tuple[tuple[Certificate, ...], tuple[LayerOffer, ...]]] = field(
-        default_factory=dict
-    )
+    _certificates: dict[tuple[tuple[Stage, ...], int, Fallback], tuple[Certificate, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         size, profile = self.chain.layout.size, self.chain.profile
@@ -116,8 +122,8 @@ class ServedVersion:
 
     # --- offers -------------------------------------------------------------------------------------------------------
 
-    def offer(self, ask: Ask, held: ServedVersion | None = None) -> bytes:
-        """What a device is offered, as JSON; PlanError or ConfigError where nothing keeps within what it allows.
+    def plan(self, ask: Ask, held: ServedVersion | None = None) -> Plan:
+        """PlanError or ConfigError where nothing keeps within what the device allows.
 
         `held` is the version that it has already, if that is known here: what has not changed since need not be pulled.
         """
@@ -125,21 +131,37 @@ class ServedVersion:
         cached = ask.cached if held is not None else ()
         if held is not None and len(cached) <= len(self.chain.profile.layers):  # else the plan says what is wrong
             cached = tuple(planes if same else 0 for planes, same in zip(cached, self._unchanged(held), strict=False))
-        has_samples = ask.samples == self._samples_digest
-        plan, _ = choose_plan(self.catalogue, ask.device, loss, cached, has_samples, ask.refused)
-        key = plan.stages, plan.activation_bits, plan.fallback
-        if key not in self._offers:
-            if plan.cut < len(self.chain.profile.layers):
-                self.stage(plan.cut)  # now, rather than when the first activation comes
-            self._offers[key] = self._certificates(plan), tuple(self._layer_offers(plan))
-        certificates, layers = self._offers[key]
-        certificate = cheapest(certificates, plan)
+        plan, _ = choose_plan(self.catalogue, ask.device, loss, cached, self._has_samples(ask), ask.refused)
+        return plan
+
+    def _has_samples(self, ask: Ask) -> bool:
+        return ask.samples == self._samples_digest
+
+    def is_certified(self, plan: Plan) -> bool:
+        """Whether no certificates have to be made before it is offered; ConfigError as of `certify`."""
+        if _key(plan) not in self._certificates:
+            found = self._certificates_of(plan, self.known)
+            if len(found) == len(_fallbacks(plan)):
+                self._certificates[_key(plan)] = found
+        return _key(plan) in self._certificates
+
+    def certify(self, plan: Plan) -> None:
+        """Have certificates made, which may take many seconds. ConfigError for one of another plan."""
+        if not self.is_certified(plan):
+            self._certificates[_key(plan)] = self._certificates_of(plan, self.certificate)
+
+    def offer(self, plan: Plan, ask: Ask) -> bytes:
+        """A plan that is certified, as it is offered, in JSON."""
+        if plan.cut < len(self.chain.profile.layers):
+            self.stage(plan.cut)  # now, rather than when the first activation comes
+        layers = tuple(self._layer_offers(plan))
+        certificate = cheapest(self._certificates[_key(plan)], plan)
         if certificate is not None:
             plan = replace(plan, fallback=certificate.basis.fallback, fallback_rate=certificate.fallback_rate)
         else:  # then every answer is accepted
             plan = replace(plan, fallback=FULL, fallback_rate=0.0)
         manifest = Manifest(self.model, self.version, self.chain.layout.digest, plan, layers)
-        if plan.cut and plan.stages[0].engine != FULL_ENGINE and not has_samples:
+        if plan.cut and plan.stages[0].engine != FULL_ENGINE and not self._has_samples(ask):
             manifest = replace(manifest, samples=self._samples_text)
         if certificate is not None:
             manifest = replace(manifest, threshold=certificate.threshold, scale=certificate.basis.scale)
@@ -167,11 +189,11 @@ class ServedVersion:
             offers.append(LayerOffer(Planes(0, bits, layer.group).name, digests, bias))
         return offers
 
-    def _certificates(self, plan: Plan) -> tuple[Certificate, ...]:
+    def _certificates_of(self, plan: Plan, certifier: Certifier) -> tuple[Certificate, ...]:
         """With the full model to fall back on, and where that is cheaper also with continuing, if it is certified."""
         found = []
-        for fallback in dict.fromkeys((FULL, plan.fallback)):
-            certificate = self.certificate(replace(plan, fallback=fallback))
+        for fallback in _fallbacks(plan):
+            certificate = certifier(replace(plan, fallback=fallback))
             if certificate is not None and certificate.basis.fallback == fallback:
                 self._check_certificate(certificate, plan)
                 found.append(certificate)
@@ -185,3 +207,12 @@ class ServedVersion:
             raise ConfigError(
                 f"the certificate is of (version, cut, bits, engines) {certified}, the plan of {planned}; certify the plan"
             )
+
+
+def _fallbacks(plan: Plan) -> tuple[Fallback, ...]:
+    return (FULL,) if plan.fallback == FULL else (FULL, plan.fallback)
+
+
+def _key(plan: Plan) -> tuple[tuple[Stage, ...], int, Fallback]:
+    """What its certificates hang on."""
+    return plan.stages, plan.activation_bits, plan.fallback

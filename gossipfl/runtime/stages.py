@@ -39,8 +39,8 @@ class ModelChain(Protocol):
 class RunnableStage:
     """Layers `[start, stop)` with the weights of `vector`, compiled for `engine` with the help of calibration `samples`.
 
-    `samples` are inputs of the model, f32[n, *input_shape]; without them only "fp32" can be compiled. With `or_full` that runs
-    also where it is faster here.
+    `samples` are inputs of the model, f32[n, *input_shape]; without them only "fp32" can be compiled. If it is `contested` by
+    others (there may be none) they are tried where it is of no use here, and "fp32" runs where none is; `refused` says why.
     """
 
     def __init__(
@@ -51,9 +51,13 @@ class RunnableStage:
         vector: np.ndarray,
         engine: str,
         samples: np.ndarray | None = None,
-        or_full: bool = False,
+        contested: Sequence[str] | None = None,
     ) -> None:
+        self.refused: dict[str, str] = {}
         if samples is None:
+            without = dict.fromkeys((engine, *(contested or ())))
+            self.refused = {name: f"engine {name!r} is compiled with samples, and there are none" for name in without}
+            self.refused.pop(FULL_ENGINE, None)
             engine = FULL_ENGINE
             live = tuple(torch.zeros(1, *shape) for shape in live_shapes(chain.profile, start))
         else:
@@ -63,8 +67,10 @@ class RunnableStage:
                     live = chain.stage(0, start, vector)(*live)
         stage = chain.stage(start, stop, vector)
         with _COMPILING:
-            is_contested = or_full and engine != FULL_ENGINE
-            self._compiled: Compiled = (no_slower if is_contested else compile_stage)(stage, live, engine)
+            if contested is None or engine == FULL_ENGINE:
+                self._compiled: Compiled = compile_stage(stage, live, engine)
+            else:
+                self._compiled, self.refused = no_slower(stage, live, (engine, *contested))
         self.engine = self._compiled.engine
 
     def __call__(self, live: Arrays) -> tuple[np.ndarray, ...]:

@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from gossipfl.errors import ConfigError, RunError
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.int8 import LARGEST_CODE, missing_kernels, quantize
+from gossipfl.inference.planning.profile import FULL_ENGINE
 from gossipfl.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,13 @@ class Compiled:
 
 def available_engines() -> list[str]:
     """The engines that work on this machine, fp32 first."""
-    return ["fp32", *(name for name in ENGINES if name != "fp32" and not _missing(name))]
+    missing = missing_engines()
+    return [FULL_ENGINE, *(name for name in ENGINES if name != FULL_ENGINE and name not in missing)]
+
+
+def missing_engines() -> dict[str, str]:
+    """The engines that do not, and what they lack."""
+    return {name: _not_there(name, lacks) for name in ENGINES if (lacks := _missing(name))}
 
 
 def compile_stage(stage: fx.GraphModule, inputs: Live, engine: str) -> Compiled:
@@ -98,24 +105,37 @@ def fastest(stage: fx.GraphModule, inputs: Live, engines: Iterable[str] | None =
 
     An engine that cannot carry out the stage, or computes something else, is left out, and the log says why.
     """
-    inputs, names = _few(inputs), dict.fromkeys(["fp32", *(available_engines() if engines is None else engines)])
+    inputs, names = _few(inputs), dict.fromkeys([FULL_ENGINE, *(available_engines() if engines is None else engines)])
     runs = _usable(stage, inputs, names)
     seconds = _time_by_turns(runs, inputs)
     best = min(seconds, key=seconds.__getitem__)
     return Compiled(best, seconds[best], runs[best], {name: seconds.get(name, math.inf) for name in names})
 
 
-def no_slower(stage: fx.GraphModule, inputs: Live, engine: str) -> Compiled:
-    """The stage with `engine`, or with fp32 where that answers one sample sooner on this machine.
+def no_slower(stage: fx.GraphModule, inputs: Live, engines: Iterable[str]) -> tuple[Compiled, dict[str, str]]:
+    """The stage with the first of the engines that is of use on this machine, else with fp32; and why those before it are not.
 
-    Both are timed by turns, as `stage_seconds` does, for little longer than LOAD_S. Errors are those of `compile_stage`.
+    One that does not work here, computes something else, or answers one sample later than fp32 does is of no use. It is timed
+    with fp32 by turns, as `stage_seconds` does, for little longer than LOAD_S.
     """
-    inputs = _few(inputs)
+    inputs, refused = _few(inputs), dict[str, str]()
     golden = _Golden(stage, inputs)
-    runs = {name: _compile(stage, inputs, name, golden) for name in dict.fromkeys((engine, "fp32"))}
-    seconds = _time_rested(runs, inputs, LOAD_S)
-    best = min(seconds, key=seconds.__getitem__)
-    return Compiled(best, seconds[best], runs[best], seconds)
+    full = _compile(stage, inputs, FULL_ENGINE, golden)
+    seconds = {FULL_ENGINE: math.nan}  # where nothing is compared with it
+    for engine in engines:
+        try:
+            run = _compile(stage, inputs, engine, golden)
+        except (ConfigError, RunError) as error:
+            refused[engine] = str(error)
+            continue
+        seconds = _time_rested({engine: run, FULL_ENGINE: full}, inputs, LOAD_S)
+        if seconds[engine] <= seconds[FULL_ENGINE]:
+            return Compiled(engine, seconds[engine], run, seconds), refused
+        own, of_full = (f"{1000 * seconds[name]:.3g} ms" for name in (engine, FULL_ENGINE))
+        refused[engine] = (
+            f"engine {engine!r} is slower than {FULL_ENGINE} on this machine: {own} a sample, {FULL_ENGINE} {of_full}"
+        )
+    return Compiled(FULL_ENGINE, seconds[FULL_ENGINE], full, seconds), refused
 
 
 def stage_seconds(chain: Chain, vector: np.ndarray, inputs: np.ndarray, engines: Iterable[str] | None = None) -> Seconds:
@@ -148,7 +168,7 @@ def _usable(stage: fx.GraphModule, inputs: Live, names: Iterable[str]) -> dict[s
         try:
             runs[name] = _compile(stage, inputs, name, golden)
         except RunError as error:
-            if name == "fp32":
+            if name == FULL_ENGINE:
                 raise
             logger.warning("%s; left out", error)
     return runs
@@ -160,7 +180,7 @@ def _rising(seconds: list[float]) -> list[float]:
     return [float(bound) if math.isfinite(own) else own for own, bound in zip(seconds, least, strict=True)]
 
 
-@ENGINES.register("fp32")
+@ENGINES.register(FULL_ENGINE)
 def _fp32(stage: fx.GraphModule, inputs: Live) -> Run:
     """The kernels of the model itself, without Python between them."""
     return _traced(stage, inputs)
@@ -206,10 +226,14 @@ def _missing(engine: str) -> str | None:
     return f"{' and '.join(packages)} missing; pip install 'gossipfl[ort]'" if packages else None
 
 
+def _not_there(engine: str, lacks: str) -> str:
+    return f"engine {engine!r} is not there: {lacks}"
+
+
 def _compile(stage: fx.GraphModule, inputs: Live, engine: str, golden: _Golden) -> Run:
     function = ENGINES.get(engine)
-    if missing := _missing(engine):
-        raise ConfigError(f"engine {engine!r} is not there: {missing}")
+    if lacks := _missing(engine):
+        raise ConfigError(_not_there(engine, lacks))
     try:
         with _TRACING, warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # torch announces that tracing and quantized tensors will have successors
@@ -272,7 +296,7 @@ def _rounded_to_codes(rows: Tensor, largest: int = 255) -> Tensor:
 
 EIGHT_BITS = Precision(_rounded_to_codes, _rounded_to_codes)
 PRECISIONS = {
-    "fp32": Precision(lambda rows: rows, lambda rows: rows),
+    FULL_ENGINE: Precision(lambda rows: rows, lambda rows: rows),
     "bf16": Precision(lambda rows: rows.bfloat16().float(), lambda rows: rows.bfloat16().float()),
     "int8": Precision(_rounded_to_codes, partial(_rounded_to_codes, largest=LARGEST_CODE)),
     "onnxruntime": Precision(partial(_rounded_to_codes, largest=127), _rounded_to_codes),

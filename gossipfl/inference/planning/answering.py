@@ -1,6 +1,7 @@
 """The server's machine: whose questions are taken, what is computed next, and which versions are kept for it.
 
-    PlanRequest   -> MakePlan, at once or when there is a version (newer than the device's); Later says that it waits
+    PlanRequest   -> MakePlan, at once or when there is a version (newer than the device's); Later says that it waits, or that
+                     making it takes long, as a certificate does
     Pull          -> Serve while the version is kept, else Refuse
     Activation    -> Keep each chunk; RunStage with the last one, else Failed: busy, draining, version, input
     Continuation  -> the same with RunAgain, of an activation that is remembered, else Failed: forgotten
@@ -14,6 +15,7 @@ activations that may be continued; the oldest are forgotten first, and whoever c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -55,6 +57,8 @@ from gossipfl.segments.codecs.planes import MAX_PLANES
 
 MAX_SAMPLES = 65_536
 """In one activation."""
+PLAN_S = 0.5
+"""After it Later says that a plan is made: devices are patient for 5 s without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ class Answerer:
         self._remembered = Remembered[Caller](
             self.config.remember_s, self.config.max_remembered_bytes, self.config.max_remembered_bytes_per_caller
         )
-        self._planning: set[Key] = set()
+        self._planning: dict[Key, float] = {}  # when to say that it takes long
         self._retiring: list[tuple[str, int]] = []
         self._is_draining = False
         self._has_finished = False
@@ -121,6 +125,7 @@ class Answerer:
     def next_deadline(self) -> float | None:
         times = [upload.deadline for upload in self._uploads.values() if not upload.is_running]
         times += [expires for served in self._models.values() for _, _, expires in served.waiting.values()]
+        times += [due for due in self._planning.values() if due < math.inf]
         forgetting = self._remembered.next_deadline
         return min(times if forgetting is None else [*times, forgetting], default=None)
 
@@ -138,13 +143,13 @@ class Answerer:
             case Heard(caller, Pull() as pull):
                 return self._pull(caller, pull)
             case Planned(caller, request):
-                self._planning.discard((caller, request))
+                self._planning.pop((caller, request), None)
                 return self._finish()
             case Ran(caller, request):
                 first = self._uploads.pop((caller, request)).remember
                 return [*(self._remember(caller, first, now) if first else []), *self._retire(), *self._finish()]
             case Published(model, version, num_bytes):
-                return self._published(model, version, num_bytes)
+                return self._published(model, version, num_bytes, now)
             case Wake():
                 return self._wake(now)
             case Drain():
@@ -171,11 +176,17 @@ class Answerer:
             for caller, (_, _, expires) in list(served.waiting.items()):
                 if expires <= now:
                     del served.waiting[caller]  # it asks again
+        for (caller, request), due in self._planning.items():
+            if due <= now:
+                self._planning[caller, request] = math.inf
+                actions.append(Reply(caller, Later(request, 0)))
         return [*actions, *self._retire(), *self._finish()]
 
     # --- versions -----------------------------------------------------------------------------------------------------
 
-    def _published(self, model: str, version: int, num_bytes: Callable[[int, int, int], int | None]) -> list[Action]:
+    def _published(
+        self, model: str, version: int, num_bytes: Callable[[int, int, int], int | None], now: float
+    ) -> list[Action]:
         served = self._models.setdefault(model, _Served())
         served.num_bytes = num_bytes
         served.versions.append(version)
@@ -185,7 +196,7 @@ class Answerer:
             actions += self._forget_version(*self._retiring[-1])
         waiting, served.waiting = served.waiting, {}
         for caller, (request, ask, _) in waiting.items():
-            actions += self._make_plan(caller, request, version, ask)
+            actions += self._make_plan(caller, request, version, ask, now)
         return [*actions, *self._retire()]
 
     def _retire(self) -> list[Action]:
@@ -214,7 +225,7 @@ class Answerer:
             return _fail(caller, request, Failure.MODEL, f"no model {caller.model!r} here; there is {here}")
         newest = served.versions[-1] if served.versions else 0
         if newest and (ask.held < newest or not ask.wait_s):
-            return self._make_plan(caller, request, newest, ask)
+            return self._make_plan(caller, request, newest, ask, now)
         if not ask.wait_s:
             return _fail(caller, request, Failure.VERSION, f"no version of {caller.model!r} is ready yet; wait for one")
         if caller not in served.waiting and len(served.waiting) >= self.config.max_waiting_plans:
@@ -222,12 +233,12 @@ class Answerer:
         served.waiting[caller] = request, ask, now + ask.wait_s
         return [Reply(caller, Later(request, 0))]
 
-    def _make_plan(self, caller: Caller, request: int, version: int, ask: Ask) -> list[Action]:
+    def _make_plan(self, caller: Caller, request: int, version: int, ask: Ask, now: float) -> list[Action]:
         if (caller, request) in self._planning:
             return []
         if len(self._planning) >= self.config.max_waiting_plans:
             return _fail(caller, request, Failure.BUSY, f"{len(self._planning)} plans are made already")
-        self._planning.add((caller, request))
+        self._planning[caller, request] = now + PLAN_S
         return [MakePlan(caller, request, version, ask)]
 
     def _pull(self, caller: Caller, pull: Pull) -> list[Action]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -98,16 +98,17 @@ class _Asked:
 
 
 class Asker:
-    """Of one model. `servers` are the peers that may hold it; `profile` is the device's own; `rng` draws what is audited."""
+    """Of one model. `servers`: the peers that may hold it, with their addresses; `profile` is the device's own."""
 
     def __init__(
         self,
         config: DeviceConfig,
-        servers: Sequence[PeerId],
+        servers: Mapping[PeerId, str],
         profile: ModelProfile,
         numbers: Iterator[int] | None = None,
         rng: np.random.Generator | None = None,
     ) -> None:
+        """`rng` draws what is audited."""
         self.config = config
         self._numbers = numbers or iter(lambda: 1 + secrets.randbelow(2**61), None)
         self._holders = Holders(servers)
@@ -116,6 +117,11 @@ class Asker:
         self._in_use: Counter[int] = Counter()
         self._questions: dict[int, _Asked] = {}
         self._by_request: dict[int, _Asked] = {}
+
+    @property
+    def waits_for(self) -> str | None:
+        """What keeps questions from being begun; None where there is a version to answer them."""
+        return None if self.fetcher.active else self.fetcher.waits_for or self._holders.last_trouble
 
     # --- driving ------------------------------------------------------------------------------------------------------
 
@@ -147,8 +153,8 @@ class Asker:
                 return self._wake(now)
             case Found(version, have):
                 return self.fetcher.found(version, have, now)
-            case Loaded(version, error, engine):
-                actions = self.fetcher.loaded_now(version, error, engine, now)
+            case Loaded():
+                actions = self.fetcher.loaded_now(event, now)
                 return actions + self._settled(now) + self._unload()
             case PeerDown(peer) if peer in self._holders:
                 return self._down(peer, now)
@@ -176,14 +182,11 @@ class Asker:
         actions = self.fetcher.wake(now)
         for asked in list(self._questions.values()):
             if asked.question.deadline <= now:
-                trouble = asked.last_failure or self._holders.last_trouble
-                if asked.manifest is None:
-                    trouble = f"waited {now - asked.asked_at:.3g} s for a first version: {self.fetcher.waits_for}"
-                actions += self._give_up(asked, "deadline", f"no answer in time; {trouble}", now)
+                actions += self._give_up(asked, "deadline", f"no answer in time; {self._trouble_of(asked, now)}", now)
             elif asked.phase is Phase.ASKED and asked.silent_at <= now:
                 assert asked.peer is not None
                 actions.append(self._holders.blame(asked.peer, "silent", "no answer to an activation", now))
-                actions += self._ask_another(asked, f"{asked.peer} is silent", now)
+                actions += self._ask_another(asked, now)
             elif asked.phase is Phase.FREE:
                 actions += self._ask(asked, now)
         return actions
@@ -195,7 +198,7 @@ class Asker:
         actions += self.fetcher.down(peer, now)
         for asked in list(self._questions.values()):
             if asked.phase is Phase.ASKED and asked.peer == peer:
-                actions += self._ask_another(asked, f"the connection to {peer} broke", now)
+                actions += self._ask_another(asked, now)
         return actions
 
     def _rejected(self, peer: PeerId, request: int, reason: str, now: float) -> list[Action]:
@@ -206,7 +209,7 @@ class Asker:
             return actions + fetched + self._settled(now)
         asked = self._by_request.get(request)
         if asked is not None and asked.peer == peer and request in asked.requests:
-            actions += self._ask_another(asked, f"{peer}: {reason}", now)
+            actions += self._ask_another(asked, now)
         return actions
 
     # --- versions -----------------------------------------------------------------------------------------------------
@@ -334,14 +337,26 @@ class Asker:
         return [*reports, Audited(audit.question.number), *self._leave(audit)]
 
     def _has_spoken(self, asked: _Asked) -> bool:
-        """Whether there is an answer of the reduced model and it will do where there is no other."""
-        is_reduced = asked.tier in ("continued", "full") and asked.manifest is not None and not asked.manifest.sends_everything
-        return is_reduced and self.config.on_no_server == "unverified"
+        """Whether there is an answer of the reduced model."""
+        return asked.tier in ("continued", "full") and asked.manifest is not None and not asked.manifest.sends_everything
+
+    def _will_do(self, asked: _Asked) -> bool:
+        """Whether there is an answer of the reduced model that counts where there is no other."""
+        return self._has_spoken(asked) and self.config.on_no_server == "unverified"
+
+    def _trouble_of(self, asked: _Asked, now: float) -> str:
+        """What has kept the answer, and what may help."""
+        if asked.manifest is None:
+            waits_for = self.fetcher.waits_for
+            trouble = f"{waits_for}; allow more time" if waits_for else self._holders.last_trouble
+            return f"waited {now - asked.asked_at:.3g} s for a first version: {trouble}"
+        trouble = asked.last_failure or self._holders.last_trouble
+        return f"{trouble}; --on-no-server unverified lets the device's own answer do" if self._has_spoken(asked) else trouble
 
     def _give_up(self, asked: _Asked, kind: str, reason: str, now: float) -> list[Action]:
         if asked.audit_of is not None:
             return self._end_audit(asked)
-        if self._has_spoken(asked) and kind != Failure.INPUT:
+        if self._will_do(asked) and kind != Failure.INPUT:
             return self._resolve(asked, now, is_verified=False)
         del self._questions[asked.question.number]
         return [Fail(asked.question.number, kind, reason), *self._leave(asked)]
@@ -354,7 +369,7 @@ class Asker:
             return [*self._start_afresh(asked), *self._ask(asked, now)]
         if asked.lacking and self._holders.are_all(asked.lacking):
             return self._restart(asked, now)
-        if self._has_spoken(asked) and self._holders.are_hopeless(asked.failed | asked.lacking):
+        if self._will_do(asked) and self._holders.are_hopeless(asked.failed | asked.lacking):
             return self._give_up(asked, "no_server", self._holders.last_trouble, now)
         peer = self._holders.choose(now, asked.lacking | asked.failed) or self._holders.choose(now, asked.lacking)
         if peer is None:
@@ -375,9 +390,9 @@ class Asker:
         keep = asked.tier == "reduced" and manifest.plan.fallback == "continued"
         return Upload(question.number, peer, request, manifest.version, cut, bits, asked.tier, samples, keep, first)
 
-    def _ask_another(self, asked: _Asked, failure: str, now: float) -> list[Action]:
-        """What has been asked so far is given up, but its answer is still welcome."""
-        asked.last_failure = failure
+    def _ask_another(self, asked: _Asked, now: float) -> list[Action]:
+        """What has been asked so far is given up, but its answer is still welcome. Who was asked has been blamed."""
+        asked.last_failure = self._holders.last_trouble
         if asked.peer is not None:
             asked.failed.add(asked.peer)
         return self._ask(asked, now)
@@ -390,7 +405,7 @@ class Asker:
         return min(self.config.patience_s + 4 * expected, left / 2 if len(self._holders) > 1 else left)
 
     def _failed(self, asked: _Asked, peer: PeerId, kind: str, reason: str, now: float) -> list[Action]:
-        failure = f"{peer}: {reason}"
+        failure = f"{self._holders.addresses[peer]}: {reason}"
         match kind:
             case Failure.INPUT if asked.tier != "continued":
                 return self._give_up(asked, kind, reason, now)
@@ -407,7 +422,7 @@ class Asker:
             case Failure.FORGOTTEN if asked.tier == "continued":
                 asked.last_failure = failure
                 return self._ask(asked, now)
-        return [self._holders.blame(peer, kind, reason, now), *self._ask_another(asked, failure, now)]
+        return [self._holders.blame(peer, kind, reason, now), *self._ask_another(asked, now)]
 
     def _restart(self, asked: _Asked, now: float) -> list[Action]:
         """No server has its version any more: with the newest one from the beginning, or as soon as there is one."""

@@ -18,7 +18,7 @@ from gossipfl.inference.planning.certificates import Certificate
 from gossipfl.inference.planning.profile import Expected, FallbackCost, ModelProfile, Plan, Prediction
 
 FULL_STREAM_BITS = 12
-FULL_BITS = 16
+FULL_INTEGER_BITS = 16
 FULL_MANTISSA_BITS = 10
 
 
@@ -50,7 +50,7 @@ def relative_energy_of_streams(bits: int, full_bits: int = FULL_STREAM_BITS) -> 
     return 2.0 ** (bits - full_bits)
 
 
-def relative_energy_of_integers(weight_bits: float, activation_bits: float, full_bits: int = FULL_BITS) -> float:
+def relative_energy_of_integers(weight_bits: float, activation_bits: float, full_bits: int = FULL_INTEGER_BITS) -> float:
     """An array multiplier has a cell for each pair of bits: their product, against `full_bits` squared. No memory traffic."""
     return weight_bits * activation_bits / full_bits**2
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import NamedTuple
 
 from gossipfl.errors import PlanError
@@ -72,6 +73,7 @@ class CutRow:
     continued: FallbackCost | None = None
     fallback_rate: float | None = None
     expected: Expected | None = None
+    other_engines: tuple[str, ...] = ()
 
     @property
     def cost(self) -> float:
@@ -110,7 +112,9 @@ def choose_plan(
         known = replace(known, device_s=left)
     sizes = LayerSizes(catalogue.profile, cached)
     afresh = _fallback_cost(catalogue, device, 0, activation_bytes(catalogue.profile, 0, FULL_BITS))
-    rows = tuple(_best_row(known, device, levels, cut, sizes, afresh) for cut in range(num_layers + 1))
+    no_bits = f"has no bits for a loss of {max_accuracy_loss:g}"
+    found = (_best_row(known, device, levels, cut, sizes, afresh) for cut in range(num_layers + 1))
+    rows = tuple(row if row.prediction else CutRow(row.cut, obstacle=no_bits) for row in found)
     best = min(rows, key=lambda row: row.cost)
     if not best.cost < math.inf:
         memory, cut = min((row.prediction.memory_bytes, row.cut) for row in rows if row.prediction)
@@ -153,9 +157,10 @@ def _best_row(
 
 
 class _Computing(NamedTuple):
-    """What a cut takes but for its bits."""
+    """What a cut takes but for its bits. `others` than `engine` follow it, the cheaper before, down to the full one."""
 
     engine: str
+    others: tuple[str, ...]
     server_engine: str
     device_s: float
     server_s: float
@@ -176,13 +181,14 @@ def _computing(catalogue: Catalogue, device: DeviceProfile, cut: int, sizes: Lay
         computing = (device.time_weight + device.energy_weight * device.compute_w) * device_s
         return computing + device.time_weight * samples[engine] / device.downlink / device.requests, device_s
 
-    engine = min(fitting, key=cost_of) if fitting else min(memory, key=memory.__getitem__)
+    ranked = sorted(fitting, key=cost_of) or [min(memory, key=memory.__getitem__)]
+    engine, others = ranked[0], tuple(takewhile(FULL_ENGINE.__ne__, ranked))[1:]
     server_engine = min(server_times, key=server_times.__getitem__)
     overhead = catalogue.overhead(cut)
     device_s = (device_times[engine] + overhead.device_s) / device.speed
     server_s = server_times[server_engine] + overhead.server_s
     obstacle = None if fitting else f"takes {memory[engine]:,} bytes of memory, of {device.memory_bytes:,}"
-    return _Computing(engine, server_engine, device_s, server_s, memory[engine], samples[engine], obstacle)
+    return _Computing(engine, others, server_engine, device_s, server_s, memory[engine], samples[engine], obstacle)
 
 
 def _row(
@@ -196,9 +202,9 @@ def _row(
 ) -> CutRow:
     profile, overhead = catalogue.profile, catalogue.overhead(cut)
     if cut not in catalogue.levels[level]:
-        return CutRow(cut, obstacle=f"has no bits for a loss of {level}")
+        return CutRow(cut)
     weights, activations = catalogue.levels[level][cut]
-    engine, server_engine, device_s, server_s, memory, samples, obstacle = computing
+    engine, others, server_engine, device_s, server_s, memory, samples, obstacle = computing
     fetched = sizes.fetched(weights)
     up = activation_bytes(profile, cut, activations)
     offer = offer_bytes(profile, weights)
@@ -215,7 +221,7 @@ def _row(
         latency_s, device_s, server_s, transfer_s, energy_j, cost, fetched.num_bytes, up, memory, level, samples, offer
     )
     fallback = _fallback(catalogue, device, cut, activations, prediction, afresh)
-    return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle, *fallback)
+    return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle, *fallback, others)
 
 
 def _fallback(
@@ -286,4 +292,5 @@ def _plan(catalogue: Catalogue, row: CutRow) -> Plan:
         row.afresh,
         row.continued,
         row.fallback_rate,
+        row.other_engines,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gossipfl.inference.planning.offers import Manifest
@@ -36,11 +37,15 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A Load: the version's stage is ready, or why not. `engine` runs it; None where there is nothing to run."""
+    """A Load: the version's stage is ready, or why not. `engine` runs it; None where there is nothing to run.
+
+    `refused`: those tried before it, the one planned among them, and why each is of no use here.
+    """
 
     version: int
     error: str | None = None
     engine: str | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +175,10 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Something went wrong with a server and was survived; of kind "drift" with a certificate, and `peer` is the model."""
+    """Something went wrong and was survived. `source`: the address of a server; of kind "drift" the model, whose certificate is
+    void."""
 
-    peer: PeerId
+    source: str
     kind: str
     detail: str
 

@@ -5,24 +5,25 @@
     what is missing known -> Pull it, of the server that offered it first
     all pieces are here   -> Load
     the stage is built    -> the version is `active`
-    by another engine     -> the one that was planned is refused, and another plan asked for
+    by another engine     -> those that are of no use here are refused, and another plan asked for
 
 A server that is silent, refuses, sends something else than was asked for, or goes away, is left alone for a while; what is
 missing is pulled from another. A newer offer takes the place of one whose pieces are still pulled.
 
-A certificate speaks of the engine that was planned. Where fp32 runs in its place, as it does not work here or is slower, a plan
-without it is asked for; should it be offered all the same, its certificate is dropped.
+A certificate speaks of the engine that was planned. Where another runs in its place, as it does not work here or is slower than
+fp32, a plan without it is asked for; should it be offered all the same, its certificate is dropped. What is known not to work
+here is named in the first request, so that it is not planned.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gossipfl.inference.planning.audit import SHARE
-from gossipfl.inference.planning.device_words import Action, Forget, Load, LookUp, Send, Unload
+from gossipfl.inference.planning.device_words import Action, Forget, Load, Loaded, LookUp, Send, Unload
 from gossipfl.inference.planning.holders import FIRST_BACKOFF_S, MAX_BACKOFF_S, Holders
 from gossipfl.inference.planning.offers import Ask, Failure, Manifest, missing, samples_digest
 from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile
@@ -51,6 +52,8 @@ class DeviceConfig:
     audit_share: float = SHARE
     samples: str = ""
     """As a manifest holds them, where it holds none."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Engines that are known to be of no use here, and why."""
 
 
 @dataclass(slots=True)
@@ -83,8 +86,8 @@ class Fetcher:
         """All versions whose stage is ready."""
         self.error: tuple[str, str] | None = None
         """Kind and reason why there is no (newer) version; None while all is well."""
-        self.refused: tuple[str, ...] = ()
-        """Engines that were planned, and not used."""
+        self.refused: dict[str, str] = dict(config.refused)
+        """Engines that are of no use here, and why."""
         self._config, self._holders, self._profile, self._numbers = config, holders, profile, numbers
         self._candidate: _Candidate | None = None
         self._next: tuple[Manifest, PeerId] | None = None  # offered while another was loading
@@ -112,15 +115,21 @@ class Fetcher:
         return self.error[0] != Failure.OFFER or self._holders.are_all(self._spoilt)
 
     @property
-    def waits_for(self) -> str:
-        """What keeps the first version."""
+    def is_awaited(self) -> bool:
+        """Whether a server has said that it is at a first version for this device, and none of its has come to nothing."""
+        return bool(self._unready - self._spoilt) and self.error is None
+
+    @property
+    def waits_for(self) -> str | None:
+        """What keeps the first version, while something is done about it."""
         if self._candidate is not None:
             done = "built" if self._candidate.is_loading else "pulled"
-            return f"version {self._candidate.manifest.version} is not {done} yet; allow more time"
+            return f"version {self._candidate.manifest.version} is not {done} yet"
         if self._unready:
-            who = f"{' and '.join(sorted(self._unready))} {'have' if len(self._unready) > 1 else 'has'}"
-            return f"{who} none ready yet, while it is trained or calibrated; allow more time"
-        return self._holders.last_trouble
+            addresses = sorted(self._holders.addresses[peer] for peer in self._unready)
+            who = f"{' and '.join(addresses)} {'have' if len(addresses) > 1 else 'has'}"
+            return f"{who} none ready yet, while it is trained, calibrated or certified for this plan"
+        return None
 
     def receive(self, peer: PeerId, message: Message, now: float) -> list[Action] | None:
         """None if the message is no answer to what was asked here."""
@@ -155,6 +164,7 @@ class Fetcher:
                 if plan.is_parked:
                     self._unready.intersection_update({plan.peer})  # the others may have a version by now
                 else:
+                    self._unready.discard(plan.peer)
                     actions.append(self._holders.blame(plan.peer, "silent", "no answer to a plan request", now))
             actions += self.ask_for_plan(now)
         candidate = self._candidate
@@ -182,7 +192,7 @@ class Fetcher:
     def rejected(self, peer: PeerId, request: int, reason: str, now: float) -> list[Action] | None:
         """What came for this request is not what was asked for; None if nothing was, here."""
         if self._plan is not None and (self._plan.request, self._plan.peer) == (request, peer):
-            self.error, self._plan = (Failure.OFFER, f"{peer}: {reason}"), None
+            self.error, self._plan = (Failure.OFFER, f"{self._holders.addresses[peer]}: {reason}"), None
             self._spoilt.add(peer)
             return self.ask_for_plan(now)
         candidate = self._candidate
@@ -192,7 +202,7 @@ class Fetcher:
         spoilt = [server for server, times in candidate.rejections.items() if times >= MAX_REJECTIONS]
         if self._holders.are_all({*spoilt, *candidate.lacking}):
             # all of them say something else than was offered: the offer was wrong
-            self.error = Failure.OFFER, f"{peer}: {reason}"
+            self.error = Failure.OFFER, f"{self._holders.addresses[peer]}: {reason}"
             self._spoilt.add(candidate.offered_by)
             blamed = self._holders.blame(candidate.offered_by, "offer", "nobody has what it offered", now)
             return [blamed, *self._drop_candidate(), *self._ask_for_plan_at(now), *self.ask_for_plan(now)]
@@ -208,7 +218,7 @@ class Fetcher:
             return []
         config, held = self._config, self._newest
         samples = samples_digest(self._samples)
-        ask = Ask(config.device, config.max_accuracy_loss, wait_s=config.wait_s, samples=samples, refused=self.refused)
+        ask = Ask(config.device, config.max_accuracy_loss, wait_s=config.wait_s, samples=samples, refused=self.refused.copy())
         if held is not None:
             ask = replace(ask, held=held.version, cached=held.plan.weight_bits)
         request = next(self._numbers)
@@ -249,6 +259,9 @@ class Fetcher:
             return self._ask_for_plan_at(now + MAX_BACKOFF_S)
         if kind == Failure.MODEL:
             self.error = kind, reason
+        if kind == Failure.COMPUTE:
+            self._spoilt.add(peer)
+        self._unready.discard(peer)
         return [self._holders.blame(peer, kind, reason, now), *self.ask_for_plan(now)]
 
     def _offered(self, peer: PeerId, manifest: Manifest, now: float) -> list[Action]:
@@ -294,14 +307,14 @@ class Fetcher:
         candidate.is_loading = True
         return [Load(candidate.manifest)]
 
-    def loaded_now(self, version: int, error: str | None, engine: str | None, now: float) -> list[Action]:
+    def loaded_now(self, loaded: Loaded, now: float) -> list[Action]:
         """The stage is ready and in use from now on, or cannot be built."""
-        candidate = self._candidate
+        candidate, version, error, engine = self._candidate, loaded.version, loaded.error, loaded.engine
         if candidate is None or candidate.manifest.version != version or not candidate.is_loading:
             return []
         manifest = candidate.manifest
         is_another = error is None and engine is not None and engine != manifest.plan.stages[0].engine
-        if is_another and self._refuse(manifest.plan.stages[0].engine):
+        if is_another and self._refuse(manifest.plan.stages[0].engine, loaded.refused):
             self._next = None
             return [*self._drop_candidate(), *self._ask_for_plan_at(now), *self.ask_for_plan(now)]
         self._candidate = None
@@ -320,10 +333,11 @@ class Fetcher:
             return [*actions, LookUp(manifest)]
         return actions if error is None else [*actions, *self._ask_for_plan_at(now + MAX_BACKOFF_S)]
 
-    def _refuse(self, engine: str) -> bool:
-        """Whether it is news that the engine is of no use here."""
-        is_news = engine not in self.refused and len(self.refused) < MAX_REFUSED
-        self.refused += (engine,) if is_news else ()
+    def _refuse(self, planned: str, reasons: Mapping[str, str]) -> bool:
+        """Whether it is news that the engine planned is of no use here, as those are that were tried with it."""
+        is_news = planned not in self.refused and len(self.refused) < MAX_REFUSED
+        if is_news:
+            self.refused |= {planned: f"engine {planned!r} is of no use here", **reasons}
         return is_news
 
     # --- pulls --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from gossipfl.inference.planning.device_words import Report
@@ -12,6 +12,8 @@ from gossipfl.protocol.messages import PeerId
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.25, 5.0
 """How long a server that failed is left alone: doubled with each failure."""
 BUSY_BACKOFF_S = 0.05
+
+REMEDY = "is `gossipfl serve` running there? further servers can be named with --server"
 
 _RANK = {True: 0, None: 1, False: 2}
 
@@ -24,11 +26,12 @@ class Holder:
 
 
 class Holders:
-    """All that can hold the model; they are interchangeable."""
+    """All that can hold the model, with their addresses, by which people are told of them; they are interchangeable."""
 
-    def __init__(self, peers: Sequence[PeerId]) -> None:
-        self._holders = {peer: Holder() for peer in peers}
-        self.last_trouble = "no server has answered yet"
+    def __init__(self, addresses: Mapping[PeerId, str]) -> None:
+        self.addresses = dict(addresses)
+        self._holders = {peer: Holder() for peer in addresses}
+        self.last_trouble = f"no answer from {' or '.join(addresses.values())} yet; {REMEDY}"
 
     def __contains__(self, peer: PeerId) -> bool:
         return peer in self._holders
@@ -56,8 +59,9 @@ class Holders:
         holder = self._holders[peer]
         holder.failures += 1
         holder.free_at = now + min(FIRST_BACKOFF_S * 2 ** min(holder.failures - 1, 10), MAX_BACKOFF_S)
-        self.last_trouble = f"{peer}: {detail}"
-        return Report(peer, kind, detail)
+        address = self.addresses[peer]
+        self.last_trouble = f"{address}: {detail}" + (f"; {REMEDY}" if kind in ("gone", "silent") else "")
+        return Report(address, kind, detail)
 
     def praise(self, peer: PeerId) -> None:
         self._holders[peer] = Holder(is_up=True)

@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -67,7 +67,7 @@ class Ask:
 
     It has version `held` already (0: none), and of it `cached` planes of each of the first layers: the answer may wait until
     there is a newer one, for at most `wait_s`. `samples` is the digest of those it has to compile engines with. Those engines
-    that are `refused` do not work on it or are slower than "fp32" there, and are not planned.
+    that are `refused`, and why, do not work on it or are slower than "fp32" there, and are not planned.
     """
 
     device: DeviceProfile
@@ -76,7 +76,7 @@ class Ask:
     wait_s: float = 0.0
     cached: tuple[int, ...] = ()
     samples: str = ""
-    refused: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +243,7 @@ def _least_bytes() -> int:
     prediction = Prediction(real, real, real, real, real, real, many, many, many, real, many, many)
     stages = tuple(Stage(where, count, count, (), "e" * 16) for where in (ON_DEVICE, ON_SERVER))
     cost = FallbackCost(real, real, real, real, many)
-    plan = Plan(MAX_INTEGER, stages, count, (), FULL_BITS, prediction, "continued", cost, cost, real)
+    plan = Plan(MAX_INTEGER, stages, count, (), FULL_BITS, prediction, "continued", cost, cost, real, ("e" * 11, "e" * 4))
     return len(to_json(Manifest("m" * MAX_NAME_BYTES, MAX_INTEGER, "0" * 16, plan, (), real, "softmax", real, real)))
 
 
@@ -262,7 +262,7 @@ def manifest_from_json(payload: bytes | memoryview) -> Manifest:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return None if value == math.inf else value

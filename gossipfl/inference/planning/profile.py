@@ -200,6 +200,8 @@ class Plan:
     """None where there is nothing left to send, or starting afresh is as cheap: then nobody continues."""
     fallback_rate: float | None = None
     """Share of the requests that fall back; None where nobody has measured it: then the plan was chosen as if none did."""
+    other_engines: tuple[str, ...] = ()
+    """What comes next for the device's layers, should its engine be of no use there; all that were better than fp32."""
 
     @property
     def device_engines(self) -> tuple[str, ...]:

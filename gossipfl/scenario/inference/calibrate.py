@@ -122,19 +122,22 @@ def alone(catalogue: Catalogue) -> dict[float, Plan]:
     return plans
 
 
-def certifier(trained: Trained, calibration: Calibration, calibrator: Calibrator) -> Callable[[Plan], Certificate | None]:
-    """Certificates of plans: those of the calibration; others are made when they are first asked for, and kept with it."""
-    known = list(calibration.certificates)
+class Certificates:
+    """Of plans: those of the calibration are `known`; others are made when they are first asked for, and kept with it."""
 
-    def certificate(plan: Plan) -> Certificate | None:
-        basis, tried = calibrator.basis(plan), calibrator.tried(plan)
-        found = next((one for one in known if one.tried == tried and one.holds_for(basis)), None)
-        if found is None and (found := calibrator.certify(plan)) is not None:
-            known.append(found)
-            _keep(trained, found)
+    def __init__(self, trained: Trained, calibration: Calibration, calibrator: Calibrator) -> None:
+        self._trained, self._calibrator, self._made = trained, calibrator, list(calibration.certificates)
+
+    def known(self, plan: Plan) -> Certificate | None:
+        basis, tried = self._calibrator.basis(plan), self._calibrator.tried(plan)
+        return next((one for one in self._made if one.tried == tried and one.holds_for(basis)), None)
+
+    def certify(self, plan: Plan) -> Certificate | None:
+        found = self.known(plan)
+        if found is None and (found := self._calibrator.certify(plan)) is not None:
+            self._made.append(found)
+            _keep(self._trained, found)
         return found
-
-    return certificate
 
 
 def _keep(trained: Trained, certificate: Certificate) -> None:

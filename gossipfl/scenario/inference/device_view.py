@@ -40,9 +40,8 @@ class Answers:
             print(json.dumps({"sample": index, "class": class_, "receipt": receipt}), flush=True)
 
     def finish(self, device: EdgeDevice) -> None:
-        for engine in device.refused:
-            reason = "not installed, no samples to compile it with, slower than fp32, or it computes something else"
-            print_line(Console(stderr=True), f"{engine} is refused on this device: {reason}")
+        for reason in device.refused.values():
+            print_line(Console(stderr=True), f"not used on this device: {reason}")
         if self._as_json or not self._receipts:
             return
         last, count = self._receipts[-1], len(self._receipts)
@@ -71,7 +70,9 @@ class Answers:
         console.print(table)
         for fault in device.faults:
             is_drift = fault.kind == "drift"
-            console.print(f"alarm: {fault.detail}" if is_drift else f"survived: {fault}", highlight=False)
+            console.print(
+                f"alarm: {fault.detail}" if is_drift else f"survived: {fault.source}: {fault.detail}", highlight=False
+            )
 
 
 def _fallbacks(receipts: Sequence[Receipt]) -> str:

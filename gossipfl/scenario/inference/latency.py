@@ -17,7 +17,7 @@ import numpy as np
 
 from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.calibration import Calibrator, Progress
-from gossipfl.inference.execution.engines import undisturbed
+from gossipfl.inference.execution.engines import missing_engines, undisturbed
 from gossipfl.inference.planning.catalogue import Bits, Catalogue, Overhead
 from gossipfl.inference.planning.cuts import choose_plan, fetch_seconds
 from gossipfl.inference.planning.profile import ON_DEVICE, DeviceProfile, FallbackRates, Plan
@@ -25,7 +25,7 @@ from gossipfl.inference.planning.receipts import Receipt
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.link_relay import LinkRelay
-from gossipfl.runtime.served import Certifier
+from gossipfl.runtime.served import Certifier, nothing_certified
 
 LEVEL = 0.01
 """The loss that plans are made for, or the least that there is."""
@@ -81,7 +81,7 @@ class LatencyRow:
 class Opened:
     """A device that has answered once, and what it has to do: the only cut of `forced`.
 
-    `offered` are the plans that it had, one more than it has refused engines.
+    `offered` are the plans that it had: one more where it has refused the engine of the first.
     """
 
     device: DeviceProfile
@@ -213,7 +213,7 @@ def only(catalogue: Catalogue, cut: int, bits: Bits, rates: FallbackRates | None
 
 
 def serve(
-    stack: ExitStack, calibrator: Calibrator, forced: Catalogue, certificate: Certifier = lambda plan: None
+    stack: ExitStack, calibrator: Calibrator, forced: Catalogue, certificate: Certifier = nothing_certified
 ) -> InferenceServer:
     server = stack.enter_context(InferenceServer({MODEL: calibrator.chain}))
     server.publish(MODEL, forced.version, calibrator.vector, forced, certificate, calibrator.samples)
@@ -253,10 +253,10 @@ def _open(
     )
     stack.callback(edge.close)
     edge.predict(inputs[:1], PATIENCE_S)
-    offered: list[Plan] = []
-    for num_refused in range(len(edge.refused) + 1):
-        has_samples = any(plan.prediction.sample_bytes for plan in offered)
-        offered.append(choose_plan(forced, device, LEVEL, (), has_samples, edge.refused[:num_refused])[0])
+    first, _ = choose_plan(forced, device, LEVEL, refused=missing_engines())
+    offered = [first]
+    if edge.refused.keys() & set(first.device_engines):
+        offered.append(choose_plan(forced, device, LEVEL, (), first.prediction.sample_bytes > 0, edge.refused)[0])
     return Opened(device, forced, offered, edge)
 
 

@@ -6,8 +6,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,17 +22,18 @@ from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Answer
 from gossipfl.learning.datasets import normalise, open_dataset
 from gossipfl.learning.models import MODELS, build_model
-from gossipfl.protocol.messages import INFERENCE_RUN
 from gossipfl.registry import did_you_mean
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.model_list import Architecture, ask_models
 from gossipfl.scenario.config import Scenario
-from gossipfl.scenario.inference.calibrate import calibrator_like, certifier, load_calibration, served_here, timed_here
+from gossipfl.scenario.inference.calibrate import Certificates, calibrator_like, load_calibration, served_here, timed_here
 from gossipfl.scenario.inference.trained import Trained
 from gossipfl.scenario.preparation import prepare
 
 Say = Callable[[str], None]
+SAY_S = 1.0
+"""After it, and again after as long, a device says what it waits for, if that is another thing."""
 
 
 def open_server(trained: Trained, bind: str, advertise: str | None, insecure: bool, say: Say) -> InferenceServer:
@@ -39,14 +42,15 @@ def open_server(trained: Trained, bind: str, advertise: str | None, insecure: bo
     calibrator = calibrator_like(trained, calibration)
     catalogue = served_here(calibration.catalogue, timed_here(calibration, calibrator, say))
 
-    certificate = certifier(trained, calibration, calibrator)
+    certificates = Certificates(trained, calibration, calibrator)
     architecture = architecture_of(trained)
     chain = calibrator.chain
     server = InferenceServer(
-        {architecture.name: chain}, bind, advertise=advertise, insecure=insecure, architectures=[architecture]
+        {architecture.name: chain}, bind, advertise=advertise, insecure=insecure, architectures=[architecture], told=say
     )
     try:
-        server.publish(architecture.name, catalogue.version, calibrator.vector, catalogue, certificate, calibrator.samples)
+        published = catalogue.version, calibrator.vector, catalogue
+        server.publish(architecture.name, *published, certificates.certify, calibrator.samples, certificates.known)
     except BaseException:
         server.close(0.0)
         raise
@@ -110,7 +114,7 @@ def find_architecture(servers: Sequence[str], model: str | None, timeout_s: floa
     failure: RunError | None = None
     for address in servers:
         try:
-            listed = ask_models(address, INFERENCE_RUN, timeout_s)
+            listed = ask_models(address, timeout_s)
         except RunError as error:
             failure = error
             continue
@@ -175,9 +179,27 @@ def open_device(
     )
 
 
-def answer_all(device: EdgeDevice, inputs: Inputs, timeout_s: float, told: Callable[[int, Answer, float], None]) -> None:
-    """Ask for one sample after another; `told(index, answer, seconds)`."""
+def answer_all(
+    device: EdgeDevice, inputs: Inputs, timeout_s: float, told: Callable[[int, Answer, float], None], say: Say
+) -> None:
+    """Ask for one sample after another; `told(index, answer, seconds)`. `say` hears what a first version waits for."""
     for index in range(len(inputs.x)):
         began = time.perf_counter()
-        answer = device.predict(inputs.x[index : index + 1], timeout_s)
+        ask = device.predict if index else partial(_first_answer, device, say)
+        answer = ask(inputs.x[index : index + 1], timeout_s)
         told(index, answer, time.perf_counter() - began)
+
+
+def _first_answer(device: EdgeDevice, say: Say, inputs: np.ndarray, timeout_s: float) -> Answer:
+    """As `EdgeDevice.predict`, but that time does not run out while a server is at a version for this device."""
+    said = None
+    while True:
+        future, is_excused = device.submit(inputs, timeout_s), False
+        while not wait([future], SAY_S).done:
+            is_excused |= device.is_awaited
+            waits_for = device.waits_for
+            if waits_for not in (None, said):
+                said = waits_for
+                say(f"waiting for a first version: {waits_for}")
+        if future.exception() is None or not is_excused:
+            return future.result()
