@@ -46,10 +46,12 @@ def _peer_bytes(scenario: Scenario, parameters: int) -> int:
     """The models of one peer: stored versions, the one in training, the mixed one, and copies of others."""
     gossip = scenario.gossip
     copies = gossip.versions_kept + 2
-    if scenario.resolved_clock == "virtual":
-        copies += gossip.versions_kept if gossip.codec != "float32" else 0  # what each version decodes to
-    else:
+    if scenario.resolved_clock != "virtual":
         copies += min(gossip.replicas, scenario.peers - 1)
+    elif gossip.codec != "float32":
+        copies += gossip.versions_kept  # what each version decodes to
+    if scenario.resolved_clock == "virtual" and gossip.protocol == "gossip" and not gossip.max_staleness:
+        copies -= 1  # all train in place, at one time, before any of them mixes
     if isinstance(codec(gossip.codec), SparseCodec):
         copies += 2  # the accumulator of what was not sent yet
     return copies * parameters * 4
