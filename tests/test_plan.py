@@ -160,7 +160,8 @@ def test_of_a_protocol_of_ones_own_memory_and_graph_are_told_and_that_bytes_and_
     monkeypatch.setitem(PROTOCOLS._functions, "registered", PROTOCOLS.get("gossip"))
     made, known = plan(gossip={"protocol": name}), plan(gossip={})
     assert made.received_bytes is made.sent_bytes is made.total_bytes is made.timing is None
-    assert (made.memory_bytes, made.topology, made.parameters) == (known.memory_bytes, known.topology, MLP)
+    more = 20 * 4 * MLP  # nobody knows whether it trains in lockstep
+    assert (made.memory_bytes, made.topology, made.parameters) == (known.memory_bytes + more, known.topology, MLP)
     assert made.notes == (f"gossip.protocol = {name!r} is your own: what it sends, and how long that takes, is left out",)
     code, shown, _ = run("quickstart", "--clock", "virtual", "--set", f"gossip.protocol={name}", "--set", "network.loss=0.1")
     assert code == 0 and "spectral gap" in shown and "memory needed" in shown and f"note: {made.notes[0]}" in shown
@@ -199,7 +200,8 @@ def test_fair_shares_are_counted_up_to_ones_own_size():
 def test_memory_grows_with_the_peers_and_the_versions_kept():
     few, many = plan(), plan(gossip={"versions_kept": 9})
     assert many.memory_bytes - few.memory_bytes == 5 * 20 * MLP * 4
-    assert plan(peers=40).memory_bytes - few.memory_bytes == 20 * (4 + 2) * MLP * 4
+    assert plan(peers=40).memory_bytes - few.memory_bytes == 20 * (4 + 1) * MLP * 4
+    assert plan(gossip={"max_staleness": 3}).memory_bytes - few.memory_bytes == 20 * MLP * 4, "one trains while others mix"
 
 
 def test_a_round_with_too_many_transfers_has_a_bound_and_no_expectation(monkeypatch):
@@ -246,8 +248,8 @@ def test_a_run_that_does_not_fit_is_planned_and_ends_as_the_run_itself_would(tmp
     monkeypatch.setattr("gossipfl.scenario.memory.available_bytes", lambda: 2**30)
     large = ("quickstart", "--clock", "virtual", "--set", "peers=64", "--set", "model_args.hidden=[1500, 1500]")
     code, shown, error = run(*large)
-    # 2,364,010 float32 values, 4 versions and 2 more models of each peer; of 1 GiB Python and torch leave 774 MiB.
-    told = "peers = 64 with 2,364,010 parameters need about 3.6 GiB and 1.0 GiB are free; 14 peers would fit"
+    # 2,364,010 float32 values, 4 versions and 1 more model of each peer; of 1 GiB Python and torch leave 774 MiB.
+    told = "peers = 64 with 2,364,010 parameters need about 3.1 GiB and 1.0 GiB are free; 17 peers would fit"
     assert code == 2 and "memory needed / free" in shown and f"gossipfl: the run would be refused: {told}" in error
     code, shown, _ = run(*large, "--json")
     assert code == 2 and told in json.loads(shown)["too_large"]
@@ -261,7 +263,7 @@ def test_every_clock_can_be_planned():
         code, shown, _ = run("quickstart", "--json", "--clock", clock, "--set", "peers_per_process=4")
         made = json.loads(shown)
         assert code == 0 and made["clock"] == clock and made["too_large"] is None
-        models = 4 + 2 + (0 if clock == "virtual" else 2)
+        models = 4 + (1 if clock == "virtual" else 2 + 2)
         assert made["memory_bytes"] == 8 * models * MLP * 4 + processes * 250 * 2**20
 
 
