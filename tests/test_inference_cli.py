@@ -138,9 +138,9 @@ def test_the_bench_tells_what_was_promised_and_what_was_kept(run):
     assert {row["device"] for row in tables["cascades"] if row["is_chosen"]} == {"sensor", "phone", "gateway"}
     for row in tables["cascades"]:
         assert row["measured_s"] > 0 and row["error_at_rate"] == row["at_rate_s"] / row["measured_s"] - 1
-        assert row["turns"] == 4 and row["measured_rate"] in (0, 0.25, 0.5, 0.75, 1)
+        assert row["turns"] == 1 and row["rate_within"][0] <= row["predicted_rate"] <= row["rate_within"][1]
         if row["cut"] == row["num_layers"]:
-            assert row["measured_up"] == row["measured_rate"] * 4 * 64
+            assert row["measured_up"] == pytest.approx(row["measured_rate"] * 4 * 64)
     for row in tables["fallbacks"]:
         assert row["predicted_up"] == row["measured_up"] and row["measured_s"] > 0
         if row["is_chosen"]:
@@ -158,6 +158,11 @@ def test_the_bench_is_of_the_devices_that_it_is_given(run, tmp_path):
     assert {row["device"] for row in tables["latency"]} == {"near", "far"}
     assert {row["device"] for row in tables["links"]} == {"far"}, "the other's has no limits"
     for row in tables["latency"]:
+        file = near if row["device"] == "near" else far
+        plan = json.loads(call("plan-inference", run, "--device", file, "--json")[1])
+        if not row["refused"]:
+            assert row["predicted_s"] == plan["cuts"][row["cut"]]["request_s"], "the same plan has one figure everywhere"
+        assert row["is_chosen"] == (row["cut"] == plan["plan"]["cut"])
         assert row["predicted_up"] == row["measured_up"] and row["predicted_pull"] == row["measured_pull"]
 
 

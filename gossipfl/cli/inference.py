@@ -89,7 +89,7 @@ def plan_inference(run: Path, model: str, device_file: Path | None, max_accuracy
         click.echo(json.dumps(plain(values)))
     else:
         title = f"{device.name}, for a loss of {100 * max_accuracy_loss:g} % at most"
-        print_plan(stdout_console(), calibration.catalogue.profile, plan, rows, title, certificates)
+        print_plan(stdout_console(), calibration.catalogue.profile, plan, rows, title, device.requests, certificates)
 
 
 @click.command("bench-inference", epilog=EPILOG)
@@ -118,7 +118,7 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
     from gossipfl.scenario.device_file import read_device
     from gossipfl.scenario.inference.bench import DEVICES, plan_rows, threshold_rows
     from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration, timed_here
-    from gossipfl.scenario.inference.cascades import cascade_rows
+    from gossipfl.scenario.inference.cascades import request_rows
     from gossipfl.scenario.inference.display import (
         plain,
         print_cascade_rows,
@@ -130,7 +130,7 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
         progress,
     )
     from gossipfl.scenario.inference.fallbacks import fallback_rows
-    from gossipfl.scenario.inference.latency import check_emulated, latency_rows
+    from gossipfl.scenario.inference.latency import check_emulated
     from gossipfl.scenario.inference.link_error import link_rows
     from gossipfl.scenario.inference.trained import load_trained
 
@@ -143,8 +143,7 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
     plans = list(plan_rows(calibrator, catalogue, calibration.harm, devices, *samples))
     thresholds = list(threshold_rows(calibrator, catalogue, *samples))
     with progress(quiet) as told:
-        latencies = latency_rows(calibrator, catalogue, devices, samples[0], told=told)
-        cascades = cascade_rows(calibrator, catalogue, devices, samples[0], told=told)
+        latencies, cascades = request_rows(calibrator, catalogue, devices, samples[0], told=told)
         fallbacks = fallback_rows(calibrator, catalogue, devices, samples[0], told=told)
     links = link_rows(devices)
     if as_json:

@@ -65,6 +65,10 @@ class CutRow:
     device_engine: str = ""
     server_engine: str = ""
     prediction: Prediction | None = None
+    request_s: float = 0.0
+    """Of a request with the weights there: what is predicted, without its share of what is fetched."""
+    fetch_s: float = 0.0
+    """Of the offer and the weights, once for all requests that are expected."""
     obstacle: str | None = None
     """Why this cut cannot be; None if it can."""
     fallback: Fallback = "full"
@@ -203,19 +207,20 @@ def _row(
     up = activation_bytes(profile, cut, activations)
     offer = offer_bytes(profile, weights)
     offer_s = message_bytes(offer + samples) / device.downlink
-    fetch_s = (offer_s + _fetch_seconds(catalogue, device, fetched)) / device.requests
+    fetch_s = offer_s + _fetch_seconds(catalogue, device, fetched)
     uplink_s = answer_s = 0.0
     if cut < len(profile.layers):
         uplink_s, answer_s = _exchange_seconds(profile, device, up)
-    transfer_s = fetch_s + uplink_s + answer_s
+    transfer_s = fetch_s / device.requests + uplink_s + answer_s
     latency_s = device_s + transfer_s + server_s + overhead.rest_s
+    request_s = device_s + uplink_s + answer_s + server_s + overhead.rest_s
     energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
     cost = device.time_weight * latency_s + device.energy_weight * energy_j + device.price_weight * server_s
     prediction = Prediction(
         latency_s, device_s, server_s, transfer_s, energy_j, cost, fetched.num_bytes, up, memory, level, samples, offer
     )
     fallback = _fallback(catalogue, device, cut, activations, prediction, afresh)
-    return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle, *fallback)
+    return CutRow(cut, weights, activations, engine, server_engine, prediction, request_s, fetch_s, obstacle, *fallback)
 
 
 def _fallback(
