@@ -106,13 +106,14 @@ def test_a_plan_tells_what_those_that_fall_back_add_and_from_when_answers_stand(
     assert re.search(r" \+ 25\d\d\d ", said) and "12.5%" in said and "for the 12.5% that fall back" in said
     (certificate,) = [one for one in stored["certificates"] if one["basis"]["weight_bits"] == bits["2"][0]]
     assert f"certified on {certificate['n']} samples where a fallback starts afresh: from margin" in said
-    assert f"{certificate['fallback_rate']:.1%} fall back" in said
-    stored["certificates"], stored["catalogue"]["fallback_rates"] = [], {}
+    assert f"{certificate['fallback_rate']:.1%} fall back" in said and "note:" not in said
+    stored["certificates"], stored["catalogue"]["fallback_rates"], stored["warning"] = [], {}, "9 unseen samples are too few"
     file.write_text(json.dumps(stored))
     _, stdout, _ = call("plan-inference", copy, "--device", device, "--max-accuracy-loss", "0.05")
     said = " ".join(stdout.split())
     assert "?" in said and "fallbacks left out: nobody has measured how many there are" in said
     assert "not certified yet: a server does that when it first offers this plan" in said
+    assert said.endswith("note: 9 unseen samples are too few")
 
 
 def test_the_device_by_example_gets_a_plan(run):

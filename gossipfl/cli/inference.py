@@ -78,18 +78,16 @@ def plan_inference(run: Path, model: str, device_file: Path | None, max_accuracy
     device = read_device(device_file) if device_file else DeviceProfile()
     calibration = load_calibration(load_trained(run, model))
     plan, rows = choose_plan(calibration.catalogue, device, max_accuracy_loss)
-    certificates = calibration.certificates_for(plan)
     if as_json:
         values = {
             "plan": asdict(plan),
             "cuts": [asdict(row) | {"cost": row.cost} for row in rows],
             "device": asdict(device),
-            "certificates": [asdict(certificate) for certificate in certificates],
+            "certificates": [asdict(certificate) for certificate in calibration.certificates_for(plan)],
         }
         click.echo(json.dumps(plain(values)))
     else:
-        title = f"{device.name}, for a loss of {100 * max_accuracy_loss:g} % at most"
-        print_plan(stdout_console(), calibration.catalogue.profile, plan, rows, title, device.requests, certificates)
+        print_plan(stdout_console(), calibration, plan, rows, device, max_accuracy_loss)
 
 
 @click.command("bench-inference", epilog=EPILOG)
@@ -125,6 +123,7 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
         print_fallback_rows,
         print_latency_rows,
         print_link_rows,
+        print_note,
         print_plan_rows,
         print_threshold_rows,
         progress,
@@ -165,6 +164,7 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
             print_fallback_rows(stdout_console(), fallbacks)
         if links:
             print_link_rows(stdout_console(), links)
+        print_note(stdout_console(), calibration)
         click.echo(f"{len(samples[1])} test samples, that neither training nor calibration saw")
 
 

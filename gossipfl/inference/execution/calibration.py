@@ -201,7 +201,7 @@ class Calibrator:
             self._tried, self._kept = (seen, None), inputs
             self.warning = (
                 f"{len(inputs)} unseen samples are too few for tables and certificates: the tables are made from samples that "
-                f"the model was trained on; keep {needed} with data.calibration_fraction"
+                f"the model was trained on, of which fewer fall back; keep {needed} with data.calibration_fraction"
             )
         self._full: np.ndarray | None = None
         self._known: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}

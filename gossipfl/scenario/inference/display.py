@@ -20,9 +20,8 @@ from rich.table import Table
 
 from gossipfl.inference.execution.calibration import Calibration, Progress
 from gossipfl.inference.execution.engines import UNDISTURBED
-from gossipfl.inference.planning.certificates import Certificate
 from gossipfl.inference.planning.cuts import CutRow
-from gossipfl.inference.planning.profile import ModelProfile, Plan
+from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile, Plan
 from gossipfl.scenario.inference.bench import PlanRow, ThresholdRow
 from gossipfl.scenario.inference.calibrate import certificates_by_bits
 from gossipfl.scenario.inference.cascades import CONFIDENCE, CascadeRow
@@ -97,21 +96,15 @@ def print_calibration(console: Console, calibration: Calibration) -> None:
         )
         if certificate.warning:
             console.print(f"note: {certificate.warning}", highlight=False)
-    if calibration.warning:
-        console.print(f"note: {calibration.warning}", highlight=False)
+    print_note(console, calibration)
 
 
 def print_plan(
-    console: Console,
-    profile: ModelProfile,
-    plan: Plan,
-    rows: Sequence[CutRow],
-    device: str,
-    requests: int,
-    certificates: Sequence[Certificate],
+    console: Console, calibration: Calibration, plan: Plan, rows: Sequence[CutRow], device: DeviceProfile, loss: float
 ) -> None:
-    """`certificates` of the plan that there are by now; `requests` share what is fetched."""
-    title = f"every cut of {len(profile.layers)} layers for {device}"
+    """For `device` and this loss of accuracy at most; with the certificates of the plan that there are by now."""
+    profile, certificates = calibration.catalogue.profile, calibration.certificates_for(plan)
+    title = f"every cut of {len(profile.layers)} layers for {device.name}, for a loss of {100 * loss:g} % at most"
     table = Table("cut after", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     columns = (
         "bits: layers | cut",
@@ -151,7 +144,7 @@ def print_plan(
         "down: weights, offer, and samples where an engine is compiled with some; saved: of weights and values at the cut",
         "fetch: of all that comes down, once; request: with that there, + what those that fall back add to a mean one",
         "falls back: share of the samples that the bits were chosen with, were the plan certified on them",
-        f"cost: seconds (1/{requests} of the fetch's, too), joules and the server's seconds of a mean request, weighted",
+        f"cost: seconds (1/{device.requests} of the fetch's, too), joules and the server's seconds of a mean request, weighted",
     ):
         console.print(line, highlight=False)
     for row in rows:
@@ -174,6 +167,13 @@ def print_plan(
         )
     if not certificates:
         console.print("not certified yet: a server does that when it first offers this plan", highlight=False)
+    print_note(console, calibration)
+
+
+def print_note(console: Console, calibration: Calibration) -> None:
+    """Where the calibration is not as it should be."""
+    if calibration.warning:
+        console.print(f"note: {calibration.warning}", highlight=False)
 
 
 def _added_ms(row: CutRow) -> str:
@@ -336,7 +336,7 @@ def print_cascade_rows(console: Console, rows: Sequence[CascadeRow]) -> None:
             f"{row.device} {row.cut}/{row.num_layers}",
             bits_text(row.weight_bits),
             "continue" if row.fallback == "continued" else "afresh",
-            f"{row.predicted_rate:.1%} ({least:.0%} to {most:.0%}) | {row.measured_rate:.1%}",
+            f"{row.predicted_rate:.1%} ({100 * least:.1f} to {100 * most:.1f}) | {row.measured_rate:.1%}",
             f"{_ms(row.at_rate_s)} | {_ms(row.measured_s)}",
             f"{row.error_at_rate:+.1%}",
             _ms(row.predicted_s),
