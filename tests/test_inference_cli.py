@@ -26,6 +26,7 @@ from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.offers import Ask, manifest_from_json
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.learning.models import build_model
+from gossipfl.protocol.messages import FULL_BITS
 from gossipfl.runtime.served import ServedVersion
 from gossipfl.scenario.inference import latency
 from gossipfl.scenario.inference.calibrate import calibrator_like, certifier, load_calibration, served_here, timed_here
@@ -103,6 +104,7 @@ def test_a_plan_tells_what_those_that_fall_back_add_and_from_when_answers_stand(
     code, stdout, stderr = call("plan-inference", copy, "--device", device, "--max-accuracy-loss", "0.05")
     said = " ".join(stdout.split())
     assert code == 0, stderr
+    assert "fetched once, before the first request: offer 0.00 ms, weights 20" in said
     assert re.search(r" \+ 25\d\d\d ", said) and "12.5%" in said and "for the 12.5% that fall back" in said
     (certificate,) = [one for one in stored["certificates"] if one["basis"]["weight_bits"] == bits["2"][0]]
     assert f"certified on {certificate['n']} samples where a fallback starts afresh: from margin" in said
@@ -127,7 +129,9 @@ def test_the_bench_tells_what_was_promised_and_what_was_kept(run):
     tables = json.loads(stdout)
     assert code == 0
     for row in tables["plans"]:
-        assert 0 <= row["payload"] < row["payload_32"] and row["predicted_loss"] <= row["level"]
+        is_exact = row["activation_bits"] == FULL_BITS  # which seconds on a busy machine may make the cheapest
+        assert 0 <= row["payload"] <= row["payload_32"] and (row["payload"] == row["payload_32"]) == is_exact
+        assert row["predicted_loss"] <= row["level"]
     assert {row["rule"] for row in tables["thresholds"]} == {"max", "fit99", "fit99.9", "certified"}
     assert {row["device"] for row in tables["latency"]} == {"sensor", "phone", "gateway"}
     assert len(tables["links"]) == 2 * 3

@@ -65,10 +65,6 @@ class CutRow:
     device_engine: str = ""
     server_engine: str = ""
     prediction: Prediction | None = None
-    request_s: float = 0.0
-    """Of a request with the weights there: what is predicted, without its share of what is fetched."""
-    fetch_s: float = 0.0
-    """Of the offer and the weights, once for all requests that are expected."""
     obstacle: str | None = None
     """Why this cut cannot be; None if it can."""
     fallback: Fallback = "full"
@@ -76,6 +72,12 @@ class CutRow:
     continued: FallbackCost | None = None
     fallback_rate: float | None = None
     expected: Expected | None = None
+    request_s: float = 0.0
+    """Of a request with the weights there: what is predicted, without its share of what is fetched."""
+    offer_s: float = 0.0
+    """Of the offer's coming down, with the samples to compile an engine with; once for all requests that are expected."""
+    pull_s: float = 0.0
+    """Of pulling the weights, once as well."""
 
     @property
     def cost(self) -> float:
@@ -207,11 +209,11 @@ def _row(
     up = activation_bytes(profile, cut, activations)
     offer = offer_bytes(profile, weights)
     offer_s = message_bytes(offer + samples) / device.downlink
-    fetch_s = offer_s + _fetch_seconds(catalogue, device, fetched)
+    pull_s = _fetch_seconds(catalogue, device, fetched)
     uplink_s = answer_s = 0.0
     if cut < len(profile.layers):
         uplink_s, answer_s = _exchange_seconds(profile, device, up)
-    transfer_s = fetch_s / device.requests + uplink_s + answer_s
+    transfer_s = (offer_s + pull_s) / device.requests + uplink_s + answer_s
     latency_s = device_s + transfer_s + server_s + overhead.rest_s
     request_s = device_s + uplink_s + answer_s + server_s + overhead.rest_s
     energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
@@ -220,7 +222,8 @@ def _row(
         latency_s, device_s, server_s, transfer_s, energy_j, cost, fetched.num_bytes, up, memory, level, samples, offer
     )
     fallback = _fallback(catalogue, device, cut, activations, prediction, afresh)
-    return CutRow(cut, weights, activations, engine, server_engine, prediction, request_s, fetch_s, obstacle, *fallback)
+    what = cut, weights, activations, engine, server_engine, prediction, obstacle
+    return CutRow(*what, *fallback, request_s=request_s, offer_s=offer_s, pull_s=pull_s)
 
 
 def _fallback(

@@ -112,7 +112,6 @@ def print_plan(
         "down",
         "up",
         "saved",
-        "fetch\nin ms",
         "request\nin ms",
         "falls\nback",
         "energy\nin mJ",
@@ -132,7 +131,6 @@ def print_plan(
             size_text(found.weight_bytes + found.sample_bytes + found.offer_bytes),
             size_text(found.activation_bytes),
             f"{saved(profile, row.cut, row.weight_bits, row.activation_bits):.0%}",
-            _thousandths(row.fetch_s),
             f"{_thousandths(row.request_s)}{_added_ms(row)}",
             "?" if row.fallback_rate is None else f"{row.fallback_rate:.1%}",
             _thousandths(found.energy_j),
@@ -142,9 +140,9 @@ def print_plan(
     console.print(table)
     for line in (
         "down: weights, offer, and samples where an engine is compiled with some; saved: of weights and values at the cut",
-        "fetch: of all that comes down, once; request: with that there, + what those that fall back add to a mean one",
+        "request: with the weights there + what those that fall back add to a mean one",
         "falls back: share of the samples that the bits were chosen with, were the plan certified on them",
-        f"cost: seconds (1/{device.requests} of the fetch's, too), joules and the server's seconds of a mean request, weighted",
+        f"cost: seconds (with 1/{device.requests} of the fetch), joules and the server's seconds of a mean request, weighted",
     ):
         console.print(line, highlight=False)
     for row in rows:
@@ -154,6 +152,9 @@ def print_plan(
     console.print(
         f"chosen  cut after {_place(profile, plan.cut)}, cost {chosen.cost:.3g}{_cost_of_fallbacks(plan)}", highlight=False
     )
+    fetched = {"offer": chosen.offer_s, "weights": chosen.pull_s}
+    texts = [f"{what} {1000 * seconds:.2f} ms" for what, seconds in fetched.items()]
+    console.print(f"fetched once, before the first request: {', '.join(texts)}", highlight=False)
     if plan.afresh is None:
         return
     ways = {"starts afresh": plan.afresh} | ({"continues": plan.continued} if plan.continued else {})
@@ -293,7 +294,7 @@ def print_latency_rows(console: Console, rows: Sequence[LatencyRow]) -> None:
     title = "a request without fallbacks, the weights there, and what fetching these takes; on emulated devices and links"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = ("device, cut", "plan\nin ms", "now\nin ms", "measured\nin ms", "error\nof plan", "error\nof now")
-    for column in (*columns, "bytes up", "bytes down\nto fetch", "fetch in ms:\nplan | measured"):
+    for column in (*columns, "bytes up", "bytes down\nto fetch", "weights in ms:\nplan | measured"):
         table.add_column(column, justify="left" if column.startswith("device") else "right", overflow="fold")
     for row in rows:
         table.add_row(
@@ -314,7 +315,7 @@ def print_latency_rows(console: Console, rows: Sequence[LatencyRow]) -> None:
         "plan: the request of plan-inference; what it takes beside its layers (threads, messages) is as it was calibrated",
         "now: the same with that as it is in this call, measured on devices without a link",
         f"measured: the quantile {UNDISTURBED} of {min(row.turns for row in rows)} requests or more, as other work only adds",
-        "bytes to fetch: of weights and offer; fetch in ms: of the weights, without the offer before them",
+        "bytes to fetch: of offer and weights; weights in ms: to fetch them, after the offer",
     ):
         console.print(line, highlight=False)
     for row in rows:
