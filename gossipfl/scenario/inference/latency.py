@@ -115,12 +115,16 @@ class Opened:
 
     @property
     def overhead(self) -> Overhead:
-        """What was measured, less what is known of the layers; of a device without a link."""
-        known, seconds = self.plan.prediction, [receipt.seconds for receipt in self.receipts]
+        """What was measured, less what is known of the layers; of a device without a link.
+
+        The rest is what the parts lack of the whole: as a rule quantiles of parts come to less than that of their sum.
+        """
+        known = self.plan.prediction
+        device_s, server_s, total_s = (
+            undisturbed(receipt.seconds[part] for receipt in self.receipts) for part in ("device", "server", "total")
+        )
         return Overhead(
-            max(0.0, undisturbed(one["device"] for one in seconds) - known.device_s),
-            max(0.0, undisturbed(one["server"] for one in seconds) - known.server_s),
-            max(0.0, undisturbed(one["total"] - one["device"] - one["server"] for one in seconds)),
+            max(0.0, device_s - known.device_s), max(0.0, server_s - known.server_s), max(0.0, total_s - device_s - server_s)
         )
 
 
