@@ -207,6 +207,8 @@ def test_a_request_costs_what_its_parts_cost():
     offer_s = (expected.offer_bytes + header) / 52
     assert expected.transfer_s == pytest.approx((offer_s + fetch_s) / 4 + (86 + header) / 86 + (12 + header) / 52 + 0.5)
     assert expected.latency_s == pytest.approx(3 + 2.25 + 0.125 + expected.transfer_s)
+    assert (row.offer_s, row.pull_s) == pytest.approx((offer_s, fetch_s))
+    assert row.request_s == pytest.approx(expected.latency_s - (offer_s + fetch_s) / 4), "the weights are there"
     assert expected.energy_j == pytest.approx(3 * 3 + 5 * (86 + header) / 86)
     assert expected.cost == pytest.approx(expected.latency_s + 0.1 * expected.energy_j + 0.01 * 2.25)
     assert expected.memory_bytes == 4 * 36 + 4 * 4 + 8 * 100

@@ -26,6 +26,7 @@ from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.offers import Ask, manifest_from_json
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.learning.models import build_model
+from gossipfl.protocol.messages import FULL_BITS
 from gossipfl.runtime import edge_device
 from gossipfl.runtime.model_list import ask_models
 from gossipfl.runtime.served import ServedVersion
@@ -106,16 +107,18 @@ def test_a_plan_tells_what_those_that_fall_back_add_and_from_when_answers_stand(
     code, stdout, stderr = call("plan-inference", copy, "--device", device, "--max-accuracy-loss", "0.05")
     said = " ".join(stdout.split())
     assert code == 0, stderr
+    assert "fetched once, before the first request: offer 0.00 ms, weights 20" in said
     assert re.search(r" \+ 25\d\d\d ", said) and "12.5%" in said and "for the 12.5% that fall back" in said
     (certificate,) = [one for one in stored["certificates"] if one["basis"]["weight_bits"] == bits["2"][0]]
     assert f"certified on {certificate['n']} samples where a fallback starts afresh: from margin" in said
-    assert f"{certificate['fallback_rate']:.1%} fall back" in said
-    stored["certificates"], stored["catalogue"]["fallback_rates"] = [], {}
+    assert f"{certificate['fallback_rate']:.1%} fall back" in said and "note:" not in said
+    stored["certificates"], stored["catalogue"]["fallback_rates"], stored["warning"] = [], {}, "9 unseen samples are too few"
     file.write_text(json.dumps(stored))
     _, stdout, _ = call("plan-inference", copy, "--device", device, "--max-accuracy-loss", "0.05")
     said = " ".join(stdout.split())
     assert "?" in said and "fallbacks left out: nobody has measured how many there are" in said
     assert "not certified yet: a server does that when it first offers this plan" in said
+    assert said.endswith("note: 9 unseen samples are too few")
 
 
 def test_the_device_by_example_gets_a_plan(run):
@@ -129,7 +132,9 @@ def test_the_bench_tells_what_was_promised_and_what_was_kept(run):
     tables = json.loads(stdout)
     assert code == 0
     for row in tables["plans"]:
-        assert 0 <= row["payload"] < row["payload_32"] and row["predicted_loss"] <= row["level"]
+        is_exact = row["activation_bits"] == FULL_BITS  # which seconds on a busy machine may make the cheapest
+        assert 0 <= row["payload"] <= row["payload_32"] and (row["payload"] == row["payload_32"]) == is_exact
+        assert row["predicted_loss"] <= row["level"]
     assert {row["rule"] for row in tables["thresholds"]} == {"max", "fit99", "fit99.9", "certified"}
     assert {row["device"] for row in tables["latency"]} == {"sensor", "phone", "gateway"}
     assert len(tables["links"]) == 2 * 3
@@ -141,9 +146,9 @@ def test_the_bench_tells_what_was_promised_and_what_was_kept(run):
     assert {row["device"] for row in tables["cascades"] if row["is_chosen"]} == {"sensor", "phone", "gateway"}
     for row in tables["cascades"]:
         assert row["measured_s"] > 0 and row["error_at_rate"] == row["at_rate_s"] / row["measured_s"] - 1
-        assert row["turns"] == 4 and row["measured_rate"] in (0, 0.25, 0.5, 0.75, 1)
+        assert row["turns"] == 1 and row["rate_within"][0] <= row["predicted_rate"] <= row["rate_within"][1]
         if row["cut"] == row["num_layers"]:
-            assert row["measured_up"] == row["measured_rate"] * 4 * 64
+            assert row["measured_up"] == pytest.approx(row["measured_rate"] * 4 * 64)
     for row in tables["fallbacks"]:
         assert row["predicted_up"] == row["measured_up"] and row["measured_s"] > 0
         if row["is_chosen"]:
@@ -161,6 +166,11 @@ def test_the_bench_is_of_the_devices_that_it_is_given(run, tmp_path):
     assert {row["device"] for row in tables["latency"]} == {"near", "far"}
     assert {row["device"] for row in tables["links"]} == {"far"}, "the other's has no limits"
     for row in tables["latency"]:
+        file = near if row["device"] == "near" else far
+        plan = json.loads(call("plan-inference", run, "--device", file, "--json")[1])
+        if not row["refused"]:
+            assert row["predicted_s"] == plan["cuts"][row["cut"]]["request_s"], "the same plan has one figure everywhere"
+        assert row["is_chosen"] == (row["cut"] == plan["plan"]["cut"])
         assert row["predicted_up"] == row["measured_up"] and row["predicted_pull"] == row["measured_pull"]
 
 

@@ -24,13 +24,14 @@ from gossipfl.inference.planning.certificates import allowed_disagreements
 from gossipfl.inference.planning.cuts import choose_plan, fetch_seconds
 from gossipfl.inference.planning.margins import accepted, margins
 from gossipfl.inference.planning.offers import offer_bytes
-from gossipfl.inference.planning.profile import DeviceProfile, Plan
+from gossipfl.inference.planning.profile import DeviceProfile, FallbackRates, Plan
 from gossipfl.inference.planning.sizes import activation_bytes, weight_bytes
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.stages import emulated
 from gossipfl.scenario.inference import latency, link_error
+from gossipfl.scenario.inference.cascades import request_rows, share_within
 from gossipfl.scenario.inference.fallbacks import fallback_rows
-from gossipfl.scenario.inference.latency import latency_rows, measure_overheads
+from gossipfl.scenario.inference.latency import measure_overheads
 from gossipfl.scenario.inference.link_error import link_rows
 
 SHAPE, LAYERS = (1, 8, 8), 3
@@ -67,19 +68,23 @@ def catalogue(calibrator) -> Catalogue:
     """Computing takes a second, so that devices are best off with the server."""
     levels = {0.01: {cut: ((4, 5, 6)[:cut], 6 if cut < LAYERS else 0) for cut in range(LAYERS + 1)}}
     times = (0.0, 1.0, 2.0, 3.0)
-    return Catalogue(calibrator.chain.profile, 7, levels, {"fp32": times}, {"fp32": (0.0,) * 4})
+    return Catalogue(calibrator.chain.profile, 1, levels, {"fp32": times}, {"fp32": (0.0,) * 4})
+
+
+def latency_of(*words, **options):
+    return request_rows(*words, **options)[0]
 
 
 def test_each_device_has_a_row_for_its_plan_the_middle_cut_and_all_on_the_server(calibrator, catalogue):
     by_itself = DeviceProfile("by itself", price_weight=1e9, requests=1000)
     dear = replace(catalogue, server_s={"fp32": (3.0, 2.0, 1.0, 0.0)})
-    rows = latency_rows(calibrator, dear, (by_itself,), X)
+    rows = latency_of(calibrator, dear, (by_itself,), X)
     assert [(row.device, row.cut, row.num_layers, row.is_chosen) for row in rows] == [
         ("by itself", 3, 3, True),
         ("by itself", 2, 3, False),
         ("by itself", 0, 3, False),
     ]
-    rows = latency_rows(calibrator, catalogue, (NEAR, FAR), X)
+    rows = latency_of(calibrator, catalogue, (NEAR, FAR), X)
     assert [(row.device, row.cut, row.is_chosen, row.engine, row.turns) for row in rows] == [
         ("near", 0, True, "-", 3),
         ("near", 2, False, "fp32", 3),
@@ -90,7 +95,7 @@ def test_each_device_has_a_row_for_its_plan_the_middle_cut_and_all_on_the_server
 
 def test_the_bytes_that_move_are_those_that_were_predicted(calibrator, catalogue):
     profile = catalogue.profile
-    for row in latency_rows(calibrator, catalogue, (NEAR,), X):
+    for row in latency_of(calibrator, catalogue, (NEAR,), X):
         assert row.predicted_up == row.measured_up == activation_bytes(profile, row.cut, 6)
         bits = (4, 5)[: row.cut]
         assert row.predicted_pull == row.measured_pull == weight_bytes(profile, bits) + offer_bytes(profile, bits)
@@ -114,8 +119,8 @@ def test_a_convolutional_plan_with_an_int8_engine_moves_the_bytes_that_were_pred
     times = {"fp32": (0.0, 2.0, 3.0, 4.0), "int8": (0.0, 1e-3, 2e-3, 3e-3)}
     sample_bytes = len(samples_to_text(calibrator.samples))
     assert sample_bytes == 4 * -(-16 * (8 + 3 * 16 * 16) // 3)
-    catalogue = Catalogue(calibrator.chain.profile, 7, levels, times, {"fp32": (5.0, 4.0, 3.0, 0.0)}, sample_bytes=sample_bytes)
-    rows = latency_rows(calibrator, catalogue, (NEAR,), x)
+    catalogue = Catalogue(calibrator.chain.profile, 1, levels, times, {"fp32": (5.0, 4.0, 3.0, 0.0)}, sample_bytes=sample_bytes)
+    rows = latency_of(calibrator, catalogue, (NEAR,), x)
     assert [(row.cut, row.engine) for row in rows] == [(3, "int8"), (2, "int8"), (0, "-")]
     for row in rows:
         bits = (4, 5, 6)[: row.cut]
@@ -126,9 +131,8 @@ def test_a_convolutional_plan_with_an_int8_engine_moves_the_bytes_that_were_pred
 
 
 def of_a_request(catalogue, cut) -> float:
-    """Seconds of one request of so many that it has no share in what is fetched."""
-    many = replace(NEAR, requests=10**15)
-    return choose_plan(catalogue, many, 0.01, (4, 5)[:cut])[1][cut].prediction.latency_s
+    """Seconds of a request, as `plan-inference` says."""
+    return choose_plan(catalogue, NEAR, 0.01)[1][cut].request_s
 
 
 def test_of_an_engine_that_a_device_refuses_nothing_is_predicted(calibrator, catalogue, monkeypatch):
@@ -136,15 +140,15 @@ def test_of_an_engine_that_a_device_refuses_nothing_is_predicted(calibrator, cat
     samples = len(samples_to_text(calibrator.samples))
     planted = replace(catalogue, device_s={"planted": (0.0, 0.1, 0.2, 0.3), **catalogue.device_s}, sample_bytes=samples)
     assert choose_plan(planted, NEAR, 0.01)[1][2].device_engine == "planted"
-    *_, row = latency_rows(calibrator, planted, (NEAR,), X)
-    assert (row.cut, row.engine) == (2, "fp32")
+    *_, row = latency_of(calibrator, planted, (NEAR,), X)
+    assert (row.cut, row.engine, row.refused) == (2, "fp32", ("planted",))
     assert row.predicted_s == of_a_request(catalogue, 2)
     pieces, offer = weight_bytes(catalogue.profile, (4, 5)), offer_bytes(catalogue.profile, (4, 5))
     assert row.predicted_pull == row.measured_pull == pieces + 2 * offer + samples, "both offers, and samples with the first"
 
 
 def test_nothing_takes_less_than_the_link_alone(calibrator, catalogue):
-    for row in latency_rows(calibrator, catalogue, (FAR,), X):
+    for row in latency_of(calibrator, catalogue, (FAR,), X):
         link_s = 2 * FAR.latency_s
         assert row.measured_s >= link_s + row.measured_up / FAR.uplink + 4 * 5 / FAR.downlink
         pieces = row.measured_pull - offer_bytes(catalogue.profile, (4, 5)[: row.cut])
@@ -154,7 +158,7 @@ def test_nothing_takes_less_than_the_link_alone(calibrator, catalogue):
 def test_a_prediction_is_the_plans_and_now_has_the_overheads_of_now(calibrator, catalogue):
     overhead = Overhead(1.0, 2.0, 4.0)
     catalogue = replace(catalogue, overheads=(overhead,) * 3)
-    for row in latency_rows(calibrator, catalogue, (NEAR,), X):
+    for row in latency_of(calibrator, catalogue, (NEAR,), X):
         predicted_s = of_a_request(catalogue, row.cut)
         assert row.predicted_s == predicted_s
         measured = row.predicted_now_s - (predicted_s - 2.0 - 4.0 - (1.0 / NEAR.speed))
@@ -166,7 +170,7 @@ def test_a_prediction_is_the_plans_and_now_has_the_overheads_of_now(calibrator, 
 
 def test_a_cut_that_does_not_fit_the_device_has_no_row(calibrator, catalogue):
     small = replace(NEAR, memory_bytes=2500)  # the first layer takes 1,352 bytes, the second 10 KiB of weights
-    assert [row.cut for row in latency_rows(calibrator, catalogue, (small,), X)] == [0, 1]
+    assert [row.cut for row in latency_of(calibrator, catalogue, (small,), X)] == [0, 1]
 
 
 def continuing(catalogue, cut, bits, activation_bits, device=NEAR) -> Plan:
@@ -216,9 +220,38 @@ def test_both_ways_to_fall_back_are_measured_and_the_cheaper_certified_one_is_ch
 def test_slow_links_are_asked_less_often(calibrator, catalogue, monkeypatch):
     monkeypatch.setattr(latency, "MOST_TURNS", 9)
     fast = replace(catalogue, device_s={"fp32": (0.0, 1e-6, 1e-6, 1e-6)})
-    rows = latency_rows(calibrator, fast, (FAR,), X, total_s=0.25)
-    assert {row.turns for row in rows} == {int(0.25 / sum(row.predicted_s for row in rows))}
-    assert 3 < rows[0].turns < 9
+    device = replace(FAR, requests=10**6)
+    rows, (cascade,) = request_rows(calibrator, fast, (device,), X, total_s=0.3)
+    added_s = choose_plan(fast, device, 0.01)[0].afresh.latency_s
+    assert cascade.measured_rate == 1.0, "too few samples to certify anything"
+    assert {row.turns for row in rows} == {cascade.turns} == {int(0.3 / (sum(row.predicted_s for row in rows) + added_s))}
+    assert 3 < cascade.turns < 9
+
+
+def test_a_plan_of_both_tables_is_measured_once_and_its_fallbacks_weigh_as_many_as_fall_back(experienced, catalogue):
+    levels = {0.01: {3: ((2, 3, 3), 0)}}
+    catalogue = replace(catalogue, levels=levels, fallback_rates={0.01: {3: FallbackRates(0.1)}})
+    (row,), (cascade,) = request_rows(experienced, catalogue, (FAR,), X)
+    plan = choose_plan(catalogue, FAR, 0.01)[0]
+    certificate = experienced.certify(plan)
+    stands = accepted(margins(experienced.scores(plan, X)), certificate.threshold)
+    assert 0 < stands.mean() < 1 and cascade.measured_rate == 1 - stands.mean()
+    assert cascade.turns == 3 and row.turns == 6, "as many fall back as stand"
+    assert (cascade.predicted_rate, cascade.certified_on) == (certificate.fallback_rate, 400)
+    assert cascade.rate_within[0] < cascade.predicted_rate < cascade.rate_within[1]
+    added_s = (cascade.at_rate_s - row.predicted_now_s) / cascade.measured_rate
+    assert added_s > 2 * FAR.latency_s and (cascade.measured_s - row.measured_s) / cascade.measured_rate > 2 * FAR.latency_s
+    assert cascade.predicted_s == pytest.approx(row.predicted_now_s + added_s * cascade.predicted_rate)
+    ups = [cascade.predicted_up, cascade.measured_up]
+    assert ups == pytest.approx([rate * 4 * 64 for rate in (cascade.predicted_rate, cascade.measured_rate)])
+
+
+@pytest.mark.parametrize(("num", "n"), [(0, 179), (25, 179), (3, 3)])
+def test_a_share_is_within_what_clopper_and_pearson_say(num, n):
+    from scipy.stats import binomtest
+
+    found = binomtest(num, n).proportion_ci(0.95, "exact")
+    assert share_within(num, n) == pytest.approx((found.low, found.high))
 
 
 def test_overheads_are_of_parts_that_there_are(calibrator, catalogue):

@@ -321,6 +321,7 @@ def test_with_too_few_samples_for_a_certificate_all_fall_back(trained, num_unsee
     few = Calibrator(chain, fit, (x[:num_unseen], y[:num_unseen]), data="digits", vector=vector, engines=["fp32"])
     rates = few.catalogue(seconds=SECONDS)[0].fallback_rates
     assert {rate for level in list(rates)[1:] for rate in rates[level].values()} == {FallbackRates(1.0)}
+    assert f"{num_unseen} unseen samples are too few" in few.warning and "of which fewer fall back" in few.warning
 
 
 def test_the_bytes_of_a_request_are_those_of_its_codecs(trained):

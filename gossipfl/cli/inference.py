@@ -78,18 +78,16 @@ def plan_inference(run: Path, model: str, device_file: Path | None, max_accuracy
     device = read_device(device_file) if device_file else DeviceProfile()
     calibration = load_calibration(load_trained(run, model))
     plan, rows = choose_plan(calibration.catalogue, device, max_accuracy_loss)
-    certificates = calibration.certificates_for(plan)
     if as_json:
         values = {
             "plan": asdict(plan),
             "cuts": [asdict(row) | {"cost": row.cost} for row in rows],
             "device": asdict(device),
-            "certificates": [asdict(certificate) for certificate in certificates],
+            "certificates": [asdict(certificate) for certificate in calibration.certificates_for(plan)],
         }
         click.echo(json.dumps(plain(values)))
     else:
-        title = f"{device.name}, for a loss of {100 * max_accuracy_loss:g} % at most"
-        print_plan(stdout_console(), calibration.catalogue.profile, plan, rows, title, certificates)
+        print_plan(stdout_console(), calibration, plan, rows, device, max_accuracy_loss)
 
 
 @click.command("bench-inference", epilog=EPILOG)
@@ -118,19 +116,20 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
     from gossipfl.scenario.device_file import read_device
     from gossipfl.scenario.inference.bench import DEVICES, plan_rows, threshold_rows
     from gossipfl.scenario.inference.calibrate import calibrator_like, load_calibration, timed_here
-    from gossipfl.scenario.inference.cascades import cascade_rows
+    from gossipfl.scenario.inference.cascades import request_rows
     from gossipfl.scenario.inference.display import (
         plain,
         print_cascade_rows,
         print_fallback_rows,
         print_latency_rows,
         print_link_rows,
+        print_note,
         print_plan_rows,
         print_threshold_rows,
         progress,
     )
     from gossipfl.scenario.inference.fallbacks import fallback_rows
-    from gossipfl.scenario.inference.latency import check_emulated, latency_rows
+    from gossipfl.scenario.inference.latency import check_emulated
     from gossipfl.scenario.inference.link_error import link_rows
     from gossipfl.scenario.inference.trained import load_trained
 
@@ -143,8 +142,7 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
     plans = list(plan_rows(calibrator, catalogue, calibration.harm, devices, *samples))
     thresholds = list(threshold_rows(calibrator, catalogue, *samples))
     with progress(quiet) as told:
-        latencies = latency_rows(calibrator, catalogue, devices, samples[0], told=told)
-        cascades = cascade_rows(calibrator, catalogue, devices, samples[0], told=told)
+        latencies, cascades = request_rows(calibrator, catalogue, devices, samples[0], told=told)
         fallbacks = fallback_rows(calibrator, catalogue, devices, samples[0], told=told)
     links = link_rows(devices)
     if as_json:
@@ -166,6 +164,7 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
             print_fallback_rows(stdout_console(), fallbacks)
         if links:
             print_link_rows(stdout_console(), links)
+        print_note(stdout_console(), calibration)
         click.echo(f"{len(samples[1])} test samples, that neither training nor calibration saw")
 
 

@@ -12,6 +12,8 @@ How many requests fall back is measured twice. For the choice of a plan, with ea
 certificate on as many samples as are kept would let fall back there. For the guarantee, on the samples kept. Were plans chosen
 by what certificates let fall back, the lucky ones among them, which let too much through, would be chosen more often than one
 time in 1 / delta; chosen by other samples, any plan's certificate has the delta that it says, however many were to choose from.
+On unseen samples the former shares are on average those of the latter, or little less; on seen ones they are a fraction of them
+(`tools/bench/certificate`), which only other samples could mend: (k + 1) / (n + 2) of n adds next to nothing.
 """
 
 from __future__ import annotations
@@ -201,7 +203,7 @@ class Calibrator:
             self._tried, self._kept = (seen, None), inputs
             self.warning = (
                 f"{len(inputs)} unseen samples are too few for tables and certificates: the tables are made from samples that "
-                f"the model was trained on; keep {needed} with data.calibration_fraction"
+                f"the model was trained on, of which fewer fall back; keep {needed} with data.calibration_fraction"
             )
         self._full: np.ndarray | None = None
         self._known: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}

@@ -74,6 +74,12 @@ class CutRow:
     fallback_rate: float | None = None
     expected: Expected | None = None
     other_engines: tuple[str, ...] = ()
+    request_s: float = 0.0
+    """Of a request with the weights there: what is predicted, without its share of what is fetched."""
+    offer_s: float = 0.0
+    """Of the offer's coming down, with the samples to compile an engine with; once for all requests that are expected."""
+    pull_s: float = 0.0
+    """Of pulling the weights, once as well."""
 
     @property
     def cost(self) -> float:
@@ -209,19 +215,21 @@ def _row(
     up = activation_bytes(profile, cut, activations)
     offer = offer_bytes(profile, weights)
     offer_s = message_bytes(offer + samples) / device.downlink
-    fetch_s = (offer_s + _fetch_seconds(catalogue, device, fetched)) / device.requests
+    pull_s = _fetch_seconds(catalogue, device, fetched)
     uplink_s = answer_s = 0.0
     if cut < len(profile.layers):
         uplink_s, answer_s = _exchange_seconds(profile, device, up)
-    transfer_s = fetch_s + uplink_s + answer_s
+    transfer_s = (offer_s + pull_s) / device.requests + uplink_s + answer_s
     latency_s = device_s + transfer_s + server_s + overhead.rest_s
+    request_s = device_s + uplink_s + answer_s + server_s + overhead.rest_s
     energy_j = device.compute_w * device_s + device.transmit_w * uplink_s
     cost = device.time_weight * latency_s + device.energy_weight * energy_j + device.price_weight * server_s
     prediction = Prediction(
         latency_s, device_s, server_s, transfer_s, energy_j, cost, fetched.num_bytes, up, memory, level, samples, offer
     )
     fallback = _fallback(catalogue, device, cut, activations, prediction, afresh)
-    return CutRow(cut, weights, activations, engine, server_engine, prediction, obstacle, *fallback, others)
+    what = cut, weights, activations, engine, server_engine, prediction, obstacle
+    return CutRow(*what, *fallback, others, request_s=request_s, offer_s=offer_s, pull_s=pull_s)
 
 
 def _fallback(

@@ -20,12 +20,11 @@ from rich.table import Table
 
 from gossipfl.inference.execution.calibration import Calibration, Progress
 from gossipfl.inference.execution.engines import UNDISTURBED
-from gossipfl.inference.planning.certificates import Certificate
 from gossipfl.inference.planning.cuts import CutRow
-from gossipfl.inference.planning.profile import ModelProfile, Plan
+from gossipfl.inference.planning.profile import DeviceProfile, ModelProfile, Plan
 from gossipfl.scenario.inference.bench import PlanRow, ThresholdRow
 from gossipfl.scenario.inference.calibrate import certificates_by_bits
-from gossipfl.scenario.inference.cascades import CascadeRow
+from gossipfl.scenario.inference.cascades import CONFIDENCE, CascadeRow
 from gossipfl.scenario.inference.fallbacks import FallbackRow
 from gossipfl.scenario.inference.latency import LatencyRow
 from gossipfl.scenario.inference.link_error import LinkRow
@@ -97,20 +96,15 @@ def print_calibration(console: Console, calibration: Calibration) -> None:
         )
         if certificate.warning:
             console.print(f"note: {certificate.warning}", highlight=False)
-    if calibration.warning:
-        console.print(f"note: {calibration.warning}", highlight=False)
+    print_note(console, calibration)
 
 
 def print_plan(
-    console: Console,
-    profile: ModelProfile,
-    plan: Plan,
-    rows: Sequence[CutRow],
-    device: str,
-    certificates: Sequence[Certificate],
+    console: Console, calibration: Calibration, plan: Plan, rows: Sequence[CutRow], device: DeviceProfile, loss: float
 ) -> None:
-    """`certificates` of the plan that there are by now."""
-    title = f"every cut of {len(profile.layers)} layers for {device}"
+    """For `device` and this loss of accuracy at most; with the certificates of the plan that there are by now."""
+    profile, certificates = calibration.catalogue.profile, calibration.certificates_for(plan)
+    title = f"every cut of {len(profile.layers)} layers for {device.name}, for a loss of {100 * loss:g} % at most"
     table = Table("cut after", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     columns = (
         "bits: layers | cut",
@@ -118,7 +112,7 @@ def print_plan(
         "down",
         "up",
         "saved",
-        "latency\nin ms",
+        "request\nin ms",
         "falls\nback",
         "energy\nin mJ",
         "memory",
@@ -137,7 +131,7 @@ def print_plan(
             size_text(found.weight_bytes + found.sample_bytes + found.offer_bytes),
             size_text(found.activation_bytes),
             f"{saved(profile, row.cut, row.weight_bits, row.activation_bits):.0%}",
-            f"{_thousandths(found.latency_s)}{_added_ms(row)}",
+            f"{_thousandths(row.request_s)}{_added_ms(row)}",
             "?" if row.fallback_rate is None else f"{row.fallback_rate:.1%}",
             _thousandths(found.energy_j),
             size_text(found.memory_bytes),
@@ -146,11 +140,11 @@ def print_plan(
     console.print(table)
     for line in (
         "down: weights, offer, and samples where an engine is compiled with some; saved: of weights and values at the cut",
-        "cost: seconds, joules and the server's seconds of a mean request, each times the device's weight for it",
+        "request: with the weights there + what those that fall back add to a mean one",
+        "falls back: share of the samples that the bits were chosen with, were the plan certified on them",
+        f"cost: seconds (with 1/{device.requests} of the fetch), joules and the server's seconds of a mean request, weighted",
     ):
         console.print(line, highlight=False)
-    if any(row.fallback_rate for row in rows):
-        console.print("in ms: the reduced model's + what those that fall back add to a mean request", highlight=False)
     for row in rows:
         if row.obstacle and row.prediction:
             console.print(f"not after {_place(profile, row.cut)}: {row.obstacle}", highlight=False)
@@ -158,6 +152,9 @@ def print_plan(
     console.print(
         f"chosen  cut after {_place(profile, plan.cut)}, cost {chosen.cost:.3g}{_cost_of_fallbacks(plan)}", highlight=False
     )
+    fetched = {"offer": chosen.offer_s, "weights": chosen.pull_s}
+    texts = [f"{what} {1000 * seconds:.2f} ms" for what, seconds in fetched.items()]
+    console.print(f"fetched once, before the first request: {', '.join(texts)}", highlight=False)
     if plan.afresh is None:
         return
     ways = {"starts afresh": plan.afresh} | ({"continues": plan.continued} if plan.continued else {})
@@ -171,6 +168,13 @@ def print_plan(
         )
     if not certificates:
         console.print("not certified yet: a server does that when it first offers this plan", highlight=False)
+    print_note(console, calibration)
+
+
+def print_note(console: Console, calibration: Calibration) -> None:
+    """Where the calibration is not as it should be."""
+    if calibration.warning:
+        console.print(f"note: {calibration.warning}", highlight=False)
 
 
 def _added_ms(row: CutRow) -> str:
@@ -224,14 +228,15 @@ def print_plan_rows(console: Console, rows: Sequence[PlanRow]) -> None:
             size_text(row.payload),
             f"{row.saved:.1%}",
             f"{row.predicted_loss:.2%} | {row.measured_loss:.2%}",
-            f"{100 * row.predicted_fallback:.1f}, {100 * row.certified_fallback:.1f} | {row.measured_fallback:.1%}",
+            f"{row.predicted_fallback:.1%}, {row.certified_fallback:.1%} | {row.measured_fallback:.1%}",
             ", ".join(names),
         )
     console.print(table)
-    console.print(
-        "predicted | measured on test samples; falls back: of the samples that tables were made from, and certificates",
-        highlight=False,
-    )
+    for line in (
+        "loses: accuracy, at most | on test samples",
+        "falls back: of the samples that bits were chosen with (as in plan-inference), of those certified on | of test samples",
+    ):
+        console.print(line, highlight=False)
 
 
 def print_threshold_rows(console: Console, rows: Sequence[ThresholdRow]) -> None:
@@ -254,6 +259,7 @@ def print_threshold_rows(console: Console, rows: Sequence[ThresholdRow]) -> None
     for line in (
         "max: above every margin seen where the class changed; fit99, fit99.9: quantiles of an exponential fitted to those",
         "margins, at most 1, where all fall back: with few bits the fit is poor; certified: what a guarantee is given for",
+        "time: of computing alone, both models on this machine, without links",
     ):
         console.print(line, highlight=False)
 
@@ -276,59 +282,77 @@ def print_fallback_rows(console: Console, rows: Sequence[FallbackRow]) -> None:
             style="bold" if row.is_chosen else None,
         )
     console.print(table)
-    console.print(
-        "shares of test samples: that fall back, that differ then (-: not certified), and if all fell back", highlight=False
-    )
+    for line in (
+        f"ms: of the fallback alone, as plan-inference says | the quantile {UNDISTURBED} of what was measured",
+        "shares of test samples: that fall back, that differ then (-: not certified), and if all fell back",
+    ):
+        console.print(line, highlight=False)
 
 
 def print_latency_rows(console: Console, rows: Sequence[LatencyRow]) -> None:
-    """The plan that each device gets is in bold; of bytes that are as predicted there is one number."""
-    title = "latency and bytes: predicted | measured, on emulated devices and links"
+    """The plan that each device gets is the first, in bold; of bytes that are as predicted there is one number."""
+    title = "a request without fallbacks, the weights there, and what fetching these takes; on emulated devices and links"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("device, cut", "ms", "error", "calibrated", "median", "bytes up", "pulled", "in ms"):
+    columns = ("device, cut", "plan\nin ms", "now\nin ms", "measured\nin ms", "error\nof plan", "error\nof now")
+    for column in (*columns, "bytes up", "bytes down\nto fetch", "weights in ms:\nplan | measured"):
         table.add_column(column, justify="left" if column.startswith("device") else "right", overflow="fold")
     for row in rows:
         table.add_row(
             f"{row.device} {row.cut}/{row.num_layers}",
-            f"{_ms(row.predicted_now_s)} | {_ms(row.measured_s)}",
-            f"{row.error_now:+.1%}",
+            _ms(row.predicted_s),
+            _ms(row.predicted_now_s),
+            _ms(row.measured_s),
             f"{row.error:+.1%}",
-            _ms(row.median_s),
+            f"{row.error_now:+.1%}",
             _both(row.predicted_up, row.measured_up),
             _both(row.predicted_pull, row.measured_pull),
             f"{_ms(row.predicted_pull_s)} | {_ms(row.measured_pull_s)}" if row.cut else "-",
             style="bold" if row.is_chosen else None,
         )
     console.print(table)
-    console.print(
-        f"measured: the quantile {UNDISTURBED} of {rows[0].turns} requests, little disturbed by other work; predicted: with "
-        "what a request takes beside its layers as it was meanwhile; calibrated: the error of what the plan says",
-        highlight=False,
-    )
+    for line in (
+        "of each device first its plan (for a loss of 1 %, or the least that there is), the middle cut, all on the server",
+        "plan: the request of plan-inference; what it takes beside its layers (threads, messages) is as it was calibrated",
+        "now: the same with that as it is in this call, measured on devices without a link",
+        f"measured: the quantile {UNDISTURBED} of {min(row.turns for row in rows)} requests or more, as other work only adds",
+        "bytes to fetch: of offer and weights; weights in ms: to fetch them, after the offer",
+    ):
+        console.print(line, highlight=False)
+    for row in rows:
+        if row.refused:
+            place, engines = f"{row.device} {row.cut}/{row.num_layers}", ", ".join(row.refused)
+            console.print(f"{place}: was not faster with {engines} than with fp32, so its plan is without", highlight=False)
 
 
 def print_cascade_rows(console: Console, rows: Sequence[CascadeRow]) -> None:
-    """The plan that each device gets is in bold."""
-    title = "certified plans with their fallbacks, a mean request: predicted | measured, on emulated devices and links"
+    """The plan that each device gets is the first, in bold."""
+    title = "certified plans: a mean request with its fallbacks, the weights there: predicted | measured"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("device, cut", "bits", "fall back", "way", "ms", "error", "at that rate", "bytes up"):
-        table.add_column(column, justify="left" if column in ("device, cut", "bits", "way") else "right")
+    columns = ("device, cut", "bits", "way", "falls back:\ncertified | test", "ms, at the\ntest share", "error")
+    for column in (*columns, "ms, at the\ncertified", "error", "bytes up"):
+        table.add_column(column, justify="left" if column in ("device, cut", "bits", "way") else "right", overflow="fold")
     for row in rows:
+        least, most = row.rate_within
         table.add_row(
             f"{row.device} {row.cut}/{row.num_layers}",
             bits_text(row.weight_bits),
-            f"{row.predicted_rate:.1%} | {row.measured_rate:.1%}",
             "continue" if row.fallback == "continued" else "afresh",
-            f"{_ms(row.predicted_s)} | {_ms(row.measured_s)}",
-            f"{row.error:+.1%}",
+            f"{row.predicted_rate:.1%} ({100 * least:.1f} to {100 * most:.1f}) | {row.measured_rate:.1%}",
+            f"{_ms(row.at_rate_s)} | {_ms(row.measured_s)}",
             f"{row.error_at_rate:+.1%}",
+            _ms(row.predicted_s),
+            f"{row.error:+.1%}",
             f"{row.predicted_up:.0f} | {row.measured_up:.0f}",
             style="bold" if row.is_chosen else None,
         )
     console.print(table)
-    console.print(
-        f"of {rows[0].turns} requests each; at that rate: had it been known how many of them fall back", highlight=False
-    )
+    for line in (
+        "of each device first the plan that it gets at the largest loss, then all layers on it at the bits of that loss",
+        f"falls back: of the {rows[0].certified_on} samples certified on (their range at {CONFIDENCE:.0%}) | of test samples",
+        "ms: predicted as `now` above and with either share; where the shares differ by chance, so do the two predictions",
+        f"measured: {rows[0].turns} requests that stand and as many that fall back, if any do, weighted with the test share",
+    ):
+        console.print(line, highlight=False)
 
 
 def print_link_rows(console: Console, rows: Sequence[LinkRow]) -> None:

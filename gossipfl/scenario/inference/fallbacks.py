@@ -7,7 +7,6 @@ then differ from the full model's, is counted on test samples at the threshold t
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gossipfl.inference.execution.calibration import Calibrator, Progress, continuation_of
+from gossipfl.inference.execution.engines import undisturbed
 from gossipfl.inference.planning.cascade import cheapest
 from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.certificates import Certificate
@@ -49,7 +49,7 @@ class FallbackRow:
     measured_up: int
     predicted_s: float
     measured_s: float
-    """From the reduced answer's being known to be unsure: the median."""
+    """From the reduced answer's being known to be unsure, where other work on the machine does not disturb."""
 
 
 def fallback_rows(
@@ -60,7 +60,7 @@ def fallback_rows(
     total_s: float = TOTAL_S,
     told: Progress = lambda what, share: None,
 ) -> list[FallbackRow]:
-    """Both ways for the plans of `latency.latency_rows` in which continuing is predicted to be the cheaper one."""
+    """Both ways for the plans of `cascades.request_rows` in which continuing is predicted to be the cheaper one."""
     plans = []
     for device in devices:
         for forced, _ in latency.worth_measuring(catalogue, device):
@@ -117,7 +117,6 @@ def _measured(
     with ExitStack() as stack:
         server = latency.serve(stack, calibrator, forced, unsure)
         one = latency.open_linked(stack, calibrator, forced, device, server, inputs)
-        for turn in range(latency.turns_within(total_s, one.predicted_s(forced.overheads))):
+        for turn in range(latency.turns_within(total_s, one.predicted(forced.overheads).request_s)):
             one.ask(inputs, turn)
-        seconds = statistics.median(receipt.fallback_s for receipt in one.receipts)
-        return one.receipts[0].fallback_bytes_up, seconds
+        return one.receipts[0].fallback_bytes_up, undisturbed(receipt.fallback_s for receipt in one.receipts)

@@ -2,7 +2,8 @@
 
 A device waits until its part has taken as long as at its speed (`EdgeDevice.emulated_speed`), a relay holds bytes back to its
 link's rates and latency (`runtime.link_relay`); all else is as it is used. A small model is rarely worth a link, so beside the
-plan that is chosen those are measured that cut it in the middle, and that leave it all to the server.
+plan that is chosen those are measured that cut it in the middle, and that leave it all to the server. `cascades.request_rows`
+asks them all.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gossipfl.errors import ConfigError
-from gossipfl.inference.execution.calibration import Calibrator, Progress
+from gossipfl.inference.execution.calibration import Calibrator
 from gossipfl.inference.execution.engines import missing_engines, undisturbed
 from gossipfl.inference.planning.catalogue import Bits, Catalogue, Overhead
-from gossipfl.inference.planning.cuts import choose_plan, fetch_seconds
+from gossipfl.inference.planning.cuts import CutRow, choose_plan, fetch_seconds
 from gossipfl.inference.planning.profile import ON_DEVICE, DeviceProfile, FallbackRates, Plan
 from gossipfl.inference.planning.receipts import Receipt
 from gossipfl.runtime.edge_device import EdgeDevice
@@ -29,30 +30,28 @@ from gossipfl.runtime.served import Certifier, nothing_certified
 
 LEVEL = 0.01
 """The loss that plans are made for, or the least that there is."""
-TOTAL_S = 12.0
-"""What all requests together may take, as predicted."""
 LEAST_TURNS, MOST_TURNS = 3, 25
 PAUSE_S = 0.05
 """Rest before each request: who is asked once in a while begins cold, which takes up to three times as long."""
 PATIENCE_S = 60.0
-MANY = 10**15
-"""Requests, for each of which nothing is fetched."""
 MODEL = "m"
 Overheads = tuple[Overhead, Overhead, Overhead]
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyRow:
-    """One plan of one device: requests with the weights there, `turns` of them, and the pull of the weights."""
+    """One plan of one device: `turns` requests with the weights there, but for their fallbacks, and the pull of the weights."""
 
     device: str
     cut: int
     num_layers: int
     is_chosen: bool
     engine: str
+    refused: tuple[str, ...]
+    """Engines that did not work on the device or were slower there than "fp32": its plan is without them."""
     turns: int
     predicted_s: float
-    """As the plan says."""
+    """As `gossipfl plan-inference` says where no engine is refused."""
     predicted_now_s: float
     """With the overheads of this machine as it was meanwhile (the relay's among them), not those of the calibration."""
     measured_s: float
@@ -99,20 +98,33 @@ class Opened:
         time.sleep(PAUSE_S)
         self.receipts.append(self.edge.predict(inputs[turn % len(inputs)][None], PATIENCE_S).receipt)
 
-    def predicted_s(self, overheads: Overheads) -> float:
-        """Of a request with the weights there."""
-        catalogue, device = replace(self.forced, overheads=overheads), replace(self.device, requests=MANY)
-        plan, _ = choose_plan(catalogue, device, LEVEL, self.plan.weight_bits, True, self.edge.refused)
-        return plan.prediction.latency_s
+    def predicted(self, overheads: Overheads) -> CutRow:
+        """With these overheads, and what it was offered last."""
+        catalogue = replace(self.forced, overheads=overheads)
+        return choose_plan(catalogue, self.device, LEVEL, (), self.has_samples, self.edge.refused)[1][self.plan.cut]
+
+    @property
+    def has_samples(self) -> bool:
+        """When it was offered the last plan."""
+        return any(plan.prediction.sample_bytes for plan in self.offered[:-1])
+
+    @property
+    def reduced_s(self) -> float:
+        """Of a request that other work on the machine does not disturb, up to where it is known whether it falls back."""
+        return undisturbed(map(_reduced_s, self.receipts))
 
     @property
     def overhead(self) -> Overhead:
-        """What was measured, less what is known of the layers; of a device without a link."""
-        known, seconds = self.plan.prediction, [receipt.seconds for receipt in self.receipts]
+        """What was measured, less what is known of the layers; of a device without a link.
+
+        The rest is what the parts lack of the whole: as a rule quantiles of parts come to less than that of their sum.
+        """
+        known = self.plan.prediction
+        device_s, server_s, total_s = (
+            undisturbed(receipt.seconds[part] for receipt in self.receipts) for part in ("device", "server", "total")
+        )
         return Overhead(
-            max(0.0, undisturbed(one["device"] for one in seconds) - known.device_s),
-            max(0.0, undisturbed(one["server"] for one in seconds) - known.server_s),
-            max(0.0, undisturbed(one["total"] - one["device"] - one["server"] for one in seconds)),
+            max(0.0, device_s - known.device_s), max(0.0, server_s - known.server_s), max(0.0, total_s - device_s - server_s)
         )
 
 
@@ -121,7 +133,7 @@ def measure_overheads(calibrator: Calibrator, catalogue: Catalogue, inputs: np.n
     with ExitStack() as stack:
         unlinked = open_unlinked(stack, calibrator, catalogue, inputs, relayed=False)
         for turn in range(MOST_TURNS):
-            ask_all(unlinked, inputs, turn)
+            ask_all([(one, inputs) for one in unlinked], turn)
         return overheads_of(unlinked)
 
 
@@ -131,36 +143,6 @@ def check_emulated(devices: Iterable[DeviceProfile]) -> None:
         if device.speed > 1:
             what = f"speed = {device.speed} of device {device.name!r}"
             raise ConfigError(f"{what} cannot be emulated, as waiting only makes slower; give 1 at most")
-
-
-def latency_rows(
-    calibrator: Calibrator,
-    catalogue: Catalogue,
-    devices: Sequence[DeviceProfile],
-    inputs: np.ndarray,
-    total_s: float = TOTAL_S,
-    told: Progress = lambda what, share: None,
-) -> list[LatencyRow]:
-    """For each device the plan that it gets, the middle cut and all on the server, where these can be; by turns."""
-    with ExitStack() as stack:
-        unlinked = open_unlinked(stack, calibrator, catalogue, inputs, relayed=True)
-        opened: list[Opened] = []
-        chosen: list[bool] = []
-        servers: dict[tuple[int, Bits], InferenceServer] = {}
-        for device in devices:
-            for forced, is_chosen in worth_measuring(catalogue, device):
-                ((only_row,),) = (cuts.items() for cuts in forced.levels.values())
-                if only_row not in servers:
-                    servers[only_row] = serve(stack, calibrator, forced)
-                opened.append(open_linked(stack, calibrator, forced, device, servers[only_row], inputs))
-                chosen.append(is_chosen)
-        predicted_s = sum(one.predicted_s(catalogue.overheads) for one in opened)
-        turns = turns_within(total_s, predicted_s)
-        for turn in range(turns):
-            told("requests over emulated links", turn / turns)
-            ask_all([*unlinked, *opened], inputs, turn)
-        now = overheads_of(unlinked)
-        return [_row(one, is_chosen, now) for one, is_chosen in zip(opened, chosen, strict=True)]
 
 
 def turns_within(total_s: float, turn_s: float) -> int:
@@ -177,10 +159,14 @@ def worth_measuring(catalogue: Catalogue, device: DeviceProfile) -> Iterator[tup
         yield only(catalogue, cut, able[cut]), cut == plan.cut
 
 
-def ask_all(devices: Sequence[Opened], inputs: np.ndarray, turn: int) -> None:
-    """In an order of its own for each turn: how cold a request begins hangs on what came before it."""
-    for index in np.random.default_rng(turn).permutation(len(devices)):
-        devices[index].ask(inputs, turn)
+def ask_all(questions: Sequence[tuple[Opened, np.ndarray]], turn: int) -> None:
+    """Each device about one of its inputs (f32[n, ...]).
+
+    In an order of its own for each turn: how cold a request begins hangs on what came before it.
+    """
+    for index in np.random.default_rng(turn).permutation(len(questions)):
+        one, inputs = questions[index]
+        one.ask(inputs, turn)
 
 
 def open_unlinked(
@@ -260,21 +246,26 @@ def _open(
     return Opened(device, forced, offered, edge)
 
 
-def _row(one: Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
-    plan = one.plan
+def _reduced_s(receipt: Receipt) -> float:
+    return receipt.seconds["total"] - receipt.fallback_s
+
+
+def latency_row(one: Opened, is_chosen: bool, now: Overheads) -> LatencyRow:
+    plan, predicted = one.plan, one.predicted(one.forced.overheads)
     return LatencyRow(
         one.device.name,
         plan.cut,
         len(one.forced.profile.layers),
         is_chosen,
         next((stage.engine for stage in plan.stages if stage.device == ON_DEVICE), "-"),
+        tuple(engine for engine in one.edge.refused if engine in one.forced.device_s),
         len(one.receipts),
-        one.predicted_s(one.forced.overheads),
-        one.predicted_s(now),
-        undisturbed(receipt.seconds["total"] for receipt in one.receipts),
-        statistics.median(receipt.seconds["total"] for receipt in one.receipts),
+        predicted.request_s,
+        one.predicted(now).request_s,
+        one.reduced_s,
+        statistics.median(map(_reduced_s, one.receipts)),
         plan.prediction.activation_bytes,
-        one.receipts[0].bytes_up,
+        one.receipts[0].bytes_up - one.receipts[0].fallback_bytes_up,
         plan.prediction.weight_bytes
         + sum(offer.prediction.sample_bytes + offer.prediction.offer_bytes for offer in one.offered),
         one.edge.bytes_pulled + one.edge.bytes_offered,
