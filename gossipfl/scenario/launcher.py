@@ -278,20 +278,20 @@ class Launcher:
                 self.observer.event(event, self._num_alive())
 
     def _has_reached(self, record: RunRecord, round_: int) -> bool:
-        """Whether the mean accuracy of all peers that are alive, after this round's merge, is on target."""
+        """Whether the mean accuracy of all peers that are there, after this round's merge, is on target."""
         accuracies = {
             event["peer"]: event["accuracy_after"]
             for event in record.events
             if event["event"] == "round" and event["round"] == round_ and event["accuracy_after"] is not None
         }
-        present = self._present()
+        present = set(self._present()) - self.presence.late
         target = self.scenario.stop.target_accuracy
-        return bool(present) and set(present) <= set(accuracies) and float(np.mean(list(accuracies.values()))) >= (target or 0)
+        return bool(present) and present <= set(accuracies) and float(np.mean(list(accuracies.values()))) >= (target or 0)
 
     def _stop_soon(self, record: RunRecord) -> None:
         """End after a round that no peer has passed by the time it hears of it, `HEARS_S` from now.
 
-        Peers are at most two rounds ahead of what they have told.
+        Peers are at most two rounds ahead of what they have told. Nobody comes or goes any more.
         """
         if math.isinf(self.stop_round):
             told = max((event["round"] for event in record.events if event["event"] == "round"), default=0)
@@ -299,6 +299,7 @@ class Launcher:
             self.stop_round = told + 2 + math.ceil(HEARS_S * per_second)
             for worker in self.crew.workers:
                 worker.send({"do": "stop_after", "round": self.stop_round})
+            self.presence.end()
 
     # --- after --------------------------------------------------------------------------------------------------------
 
