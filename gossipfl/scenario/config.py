@@ -361,7 +361,7 @@ def _located(problems: Sequence[Problem], path: Path, text: str, overridden: set
     by_line = []
     for key, sentence in problems:
         line = line_of(text, key) or 0
-        if any(f"{name}.".startswith(f"{key}.") for name in overridden):
+        if any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.") for name in overridden):
             by_line.append((math.inf, Problem(key, sentence)))
         else:
             by_line.append((line, Problem(key, f"{path}:{line}: {sentence}" if line else f"{path}: {sentence}")))
