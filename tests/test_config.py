@@ -225,6 +225,12 @@ def test_overrides_are_toml_values_or_else_text():
     assert (scenario.model_args, scenario.stop.duration) == ({"hidden": [64, 32]}, 90.0)
 
 
+@pytest.mark.parametrize(("peers", "replicas"), [(7, 3), (7, 7)])
+def test_an_oracle_that_no_graph_fits_is_refused(peers, replicas):
+    refused = message_of({"peers": peers, "gossip": {"protocol": "epidemic_oracle", "replicas": replicas}})
+    assert f"gossip.replicas = {replicas}" in refused and "\n" not in refused
+
+
 def test_what_an_override_brought_is_not_said_to_stand_in_the_file(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("peers = 4\n[network]\nlatency = '1ms'\n")

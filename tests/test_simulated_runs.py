@@ -141,6 +141,12 @@ def test_alone_nobody_receives_anything(tmp_path):
     assert result.summary["faults"]["missing_segments"] == 0
 
 
+@pytest.mark.parametrize("protocol", ["gossip", "fedavg", "epidemic", "epidemic_oracle", "pairs", "fragments"])
+def test_a_lone_peer_trains_alone_by_any_protocol(tmp_path, protocol):
+    result = run(tmp_path / "run", peers=1, gossip={"protocol": protocol})
+    assert result.exit_code == 0 and result.summary["rounds"] == 4 and result.summary["bytes"]["payload"] == 0
+
+
 def test_over_links_on_which_a_round_takes_longer_than_the_patience_nothing_is_lost_or_sent_twice(tmp_path):
     """At 20 kbit/s two models (75 KB) take half a minute each round, and the patience is 10 s at first."""
     result = run(tmp_path / "run", network={"uplink": "20kbit"})

@@ -222,6 +222,10 @@ def test_pairs_without_a_count_are_links(tmp_path):
     assert links(file_topology(tmp_path, "graph.txt", "0 1\n1 2\n2 3\n", 4)) == {(0, 1), (1, 2), (2, 3)}
 
 
+def test_two_links_are_not_taken_for_a_matrix(tmp_path):
+    assert links(file_topology(tmp_path, "graph.txt", "0 1\n1 2\n", 3)) == {(0, 1), (1, 2)}
+
+
 def test_an_adjacency_list_names_each_peer_and_its_neighbours(tmp_path):
     graph = networkx.petersen_graph()
     networkx.write_adjlist(graph, tmp_path / "petersen.adjlist")

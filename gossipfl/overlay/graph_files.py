@@ -125,9 +125,11 @@ def _is_mutual(lists: _Lists, num_peers: int, format: str | None) -> bool:
 
 def _looks_like_a_matrix(rows: _Rows) -> bool:
     """As many rows as columns. So is the adjacency list of a complete graph, but then the first column names each
-    peer once, which 0 and 1 cannot do for more than two; for two, both readings give the same link."""
+    peer once, which 0 and 1 cannot do for more than two; for two, both readings give the same link. So are two links, but
+    then they name more than two peers."""
     square = all(len(words) == len(rows) for _, words in rows)
-    return square and len(rows) > 1 and len({words[0] for _, words in rows}) < max(3, len(rows))
+    are_two_links = len(rows) == 2 and any(word.isdecimal() and int(word) > 1 for _, words in rows for word in words)
+    return square and len(rows) > 1 and len({words[0] for _, words in rows}) < max(3, len(rows)) and not are_two_links
 
 
 def _from_matrix(source: Path, rows: _Rows) -> tuple[int, list[Link]]:
