@@ -46,7 +46,7 @@ from gossipfl.scenario.hosting import (
     tell_of_statistics,
 )
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED
-from gossipfl.scenario.memory import check_memory
+from gossipfl.scenario.memory import check_memory, check_processes
 from gossipfl.scenario.preparation import deal_to_files
 from gossipfl.scenario.presence import Presence, check_churn
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, final_models, planned_event, remove_files, summarize
@@ -90,6 +90,7 @@ class Launcher:
             check_namespaces(self.scenario, in_process)
         elif self.scenario.transport.kind == "tcp":
             check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
+        check_processes(self.scenario)
         allow_file_descriptors(self.scenario.peers)
         folder = RunFolder(out, self.scenario.name, force)
         record = folder.record(self.scenario, self.observer.warn)
