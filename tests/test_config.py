@@ -225,6 +225,18 @@ def test_overrides_are_toml_values_or_else_text():
     assert (scenario.model_args, scenario.stop.duration) == ({"hidden": [64, 32]}, 90.0)
 
 
+@pytest.mark.parametrize(("peers", "replicas"), [(7, 3), (7, 7)])
+def test_an_oracle_that_no_graph_fits_is_refused(peers, replicas):
+    refused = message_of({"peers": peers, "gossip": {"protocol": "epidemic_oracle", "replicas": replicas}})
+    assert f"gossip.replicas = {replicas}" in refused and "\n" not in refused
+
+
+def test_what_an_override_brought_is_not_said_to_stand_in_the_file(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("peers = 4\n[network]\nlatency = '1ms'\n")
+    assert message_of(file, "network.peers.p3={uplink='0bit'}").startswith("network.peers.p3.uplink = '0bit' must be above 0")
+
+
 def test_the_last_override_of_a_key_wins_and_the_source_is_left_as_it_was():
     source = {"gossip": {"segments": 2}}
     assert load_scenario(source, ["gossip.segments=3", "gossip.segments=4"]).gossip.segments == 4

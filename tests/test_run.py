@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gossipfl
-from gossipfl.errors import ConfigError
+from gossipfl.errors import ConfigError, RunError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario import load_scenario
 from gossipfl.scenario.crew import Crew
@@ -525,6 +525,61 @@ def test_a_run_that_memory_does_not_hold_is_refused_before_anything_is_shown_or_
     with pytest.raises(ConfigError, match=r"peers = 4 with 9,610 parameters need about .* GiB are free; 0 peers would fit"):
         gossipfl.run("quickstart", overrides=INPROC, clock=clock, out=tmp_path / "runs" / "large", observer=Shown())
     assert shown == [] and not (tmp_path / "runs").exists()
+
+
+def test_more_processes_than_memory_holds_are_refused_before_there_are_any(tmp_path, monkeypatch):
+    monkeypatch.setattr("gossipfl.scenario.memory.available_bytes", lambda: 2**29)
+    monkeypatch.setattr("gossipfl.scenario.crew.launch", lambda *args: pytest.fail("processes were started"))
+    overrides = ["peers=4", "peers_per_process=1"]
+    with pytest.raises(ConfigError, match=r"peers = 4 in 4 processes need about 1\.0 GiB and 0\.5 GiB are free; 2 processes"):
+        gossipfl.run("quickstart", overrides=overrides, clock="local", out=tmp_path / "runs" / "large")
+    assert not (tmp_path / "runs").exists()
+
+
+class _Ticking:
+    """A clock that goes on by a second whenever it is read, and more when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+class _Lively:
+    """A worker of which nothing is heard but that it lives, and whose memory takes long to look at."""
+
+    def __init__(self, clock: _Ticking) -> None:
+        self.peers, self.clock, self.num_looks, self.heard_at = ["p0"], clock, 0, 0.0
+
+    def memory_mib(self) -> float:
+        self.num_looks += 1
+        self.clock.now += 40.0
+        return 1.0
+
+    def get(self, timeout: float) -> tuple[Any, dict[str, Any]]:
+        assert self.clock.now < 10_000, "it was waited for all the same"
+        return self, {"event": "alive"}
+
+
+def test_processes_that_say_only_that_they_live_are_not_waited_for_without_end(monkeypatch):
+    clock = _Ticking()
+    monkeypatch.setattr("gossipfl.scenario.crew.time", clock)
+    worker = _Lively(clock)
+    crew = Crew(lambda text: None, lambda: False, [worker], _inbox=worker)
+    with pytest.raises(RunError, match="1 processes were not ready after 120 s"):
+        crew.await_ready()
+
+
+def test_memory_that_takes_long_to_look_at_is_looked_at_seldom(monkeypatch):
+    clock = _Ticking()
+    monkeypatch.setattr("gossipfl.scenario.crew.time", clock)
+    worker = _Lively(clock)
+    crew = Crew(lambda text: None, lambda: False, [worker], _inbox=worker)
+    while clock.now < 4000:
+        crew.hear(1.0)
+    assert crew.peak_mib == 1.0 and worker.num_looks * 40 <= 0.1 * clock.now
 
 
 # --------------------------------------------------------------------------------------------------- ends and evaluations

@@ -141,6 +141,12 @@ def test_alone_nobody_receives_anything(tmp_path):
     assert result.summary["faults"]["missing_segments"] == 0
 
 
+@pytest.mark.parametrize("protocol", ["gossip", "fedavg", "epidemic", "epidemic_oracle", "pairs", "fragments"])
+def test_a_lone_peer_trains_alone_by_any_protocol(tmp_path, protocol):
+    result = run(tmp_path / "run", peers=1, gossip={"protocol": protocol})
+    assert result.exit_code == 0 and result.summary["rounds"] == 4 and result.summary["bytes"]["payload"] == 0
+
+
 def test_over_links_on_which_a_round_takes_longer_than_the_patience_nothing_is_lost_or_sent_twice(tmp_path):
     """At 20 kbit/s two models (75 KB) take half a minute each round, and the patience is 10 s at first."""
     result = run(tmp_path / "run", network={"uplink": "20kbit"})
@@ -238,12 +244,76 @@ def test_a_run_stops_soon_after_what_was_to_end_it(tmp_path, stop):
     assert len({event["round"] for event in events(result, "finished")}) == 1
 
 
+CLOCKS = pytest.mark.parametrize("clock", ["virtual", pytest.param("local", marks=pytest.mark.processes)])
+
+
+@CLOCKS
+def test_a_run_that_is_stopped_waits_for_nobody_who_has_yet_to_come(clock, tmp_path):
+    changes = {"peers_per_process": 1, "stop": {"duration": "0.5s"}, "churn": {"join": [{"peer": "p4", "at": "1h"}]}}
+    result = run(tmp_path / "run", clock, rounds=100_000, compute={"step_time": "50ms"}, **changes)
+    assert result.exit_code == 0 and result.summary["faults"]["dead_peers"] == ["p4"]
+    assert not events(result, "planned")
+
+
+def test_who_would_come_when_a_run_is_stopped_does_not_go_on_alone(tmp_path):
+    """Rounds take 0.3 s, and the others are in the fourth."""
+    churn = {
+        "kill": [{"peer": "p1", "at": "0.5s"}],
+        "rejoin": [{"peer": "p1", "at": "1.01s"}],
+        "join": [{"peer": "p4", "at": "1.02s"}],
+    }
+    result = run(tmp_path / "run", rounds=200, churn=churn, stop={"duration": "1s"}, compute={"step_time": "100ms"})
+    assert result.summary["rounds"] == 4 and result.summary["faults"]["dead_peers"] == ["p1", "p4"]
+    assert result.summary["virtual_seconds"] == pytest.approx(1.2, abs=0.01)
+
+
+@CLOCKS
+def test_a_target_is_reached_by_those_who_are_there(clock, tmp_path):
+    changes = {"peers_per_process": 1, "stop": {"target_accuracy": 0.3}, "churn": {"join": [{"peer": "p4", "at": "1h"}]}}
+    result = run(tmp_path / "run", clock, rounds=10_000, evaluate_every=1, compute={"step_time": "50ms"}, **changes)
+    assert result.exit_code == 0 and result.summary["faults"]["dead_peers"] == ["p4"]
+    assert result.summary["to_target"]["round"] <= result.summary["rounds"] < 60
+
+
+def test_who_comes_and_goes_without_end_does_so_only_while_somebody_is_under_way(tmp_path):
+    """Of the seven who come back when five have finished nobody stays for the 30 s that joining takes: 0.8 ** 100."""
+    network, churn = ["network.uplink=10Mbit", "network.latency=20ms"], ["churn.online=0.8", "churn.period=300ms"]
+    small = ["peers=12", "rounds=6", "model_args.hidden=[16]", "gossip.protocol=fedavg", "compute.step_time=5ms"]
+    with pytest.raises(gossipfl.RunFailed, match=r"for 5 of 12 peers finished; .* no answer from") as caught:
+        gossipfl.run("quickstart", overrides=[*small, *network, *churn], clock="virtual", out=tmp_path / "run")
+    assert caught.value.result.summary["virtual_seconds"] < 60
+
+
 def test_each_evaluated_round_tells_how_far_apart_the_peers_are_and_how_good_their_average_is(tmp_path):
     result = run(tmp_path / "run")
     states = events(result, "state")
     assert [state["round"] for state in states] == [2, 4]
     assert states[-1]["average_accuracy"] == pytest.approx(result.summary["accuracy"]["average_model"], abs=1e-6)
     assert states[-1]["consensus_distance"] == pytest.approx(result.summary["consensus_distance"]["last"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"churn": {"join": [{"peer": "p4", "at": "2s"}]}},
+        {"churn": {"kill": [{"peer": "p1", "at": "0.4s"}], "rejoin": [{"peer": "p1", "at": "2.5s"}]}},
+        {
+            "gossip": {"max_staleness": float("inf")},
+            "compute": {"step_time": "100ms", "stragglers": {"peers": ["p2"], "slowdown": 20}},
+        },
+    ],
+    ids=["a late one", "one that is killed and comes back", "one that skips rounds"],
+)
+def test_so_does_a_round_that_some_have_no_part_in(tmp_path, changes):
+    result = run(tmp_path / "run", rounds=20, evaluate_every=1, **({"compute": {"step_time": "100ms"}} | changes))
+    states, reports = events(result, "state"), events(result, "round")
+    assert [state["round"] for state in states] == list(range(1, 21))
+    parts = [sum(report["round"] == round_ for report in reports) for round_ in range(1, 21)]
+    assert min(parts) < 5 and max(parts) == 5
+    for state in states:
+        last = max(report["time_s"] for report in reports if report["round"] == state["round"])
+        assert state["time_s"] <= last
+    assert result.summary["consensus_distance"]["first"] == states[0]["consensus_distance"]
 
 
 def test_what_each_peer_received_from_each_adds_up_to_the_payload(tmp_path):

@@ -222,6 +222,10 @@ def test_pairs_without_a_count_are_links(tmp_path):
     assert links(file_topology(tmp_path, "graph.txt", "0 1\n1 2\n2 3\n", 4)) == {(0, 1), (1, 2), (2, 3)}
 
 
+def test_two_links_are_not_taken_for_a_matrix(tmp_path):
+    assert links(file_topology(tmp_path, "graph.txt", "0 1\n1 2\n", 3)) == {(0, 1), (1, 2)}
+
+
 def test_an_adjacency_list_names_each_peer_and_its_neighbours(tmp_path):
     graph = networkx.petersen_graph()
     networkx.write_adjlist(graph, tmp_path / "petersen.adjlist")
@@ -233,9 +237,16 @@ def test_an_adjacency_list_after_a_count_holds_a_line_of_neighbours_per_peer(tmp
     assert links(file_topology(tmp_path, "star.txt", "4\n1 2 3\n0\n0\n0\n", 4)) == {(0, 1), (0, 2), (0, 3)}
 
 
-def test_the_adjacency_format_must_be_named_where_every_line_looks_like_a_link(tmp_path):
-    ring = "4\n1 3\n0 2\n1 3\n0 2\n"
-    assert links(file_topology(tmp_path, "ring.txt", ring, 4, format="adjacency")) == links(build("ring", 4))
+@pytest.mark.parametrize("args", [{}, {"format": "adjacency"}], ids=str)
+def test_the_adjacency_list_of_a_ring_after_a_count_is_not_taken_for_links(tmp_path, args):
+    """Each of its lines looks like a link, and together they would link those two places apart."""
+    ring = "5\n4 1\n0 2\n1 3\n2 4\n3 0\n"
+    assert links(file_topology(tmp_path, "ring.txt", ring, 5, **args)) == links(build("ring", 5))
+
+
+def test_as_many_links_as_peers_after_a_count_are_links(tmp_path):
+    text = "5\n0 1\n1 2\n2 3\n3 4\n4 0\n"
+    assert links(file_topology(tmp_path, "ring.txt", text, 5)) == links(build("ring", 5))
 
 
 def test_the_adjacency_list_of_a_complete_graph_is_not_taken_for_a_matrix(tmp_path):

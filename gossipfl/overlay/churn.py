@@ -62,7 +62,7 @@ class Churn:
     @property
     def is_empty(self) -> bool:
         """Everybody is there all the time."""
-        return not self.planned and not self.traced and not self._is_drawn
+        return not self.planned and not self.traced and not self.is_endless
 
     def initially_online(self, index: int) -> bool:
         """Whether a peer is there when the run begins."""
@@ -97,12 +97,13 @@ class Churn:
         return "join" if change == own[0] else "rejoin"
 
     @property
-    def _is_drawn(self) -> bool:
+    def is_endless(self) -> bool:
+        """Availability is drawn, again and again."""
         return self.online < 1 and self.period_s < math.inf
 
     def _redraws(self) -> Iterator[Change]:
         """The availability of every peer in each period, by a generator of its own, so that no query shifts a later one."""
-        for period in itertools.count(1) if self._is_drawn else ():
+        for period in itertools.count(1) if self.is_endless else ():
             available = generator(self._seed, "online", round=period).random(self.num_peers) < self.online
             yield from (Change(period * self.period_s, index, online) for index, online in enumerate(available.tolist()))
 

@@ -27,6 +27,7 @@ FORMATS = ("edges", "adjacency", "matrix", "graphml")
 
 _Rows = list[tuple[int, list[str]]]
 """The lines that hold anything: their numbers and their words."""
+_Lists = list[tuple[int, list[int]]]
 
 
 def read_graph(path: str | Path, format: str | None = None) -> tuple[int, list[Link]]:
@@ -93,7 +94,7 @@ def _from_lists(source: Path, rows: _Rows, format: str | None) -> tuple[int, lis
             f"{source} line {line}: {len(numbers)} numbers instead of a pair; "
             "an adjacency list needs topology.format = 'adjacency'"
         )
-    if num_peers is not None and lists and (format == "adjacency" or not_pairs):
+    if num_peers is not None and lists and (format == "adjacency" or not_pairs or _is_mutual(lists, num_peers, format)):
         if len(lists) != num_peers:
             raise ConfigError(
                 f"{source}: the first line announces {num_peers} peers but {len(lists)} lists of neighbours follow; "
@@ -110,11 +111,25 @@ def _from_lists(source: Path, rows: _Rows, format: str | None) -> tuple[int, lis
     return num_peers, [(numbers[0], other) for _, numbers in lists for other in numbers[1:]]
 
 
+def _is_mutual(lists: _Lists, num_peers: int, format: str | None) -> bool:
+    """Whether pairs after a count are the neighbours of each peer, as in a ring: who is in whose list has it in its own. Links
+    that happen to read so are those of a triangle, which both readings give, or of an order that nobody writes."""
+    if format is not None or len(lists) != num_peers:
+        return False
+    near = [set(numbers) for _, numbers in lists]
+    return all(
+        index not in others and all(other < num_peers and index in near[other] for other in others)
+        for index, others in enumerate(near)
+    )
+
+
 def _looks_like_a_matrix(rows: _Rows) -> bool:
     """As many rows as columns. So is the adjacency list of a complete graph, but then the first column names each
-    peer once, which 0 and 1 cannot do for more than two; for two, both readings give the same link."""
+    peer once, which 0 and 1 cannot do for more than two; for two, both readings give the same link. So are two links, but
+    then they name more than two peers."""
     square = all(len(words) == len(rows) for _, words in rows)
-    return square and len(rows) > 1 and len({words[0] for _, words in rows}) < max(3, len(rows))
+    are_two_links = len(rows) == 2 and any(word.isdecimal() and int(word) > 1 for _, words in rows for word in words)
+    return square and len(rows) > 1 and len({words[0] for _, words in rows}) < max(3, len(rows)) and not are_two_links
 
 
 def _from_matrix(source: Path, rows: _Rows) -> tuple[int, list[Link]]:

@@ -84,11 +84,9 @@ def random_regular(names: Sequence[str], replicas: int, rng: np.random.Generator
     import networkx
 
     num_peers = len(names)
-    if num_peers * replicas % 2 or replicas >= num_peers:
-        raise ConfigError(
-            f"gossip.replicas = {replicas} with peers = {num_peers}: no graph gives every peer that many links; "
-            f"lower it{' or change one of them by 1' if replicas < num_peers else ''}"
-        )
+    if num_peers == 1:
+        return {names[0]: []}
+    check_regular(num_peers, replicas)
     seed = int(rng.integers(2**32))
     # networkx pairs link ends and starts over at a clash, which for dense graphs does not come to an end.
     if 2 * replicas < num_peers:
@@ -96,6 +94,15 @@ def random_regular(names: Sequence[str], replicas: int, rng: np.random.Generator
     else:
         graph = networkx.complement(networkx.random_regular_graph(num_peers - 1 - replicas, num_peers, seed))
     return {name: [names[other] for other in sorted(graph[index])] for index, name in enumerate(names)}
+
+
+def check_regular(num_peers: int, replicas: int) -> None:
+    """ConfigError where there is no graph for `random_regular`."""
+    if num_peers * replicas % 2 or replicas >= num_peers:
+        raise ConfigError(
+            f"gossip.replicas = {replicas} with peers = {num_peers}: no graph gives every peer that many links; "
+            f"lower it{' or change one of them by 1' if replicas < num_peers else ''}"
+        )
 
 
 def random_pairs(names: Sequence[str], replicas: int, rng: np.random.Generator) -> Senders:

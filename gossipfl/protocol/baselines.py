@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import Any
 
 from gossipfl.errors import ConfigError
-from gossipfl.overlay.selection import Schedule, Senders, random_pairs, random_regular, random_sends
+from gossipfl.overlay.selection import Schedule, Senders, check_regular, random_pairs, random_regular, random_sends
 from gossipfl.protocol.gossip import PROTOCOLS, Gossip, GossipConfig, Phase
 from gossipfl.protocol.messages import NEWEST, Action, Contribution, Forget, PeerId, Publish
 from gossipfl.randomness import generator
@@ -104,6 +104,10 @@ class Scheduled(Gossip):
         self._everybody = tuple(sorted((name, *degrees)))
 
     @staticmethod
+    def check(num_peers: int, replicas: int) -> None:
+        """ConfigError where so many peers cannot draw."""
+
+    @staticmethod
     @abstractmethod
     def _schedule(names: Sequence[PeerId], replicas: int, rng: Any) -> Senders:
         """Whose copies of one segment each peer mixes (see `overlay.selection`)."""
@@ -150,6 +154,7 @@ class EpidemicLearningWithOracle(Scheduled):
     sends and is sent s models. The common seed takes the place of the oracle."""
 
     _schedule = staticmethod(random_regular)
+    check = staticmethod(check_regular)
 
 
 @PROTOCOLS.register("pairs")

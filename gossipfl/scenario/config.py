@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tomli_w
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -38,6 +38,9 @@ from gossipfl.scenario.problems import Problem, ScenarioError, problems_of
 from gossipfl.scenario.sources import apply_overrides, line_of, read_toml, resolve_paths, scenario_file
 from gossipfl.scenario.tables import Data, Gossip, Inference, Seeds, Stop, Topology, Training, Transport
 from gossipfl.scenario.values import Arguments, Table, Text, three_seeds
+
+if TYPE_CHECKING:
+    from gossipfl.protocol.baselines import Scheduled
 
 BUILT_IN_MODELS = ("cnn", "gpt", "lenet5", "mlp", "resnet20")
 MOST_PEERS = 1_000_000
@@ -318,8 +321,16 @@ def _misfits(scenario: Scenario, topology: PeerTopology) -> list[Problem]:
                 "peers; use topology.kind = 'star' or 'full'",
             )
         )
+    schedules = _schedules_of(gossip.protocol)
+    if schedules is None:
+        return problems
+    try:
+        schedules.check(topology.num_peers, gossip.replicas)
+    except ConfigError as error:
+        if not problems:  # which would be the same one
+            problems.append(Problem("gossip.replicas", str(error)))
     lacking = next((index for index, degree in degrees.items() if degree < topology.num_peers - 1), None)
-    if lacking is not None and _draws_for_everybody(gossip.protocol):
+    if lacking is not None:
         problems.append(
             Problem(
                 "topology.kind",
@@ -330,11 +341,12 @@ def _misfits(scenario: Scenario, topology: PeerTopology) -> list[Problem]:
     return problems
 
 
-def _draws_for_everybody(protocol: str) -> bool:
+def _schedules_of(protocol: str) -> type[Scheduled] | None:
+    """The machine of a protocol that draws for everybody who sends to whom."""
     from gossipfl.protocol.baselines import PROTOCOLS, Scheduled
 
     machine = PROTOCOLS.get(protocol) if protocol in PROTOCOLS else None
-    return isinstance(machine, type) and issubclass(machine, Scheduled)
+    return machine if isinstance(machine, type) and issubclass(machine, Scheduled) else None
 
 
 def _emulation_problems(scenario: Scenario, topology: PeerTopology) -> list[Problem]:
@@ -361,7 +373,7 @@ def _located(problems: Sequence[Problem], path: Path, text: str, overridden: set
     by_line = []
     for key, sentence in problems:
         line = line_of(text, key) or 0
-        if any(f"{name}.".startswith(f"{key}.") for name in overridden):
+        if any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.") for name in overridden):
             by_line.append((math.inf, Problem(key, sentence)))
         else:
             by_line.append((line, Problem(key, f"{path}:{line}: {sentence}" if line else f"{path}: {sentence}")))

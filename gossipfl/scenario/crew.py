@@ -33,7 +33,8 @@ STOP_S = 2.0
 """What Ctrl-C leaves the workers to end in order; within 3 s everything has stopped."""
 END_S = 0.5
 """What a process takes to end, once its peers have."""
-MEMORY_SAMPLE_S = 0.5
+MEMORY_SAMPLE_S, MEMORY_SHARE = 0.5, 0.05
+"""How often memory is looked at, and how much of the time at most: of a hundred processes it takes seconds."""
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Crew:
     _inbox: Inbox = field(default_factory=SimpleQueue)
     _first_processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _ended: set[int] = field(default_factory=set)
-    _sampled_at: float = 0.0
+    _sample_at: float = 0.0
 
     def launch(self, groups: Sequence[list[str]], logs: Path) -> None:
         """A process for each group of peers."""
@@ -74,6 +75,10 @@ class Crew:
         deadline = time.monotonic() + READY_S
         ready: dict[int, Event] = {}
         while len(ready) < len(self.workers):
+            if self.is_interrupted():
+                raise KeyboardInterrupt
+            if time.monotonic() >= deadline:  # however much they say that they live
+                raise RunError(f"{len(self.workers) - len(ready)} processes were not ready after {READY_S:g} s; see log/")
             worker, event = self.hear(deadline - time.monotonic())
             match event["event"]:
                 case "ready":
@@ -82,10 +87,6 @@ class Crew:
                     raise _error_of(event)
                 case "ended":
                     raise RunError("a process ended before it was ready; see log/")
-                case _ if self.is_interrupted():
-                    raise KeyboardInterrupt
-                case "timeout" if time.monotonic() >= deadline:
-                    raise RunError(f"{len(self.workers) - len(ready)} processes were not ready after {READY_S:g} s; see log/")
         return [ready[id(worker)] for worker in self.workers]
 
     def hear(self, timeout_s: float) -> tuple[WorkerHandle | None, Event]:
@@ -140,10 +141,11 @@ class Crew:
                 process.wait()
 
     def _sample_memory(self) -> None:
-        now = time.monotonic()
-        if now - self._sampled_at >= MEMORY_SAMPLE_S:
-            self._sampled_at = now
+        began = time.monotonic()
+        if began >= self._sample_at:
             self.peak_mib = max(self.peak_mib, sum(worker.memory_mib() for worker in self.workers))
+            now = time.monotonic()
+            self._sample_at = now + max(MEMORY_SAMPLE_S, (now - began) / MEMORY_SHARE)
 
 
 def _error_of(event: Event) -> GossipflError:

@@ -46,7 +46,7 @@ from gossipfl.scenario.hosting import (
     tell_of_statistics,
 )
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED
-from gossipfl.scenario.memory import check_memory
+from gossipfl.scenario.memory import check_memory, check_processes
 from gossipfl.scenario.preparation import deal_to_files
 from gossipfl.scenario.presence import Presence, check_churn
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, final_models, planned_event, remove_files, summarize
@@ -90,6 +90,7 @@ class Launcher:
             check_namespaces(self.scenario, in_process)
         elif self.scenario.transport.kind == "tcp":
             check_loopback(tcp_address(self.scenario.transport.host, 0), self.insecure)
+        check_processes(self.scenario)
         allow_file_descriptors(self.scenario.peers)
         folder = RunFolder(out, self.scenario.name, force)
         record = folder.record(self.scenario, self.observer.warn)
@@ -278,20 +279,20 @@ class Launcher:
                 self.observer.event(event, self._num_alive())
 
     def _has_reached(self, record: RunRecord, round_: int) -> bool:
-        """Whether the mean accuracy of all peers that are alive, after this round's merge, is on target."""
+        """Whether the mean accuracy of all peers that are there, after this round's merge, is on target."""
         accuracies = {
             event["peer"]: event["accuracy_after"]
             for event in record.events
             if event["event"] == "round" and event["round"] == round_ and event["accuracy_after"] is not None
         }
-        present = self._present()
+        present = set(self._present()) - self.presence.late
         target = self.scenario.stop.target_accuracy
-        return bool(present) and set(present) <= set(accuracies) and float(np.mean(list(accuracies.values()))) >= (target or 0)
+        return bool(present) and present <= set(accuracies) and float(np.mean(list(accuracies.values()))) >= (target or 0)
 
     def _stop_soon(self, record: RunRecord) -> None:
         """End after a round that no peer has passed by the time it hears of it, `HEARS_S` from now.
 
-        Peers are at most two rounds ahead of what they have told.
+        Peers are at most two rounds ahead of what they have told. Nobody comes or goes any more.
         """
         if math.isinf(self.stop_round):
             told = max((event["round"] for event in record.events if event["event"] == "round"), default=0)
@@ -299,6 +300,7 @@ class Launcher:
             self.stop_round = told + 2 + math.ceil(HEARS_S * per_second)
             for worker in self.crew.workers:
                 worker.send({"do": "stop_after", "round": self.stop_round})
+            self.presence.end()
 
     # --- after --------------------------------------------------------------------------------------------------------
 

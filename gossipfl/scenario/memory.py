@@ -42,6 +42,17 @@ def check_memory(scenario: Scenario, parameters: int) -> None:
         raise ConfigError(reason)
 
 
+def check_processes(scenario: Scenario) -> None:
+    """ConfigError where not even the processes fit, whatever the model: before there are any."""
+    processes, available = _num_processes(scenario), available_bytes()
+    if processes > 1 and processes * PROCESS_BYTES > available:
+        raise ConfigError(
+            f"peers = {scenario.peers} in {processes} processes need about {processes * PROCESS_BYTES / 2**30:,.1f} GiB and "
+            f"{available / 2**30:,.1f} GiB are free; {available // PROCESS_BYTES} processes would fit: lower peers, or use "
+            "--clock virtual"
+        )
+
+
 def _peer_bytes(scenario: Scenario, parameters: int) -> int:
     """The models of one peer: stored versions, the one in training, the mixed one, and copies of others."""
     gossip = scenario.gossip

@@ -32,6 +32,8 @@ class Presence:
     ) -> None:
         self.away: set[str] = set()
         """Peers that were killed and are not back. Those that come late are not among them: the run waits for them."""
+        self.late: set[str] = set()
+        """Peers that have not come yet."""
         self._churn, self._workers = churn, workers
         self._start, self._replace, self._told = start, replace, told
         self._former: list[WorkerHandle] = []
@@ -47,6 +49,13 @@ class Presence:
         for index, worker in enumerate(self._workers):
             if self._churn.is_empty or self._churn.initially_online(index):
                 self._start(worker, 0.0)
+            else:
+                self.late.update(worker.peers)
+
+    def end(self) -> None:
+        """Nobody comes or goes any more."""
+        self._next, self._changes = None, iter(())
+        self.away |= self.late
 
     @property
     def next_in_s(self) -> float:
@@ -93,6 +102,7 @@ class Presence:
     def _bring(self, index: int) -> None:
         worker = self._workers[index]
         self.away.difference_update(worker.peers)
+        self.late.difference_update(worker.peers)
         if worker not in self._not_ready:
             self._start(worker, time.monotonic() - self._began)
 

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -85,6 +85,7 @@ class _Sums:
     total: np.ndarray
     squares: float = 0.0
     num_peers: int = 0
+    time_s: float = 0.0  # of the last of them
     accuracies: list[float] = field(default_factory=list)
 
     def add(self, vector: np.ndarray) -> None:
@@ -158,7 +159,9 @@ class _Simulation(Watcher):
         )
         self._done: list[tuple[SimulatedPeer, Event, np.ndarray]] = []  # not yet evaluated and told
         self._before: dict[str, float] = {}  # accuracy of each peer's newest trained vector
-        self._rounds: dict[int, _Sums] = {}
+        self._rounds: dict[int, _Sums] = {}  # that somebody may still report
+        self._closed: set[int] = set()  # that nobody was to report any more; who comes back may train some of them again
+        self._may_be_past = False  # whether somebody has skipped rounds, come or gone since it was seen who may
         self._last_round = self.gossip.rounds
         self._first_distance: float | None = None
         self._is_stopping = False
@@ -198,6 +201,7 @@ class _Simulation(Watcher):
                     self._stop_soon()
                 simulator.run()
                 self._tell()
+                self._close(self._rounds)
         except KeyboardInterrupt:
             is_interrupted = True
         for line in about_trace(scenario, simulator.clock.now):
@@ -218,7 +222,10 @@ class _Simulation(Watcher):
     def _recorded(self, churn: Churn) -> Iterator[Change]:
         """The changes, each written down when the next is asked for, which is when it has been made."""
         for change in churn.changes(math.inf):
+            if churn.is_endless and self.simulator.has_only_newcomers:
+                return  # else they would come and go for ever
             yield change
+            self._may_be_past = True
             name = self.scenario.peer_names[change.index]
             if not self.simulator.peers[name].is_finished:
                 self._add(planned_event(churn.name_of(change), name, change.time_s))
@@ -255,6 +262,7 @@ class _Simulation(Watcher):
         self._done.append((peer, event, vector))
 
     def fault(self, peer: SimulatedPeer, fault: Fault) -> None:
+        self._may_be_past |= fault.kind == "behind"
         self._add(fault_event(peer.name, fault, self.simulator.clock.now))
 
     def finished(self, peer: SimulatedPeer) -> None:
@@ -278,6 +286,7 @@ class _Simulation(Watcher):
             self._add(event)
             if event["accuracy_after"] is not None or self._first_distance is None:
                 self._add_to_round(event, vector)
+        self._close(self._past_rounds())
 
     def _add(self, event: Event) -> None:
         self.record.add(event)
@@ -286,29 +295,46 @@ class _Simulation(Watcher):
         self.observer.event(event, self.simulator.num_alive)
 
     def _add_to_round(self, event: Event, vector: np.ndarray) -> None:
-        """Once all peers that are there have finished the round: how far apart they are, and how good their average is."""
+        if event["round"] in self._closed:
+            return
         sums = self._rounds.setdefault(event["round"], _Sums(np.zeros(vector.size)))
         sums.add(vector)
+        sums.time_s = event["time_s"]
         if event["accuracy_after"] is not None:
             sums.accuracies.append(event["accuracy_after"])
-        if sums.num_peers < self.simulator.num_alive:
-            return
-        del self._rounds[event["round"]]
-        distance = sums.consensus_distance
-        self._first_distance = distance if self._first_distance is None else self._first_distance
-        if not sums.accuracies:
-            return
+
+    def _past_rounds(self) -> set[int]:
+        """Those that all who are there have reported, or got past, for some skip rounds."""
+        past = {round_ for round_, sums in self._rounds.items() if sums.num_peers >= self.simulator.num_alive}
+        if past or self._may_be_past:
+            self._may_be_past = False
+            reached = (peer.machine.round for peer in self.simulator.peers.values() if peer.is_there)
+            least = min((round_ for round_ in reached if round_), default=math.inf)  # 0: it joins, and will adopt
+            past.update(round_ for round_ in self._rounds if round_ < least)
+        return past
+
+    def _close(self, rounds: Iterable[int]) -> None:
+        """Nobody will report these any more: how far apart the peers were after each, and how good their average was."""
+        for round_ in sorted(rounds):
+            sums = self._rounds.pop(round_)
+            self._closed.add(round_)
+            distance = sums.consensus_distance
+            self._first_distance = distance if self._first_distance is None else self._first_distance
+            if sums.accuracies:
+                self._tell_of_round(round_, sums, distance)
+
+    def _tell_of_round(self, round_: int, sums: _Sums, distance: float) -> None:
         accuracy = self.engine.evaluate(sums.mean.astype(np.float32))
         state = {
             "event": "state",
-            "round": event["round"],
-            "time_s": event["time_s"],
+            "round": round_,
+            "time_s": sums.time_s,
             "consensus_distance": distance,
             "average_accuracy": accuracy,
         }
         self.record.add(state)
-        target = self.scenario.stop.target_accuracy
-        if target is not None and float(np.mean(sums.accuracies)) >= target:
+        target, are_enough = self.scenario.stop.target_accuracy, len(sums.accuracies) >= self.scenario.min_peers
+        if target is not None and are_enough and float(np.mean(sums.accuracies)) >= target:
             self._stop_soon()
 
     # --- after --------------------------------------------------------------------------------------------------------

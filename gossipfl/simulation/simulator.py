@@ -104,8 +104,9 @@ class Simulator:
             for index, name in enumerate(names)
         }
         self._by_index = list(self.peers.values())
-        self._num_active = len(self.peers)
-        self.num_alive = len(self.peers)  # neither killed nor ended by an error
+        self._num_active = len(self.peers)  # there, or yet to come
+        self.num_alive = 0  # there, or finished
+        self._is_stopping = False
 
     # --- driving ------------------------------------------------------------------------------------------------------
 
@@ -124,9 +125,11 @@ class Simulator:
             self.clock.at(change.time_s, self._change, change, changes)
 
     def stop_after(self, round_: int) -> None:
-        """End after this round; a peer that is past it, after the round that it is in."""
+        """End after this round; a peer that is past it, after the round that it is in. From now on nobody comes or goes."""
+        self._is_stopping = True
         for peer in self.peers.values():
             self._handle(peer, StopAfter(round_))
+        self._num_active = sum(peer.is_there for peer in self.peers.values())
 
     def run(self, until: float = float("inf")) -> None:
         """Until every peer has finished or is gone for good, or until then (virtual seconds)."""
@@ -147,9 +150,18 @@ class Simulator:
         self._compute(peer)
         return peer.own
 
+    @property
+    def has_only_newcomers(self) -> bool:
+        """Somebody has finished, and nobody who is there has begun: they have come too late to take over a model."""
+        peers = self.peers.values()
+        has_finished = any(peer.is_finished and peer.error is None for peer in peers)
+        return has_finished and not any(peer.is_there and peer.machine.round for peer in peers)
+
     # --- peers come and go --------------------------------------------------------------------------------------------
 
     def _change(self, change: Change, changes: Iterator[Change]) -> None:
+        if self._is_stopping:
+            return
         peer = self._by_index[change.index]
         (self._start if change.online else self._kill)(peer)
         self.follow(changes)
@@ -164,7 +176,7 @@ class Simulator:
             peer.decoded.clear()
             peer.merges.clear()
             self._num_active += 1
-            self.num_alive += 1
+        self.num_alive += 1
         peer.is_there = True
         for other in self._neighbours(peer):
             self.network.send(peer.index, other.index, self._handle, other, PeerUp(peer.name))
