@@ -28,7 +28,8 @@ import pytest
 import zmq
 
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import Credit, Data, Fault, Hello, Leave, Message, Pull, Record, RoundReport, Start
+from gossipfl.protocol.machine import Fault, RoundReport, Start
+from gossipfl.protocol.messages import Credit, Data, Hello, Leave, Message, Pull, Record
 from gossipfl.runtime.endpoint import Endpoint
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.runtime.message_loop import MessageLoop

@@ -18,21 +18,13 @@ from gossipfl.errors import ConfigError
 from gossipfl.overlay.selection import exploring, fastest, random_pairs, random_regular, random_sends
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.gossip import Gossip, GossipConfig, Phase
-from gossipfl.protocol.membership import Neighbour
-from gossipfl.protocol.messages import (
-    NEWEST,
-    Data,
+from gossipfl.protocol.machine import (
     Finish,
     Forget,
-    Hello,
-    Later,
-    Leave,
     Merge,
     Merged,
     PeerDown,
-    Pull,
     Received,
-    Refuse,
     Report,
     Send,
     Serve,
@@ -40,7 +32,9 @@ from gossipfl.protocol.messages import (
     Train,
     Trained,
     Wake,
-)  # fmt: skip
+)
+from gossipfl.protocol.membership import Neighbour
+from gossipfl.protocol.messages import NEWEST, Data, Hello, Later, Leave, Pull, Refuse  # fmt: skip
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.results import RunResult

@@ -8,23 +8,15 @@ from collections import Counter
 import pytest
 
 from gossipfl.protocol.gossip import Gossip, GossipConfig, Phase
-from gossipfl.protocol.membership import FIRST_ANSWER_S, MAX_CONTACTS, MIN_ANSWER_S
-from gossipfl.protocol.messages import (
-    NEWEST,
+from gossipfl.protocol.machine import (
     Contribution,
-    Data,
     Fault,
     Finish,
     Forget,
-    Hello,
-    Later,
-    Leave,
     Merge,
     Merged,
     PeerDown,
-    Pull,
     Received,
-    Refuse,
     Rejected,
     Report,
     RoundReport,
@@ -35,7 +27,9 @@ from gossipfl.protocol.messages import (
     Train,
     Trained,
     Wake,
-)  # fmt: skip
+)
+from gossipfl.protocol.membership import FIRST_ANSWER_S, MAX_CONTACTS, MIN_ANSWER_S
+from gossipfl.protocol.messages import NEWEST, Data, Hello, Later, Leave, Pull, Refuse  # fmt: skip
 
 SEGMENTS = ((0, 10), (10, 20), (20, 30), (30, 40))
 OTHERS = ("b", "c", "d", "e")

@@ -56,7 +56,8 @@ from gossipfl.inference.planning.server_words import (
     RunStage,
     Serve,
 )
-from gossipfl.protocol.messages import (
+from gossipfl.protocol.machine import PeerDown, PeerUp, Received, Rejected, Start, Wake
+from gossipfl.protocol.messages import (  # fmt: skip
     FULL_BITS,
     NEWEST,
     Activation,
@@ -65,17 +66,11 @@ from gossipfl.protocol.messages import (
     Failed,
     Later,
     Offer,
-    PeerDown,
-    PeerUp,
     PlanRequest,
     Pull,
-    Received,
     Refuse,
-    Rejected,
     Result,
-    Start,
-    Wake,
-)  # fmt: skip
+)
 from gossipfl.segments.codecs.planes import Planes, PlaneSet
 
 PROFILE = ModelProfile(

@@ -35,7 +35,8 @@ from virtual_host import VirtualHost
 from gossipfl.errors import ConfigError, GossipflError, RunError
 from gossipfl.learning.datasets import Dataset
 from gossipfl.learning.flatten import flatten, layout_of
-from gossipfl.protocol.messages import Data, Fault, Hello, Pull
+from gossipfl.protocol.machine import Fault
+from gossipfl.protocol.messages import Data, Hello, Pull
 from gossipfl.runtime.endpoint import Endpoint
 from gossipfl.runtime.host import PeerHost
 from gossipfl.runtime.job import Job, PeerJob

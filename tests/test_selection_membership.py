@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from gossipfl.overlay.selection import SELECTORS, every, fastest, uniform
+from gossipfl.protocol.machine import Send, Serve
 from gossipfl.protocol.membership import MAX_CONTACTS, Membership, Neighbour
-from gossipfl.protocol.messages import NEWEST, Hello, Later, Pull, Refuse, Send, Serve
+from gossipfl.protocol.messages import NEWEST, Hello, Later, Pull, Refuse
 from gossipfl.protocol.serving import MAX_AHEAD, MAX_PARKED, PullDesk
 
 CANDIDATES = ("a", "b", "c", "d", "e")

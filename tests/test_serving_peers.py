@@ -26,7 +26,8 @@ from gossipfl.learning.datasets import Dataset, normalise, open_dataset
 from gossipfl.learning.flatten import flatten
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import FlatModel
-from gossipfl.protocol.messages import FULL_BITS, INFERENCE_RUN, Data, Fault, Pull
+from gossipfl.protocol.machine import Fault
+from gossipfl.protocol.messages import FULL_BITS, INFERENCE_RUN, Data, Pull
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.model_list import ask_models
 from gossipfl.runtime.serving_peers import Serving, ServingPeers, ServingSettings

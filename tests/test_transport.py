@@ -27,7 +27,7 @@ from sockets import (
 
 from gossipfl.errors import ConfigError, GossipflError, RunError
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import (
+from gossipfl.protocol.messages import (  # fmt: skip
     Activation,
     Collect,
     Credit,
@@ -42,7 +42,7 @@ from gossipfl.protocol.messages import (
     Record,
     Refuse,
     Result,
-)  # fmt: skip
+)
 from gossipfl.runtime.transport import LinkDown, LinkUp, ZmqTransport, zmq_transport
 from gossipfl.runtime.transport.link import MAX_UNSENT_BYTES
 from gossipfl.runtime.transport.window import FIRST_WINDOW_BYTES, MAX_WINDOW_BYTES

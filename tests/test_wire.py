@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gossipfl.errors import RemoteProtocolError
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import (
+from gossipfl.protocol.messages import (  # fmt: skip
     FULL_BITS,
     MAX_RANGES,
     Activation,
@@ -32,7 +32,7 @@ from gossipfl.protocol.messages import (
     Record,
     Refuse,
     Result,
-)  # fmt: skip
+)
 from gossipfl.protocol.wire import (
     MAX_HEADER_BYTES,
     MAX_NAME_BYTES,

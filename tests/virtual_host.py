@@ -17,7 +17,8 @@ from gossipfl.learning.training import Learner
 from gossipfl.overlay.links import Constant, LinksConfig, build_links
 from gossipfl.protocol import wire
 from gossipfl.protocol.gossip import Gossip, GossipConfig
-from gossipfl.protocol.messages import Data, Fault, Message, Pull, RoundReport, Traffic
+from gossipfl.protocol.machine import Fault, RoundReport, Traffic
+from gossipfl.protocol.messages import Data, Message, Pull
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.layout import Layout, even_segments
 from gossipfl.segments.store import SegmentStore

@@ -26,7 +26,8 @@ from typing import Any
 from gossipfl.errors import ConfigError
 from gossipfl.overlay.selection import Schedule, Senders, check_regular, random_pairs, random_regular, random_sends
 from gossipfl.protocol.gossip import PROTOCOLS, Gossip, GossipConfig, Phase
-from gossipfl.protocol.messages import NEWEST, Action, Contribution, Forget, PeerId, Publish
+from gossipfl.protocol.machine import Action, Contribution, Forget, Publish
+from gossipfl.protocol.messages import NEWEST, PeerId
 from gossipfl.randomness import generator
 
 

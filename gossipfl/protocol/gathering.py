@@ -25,22 +25,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+from gossipfl.protocol.machine import Action, Contribution, Fault, Forget, Report, RoundReport, Send
 from gossipfl.protocol.membership import MIN_ANSWER_S, Neighbour
-from gossipfl.protocol.messages import (
-    MAX_RANGES,
-    NEWEST,
-    Action,
-    Contribution,
-    Data,
-    Fault,
-    Forget,
-    PeerId,
-    Pull,
-    Range,
-    Report,
-    RoundReport,
-    Send,
-)
+from gossipfl.protocol.messages import MAX_RANGES, NEWEST, Data, PeerId, Pull, Range
 from gossipfl.protocol.participant import GossipConfig, Participant, Phase
 from gossipfl.protocol.transfers import Transfer
 from gossipfl.randomness import generator

@@ -37,22 +37,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from gossipfl.overlay.selection import SELECTORS, exploring
 from gossipfl.protocol.gathering import Gatherer
-from gossipfl.protocol.messages import (
+from gossipfl.protocol.machine import (
     Action,
     Contribution,
-    Data,
     Event,
-    Hello,
-    Later,
-    Leave,
     Merge,
     Merged,
     PeerDown,
-    PeerId,
     PeerUp,
-    Pull,
     Received,
-    Refuse,
     Rejected,
     Report,
     RoundReport,
@@ -63,6 +56,7 @@ from gossipfl.protocol.messages import (
     Wake,
     by_peer,
 )
+from gossipfl.protocol.messages import Data, Hello, Later, Leave, PeerId, Pull, Refuse
 from gossipfl.protocol.participant import GossipConfig, Phase
 from gossipfl.randomness import generator
 from gossipfl.registry import Registry

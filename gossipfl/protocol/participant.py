@@ -17,20 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from gossipfl.protocol.machine import Action, Fault, Finish, Report, Send
 from gossipfl.protocol.membership import HELLO_INTERVAL_S, Membership, Neighbour
-from gossipfl.protocol.messages import (
-    Action,
-    Fault,
-    Finish,
-    Hello,
-    Leave,
-    PeerId,
-    Pull,
-    Range,
-    Refuse,
-    Report,
-    Send,
-)
+from gossipfl.protocol.messages import Hello, Leave, PeerId, Pull, Range, Refuse
 from gossipfl.protocol.serving import PullDesk
 
 MAX_STRANGERS = 64

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from gossipfl.protocol.messages import NEWEST, Action, Later, PeerId, Pull, Refuse, Send, Serve
+from gossipfl.protocol.machine import Action, Send, Serve
+from gossipfl.protocol.messages import NEWEST, Later, PeerId, Pull, Refuse
 
 MAX_PARKED = 4
 """Pulls parked per neighbour: 4 x 32 ranges, all the segments that a model may have."""

@@ -53,6 +53,7 @@ from gossipfl.inference.planning.offers import Ask, Failure, to_json
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.inference.planning.receipts import Answer, Budget, ServedModel
 from gossipfl.protocol import wire
+from gossipfl.protocol.machine import PeerDown, PeerUp, Received, Rejected, Start, Wake
 from gossipfl.protocol.messages import (
     INFERENCE_RUN,
     Activation,
@@ -61,17 +62,11 @@ from gossipfl.protocol.messages import (
     Failed,
     Message,
     Offer,
-    PeerDown,
     PeerId,
-    PeerUp,
     PlanRequest,
     Pull,
-    Received,
     Refuse,
-    Rejected,
     Result,
-    Start,
-    Wake,
 )
 from gossipfl.runtime.content_cache import DEFAULT_BYTES, ContentCache
 from gossipfl.runtime.device_inbox import Coming, take_data, take_offer, take_result

@@ -12,7 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from gossipfl.protocol.messages import PeerId, Wake
+from gossipfl.protocol.machine import Wake
+from gossipfl.protocol.messages import PeerId
 from gossipfl.runtime.node import Node
 from gossipfl.runtime.transport import Happening, Incoming, LinkDown, LinkUp
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from gossipfl.protocol.messages import Fault, PeerId, RoundReport, Traffic
+from gossipfl.protocol.machine import Fault, RoundReport, Traffic
+from gossipfl.protocol.messages import PeerId
 
 Event = dict[str, Any]
 

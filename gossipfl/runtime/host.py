@@ -26,7 +26,8 @@ from gossipfl.learning.checkpoint import save_model, writing
 from gossipfl.learning.datasets import open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
-from gossipfl.protocol.messages import Fault, PeerId, Start, StopAfter
+from gossipfl.protocol.machine import Fault, Start, StopAfter
+from gossipfl.protocol.messages import PeerId
 from gossipfl.runtime.endpoint import Endpoint
 from gossipfl.runtime.events import Event, fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings

@@ -50,6 +50,7 @@ from gossipfl.inference.planning.server_words import (
     Serve,
 )
 from gossipfl.protocol import wire
+from gossipfl.protocol.machine import Wake
 from gossipfl.protocol.messages import (
     FULL_BITS,
     INFERENCE_RUN,
@@ -66,7 +67,6 @@ from gossipfl.protocol.messages import (
     Record,
     Refuse,
     Result,
-    Wake,
 )
 from gossipfl.runtime import model_list
 from gossipfl.runtime.message_loop import MessageLoop

@@ -23,28 +23,19 @@ from gossipfl.protocol import wire
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.gathering import MAX_SAMPLES
 from gossipfl.protocol.gossip import Gossip
-from gossipfl.protocol.messages import (
-    PROMPT_BYTES,
+from gossipfl.protocol.machine import (
     Action,
-    Collect,
     Contribution,
-    Credit,
-    Data,
     Event,
     Fault,
     Finish,
     Forget,
-    Later,
     Merge,
     Merged,
     PeerDown,
-    PeerId,
     PeerUp,
     Publish,
-    Pull,
     Received,
-    Record,
-    Refuse,
     Rejected,
     Report,
     RoundReport,
@@ -54,6 +45,7 @@ from gossipfl.protocol.messages import (
     Train,
     Trained,
 )
+from gossipfl.protocol.messages import PROMPT_BYTES, Collect, Credit, Data, Later, PeerId, Pull, Record, Refuse
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.runtime.transport import Incoming, Origin, Shared, ZmqTransport
 from gossipfl.segments.assembly import Assembler

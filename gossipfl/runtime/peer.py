@@ -26,7 +26,7 @@ from torch import nn
 from gossipfl.errors import ConfigError, RunError
 from gossipfl.learning.flatten import flatten, layout_of, unflatten_
 from gossipfl.learning.training import TrainingStep, cross_entropy
-from gossipfl.protocol.messages import Fault, RoundReport, Start, StopAfter
+from gossipfl.protocol.machine import Fault, RoundReport, Start, StopAfter
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
 from gossipfl.runtime.endpoint import Endpoint

@@ -33,7 +33,8 @@ from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import Seconds, available_engines, stage_seconds
 from gossipfl.learning.datasets import Dataset, normalise
 from gossipfl.learning.training import FlatModel
-from gossipfl.protocol.messages import Fault, PeerId
+from gossipfl.protocol.machine import Fault
+from gossipfl.protocol.messages import PeerId
 from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.model_list import Architecture
 

@@ -29,7 +29,7 @@ from gossipfl.overlay.churn import Change, Churn
 from gossipfl.overlay.graphs import degrees_of
 from gossipfl.overlay.links import Links, check_links
 from gossipfl.protocol.baselines import PROTOCOLS
-from gossipfl.protocol.messages import Fault, RoundReport, Traffic
+from gossipfl.protocol.machine import Fault, RoundReport, Traffic
 from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gossipfl.learning.training import Learner
-from gossipfl.protocol.messages import Event, Fault, Merge, PeerId, RoundReport, Traffic
+from gossipfl.protocol.machine import Event, Fault, Merge, RoundReport, Traffic
+from gossipfl.protocol.messages import PeerId
 from gossipfl.segments.codecs import Decoded
 from gossipfl.segments.layout import Range
 from gossipfl.segments.store import SegmentStore

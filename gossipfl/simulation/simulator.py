@@ -24,22 +24,16 @@ from gossipfl.learning.training import Learner
 from gossipfl.overlay.churn import Change
 from gossipfl.overlay.links import Links
 from gossipfl.protocol import wire
-from gossipfl.protocol.messages import (
-    PROMPT_BYTES,
-    Data,
+from gossipfl.protocol.machine import (
     Event,
     Fault,
     Finish,
     Forget,
-    Later,
     Merge,
     Merged,
-    Message,
     PeerDown,
-    PeerId,
     PeerUp,
     Publish,
-    Pull,
     Received,
     Report,
     Send,
@@ -51,6 +45,7 @@ from gossipfl.protocol.messages import (
     Trained,
     Wake,
 )
+from gossipfl.protocol.messages import PROMPT_BYTES, Data, Later, Message, PeerId, Pull
 from gossipfl.randomness import generator
 from gossipfl.segments.buffers import VectorPool
 from gossipfl.segments.codecs import Codec, Decoded

@@ -90,7 +90,8 @@ def take_push(port: int, seconds: float, copy: bool) -> float:
 
 def serve_segments(connection: Any, copy: bool) -> None:
     """A peer that has trained one version, on its message loop, as in a run."""
-    from gossipfl.protocol.messages import Hello, Received, Start
+    from gossipfl.protocol.machine import Received, Start
+    from gossipfl.protocol.messages import Hello
     from gossipfl.runtime.endpoint import Endpoint
     from gossipfl.runtime.gossip_settings import GossipSettings
     from gossipfl.runtime.message_loop import MessageLoop

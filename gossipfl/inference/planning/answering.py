@@ -41,18 +41,8 @@ from gossipfl.inference.planning.server_words import (
     RunStage,
     Serve,
 )
-from gossipfl.protocol.messages import (
-    MAX_RANGES,
-    NEWEST,
-    Activation,
-    Continuation,
-    Failed,
-    Later,
-    PlanRequest,
-    Pull,
-    Refuse,
-    Wake,
-)
+from gossipfl.protocol.machine import Wake
+from gossipfl.protocol.messages import MAX_RANGES, NEWEST, Activation, Continuation, Failed, Later, PlanRequest, Pull, Refuse
 from gossipfl.segments.codecs.planes import MAX_PLANES
 
 MAX_SAMPLES = 65_536

@@ -51,20 +51,8 @@ from gossipfl.inference.planning.fetching import DeviceConfig, Fetcher
 from gossipfl.inference.planning.holders import Holders
 from gossipfl.inference.planning.offers import Failure, Manifest
 from gossipfl.inference.planning.profile import ModelProfile
-from gossipfl.protocol.messages import (
-    FULL_BITS,
-    Failed,
-    Later,
-    Message,
-    PeerDown,
-    PeerId,
-    PeerUp,
-    Received,
-    Rejected,
-    Result,
-    Start,
-    Wake,
-)
+from gossipfl.protocol.machine import PeerDown, PeerUp, Received, Rejected, Start, Wake
+from gossipfl.protocol.messages import FULL_BITS, Failed, Later, Message, PeerId, Result
 
 AUDIT_S, MAX_AUDITS = 30.0, 16
 """How long an audit may take, and how many may be under way; what is more, or what a busy server refuses, is left out."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gossipfl.inference.planning.offers import Manifest
-from gossipfl.protocol.messages import Message, PeerDown, PeerId, PeerUp, Received, Rejected, Start, Wake
+from gossipfl.protocol.machine import PeerDown, PeerUp, Received, Rejected, Start, Wake
+from gossipfl.protocol.messages import Message, PeerId
 
 Tier = Literal["reduced", "continued", "full", "audit"]
 """continued: the layers after the cut once more, with all planes of its values, on samples that the reduced model is unsure of;

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from gossipfl.inference.planning.offers import Ask
 from gossipfl.inference.planning.remembered import First
-from gossipfl.protocol.messages import Activation, Continuation, Message, Pull, Wake
+from gossipfl.protocol.machine import Wake
+from gossipfl.protocol.messages import Activation, Continuation, Message, Pull
 
 
 class Caller(NamedTuple):
