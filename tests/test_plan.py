@@ -258,6 +258,25 @@ def test_a_run_that_does_not_fit_is_planned_and_ends_as_the_run_itself_would(tmp
     assert not (tmp_path / "runs").exists()
 
 
+def test_where_each_peer_has_a_process_as_many_fit_as_have_one_with_it(monkeypatch):
+    monkeypatch.setattr("gossipfl.scenario.memory.available_bytes", lambda: 2**30)
+    code, shown, _ = run("quickstart", "--json", "--clock", "netns", "--set", "peers=64")
+    assert code == 2 and "; 4 peers would fit" in json.loads(shown)["too_large"]  # 250 MiB each, and a third of one
+
+
+def test_a_trace_that_ends_before_the_run_is_told(tmp_path):
+    trace = tmp_path / "rates.csv"
+    trace.write_text("time_s,peer,uplink,downlink\n0,p0,5,5\n0.5,p0,10,10\n")
+    traced = ("quickstart", "--json", "--clock", "virtual", "--set", f"network.trace={trace}")
+    _, shown, _ = run(*traced)
+    made = json.loads(shown)
+    assert made["timing"]["total_s"] > 0.5
+    assert any(note.startswith("network.trace ends at 0.5 s, and the run may take") for note in made["notes"])
+    for other in ("network.trace_repeat=true", "rounds=1"):
+        _, shown, _ = run(*traced, "--set", other, "--set", "compute.step_time=1ms")
+        assert not any("network.trace ends" in note for note in json.loads(shown)["notes"])
+
+
 def test_every_clock_can_be_planned():
     for clock, processes in (("virtual", 1), ("local", 2), ("netns", 8)):
         code, shown, _ = run("quickstart", "--json", "--clock", clock, "--set", "peers_per_process=4")

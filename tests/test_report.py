@@ -476,6 +476,8 @@ def test_without_tensorboard_the_extra_to_install_is_named(folder, tmp_path, mon
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"pip install 'gossipfl\[tensorboard\]'"):
         write_tensorboard([folder], tmp_path / "board")
+    told = CliRunner().invoke(main, ["report", str(folder), "--tensorboard", str(tmp_path / "board")])
+    assert told.exit_code == 2 and not (folder / "report.html").exists()
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -178,10 +178,12 @@ def report(runs: tuple[Path, ...], out: Path | None, tensorboard: Path | None) -
     """
     from gossipfl.scenario.report import write_report
 
+    if tensorboard is not None:
+        from gossipfl.scenario.report.tensorboard import summary_writer, write_tensorboard
+
+        summary_writer()  # before a page is written that the command would not tell of
     page = write_report(runs, out)
     if tensorboard is not None:
-        from gossipfl.scenario.report.tensorboard import write_tensorboard
-
         write_tensorboard(runs, tensorboard)
     click.echo(page)
 

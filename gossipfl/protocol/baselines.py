@@ -14,6 +14,16 @@
 
 Each is the gossip machine with other choices, so that what they differ in is all there is to read here. In particular every
 one of them pulls: what a paper has pushed is asked for by its receiver, so no peer takes in bytes that it did not ask for.
+
+Further deviations of those that are `gossip` with other settings (the others say theirs themselves):
+
+- BACombo: a neighbour that was not tried yet counts as infinitely fast, where the code that seems to be the authors' starts all
+  at 50; a rate is that of a pull, with all segments that are asked of a neighbour at once; copies are weighted by numbers of
+  samples, as in the paper's text, where that code weighs all alike (`mixing = "uniform"`).
+- Whole models: rounds in which each peer mixes `replicas` models at once, where the paper's peers send in a rhythm of their own
+  and merge each model that comes, by its age.
+- D-PSGD: peers mix what they have trained, by any optimizer for any number of local steps, where the paper adds one gradient,
+  taken before mixing, to the mixed values; its weights may be any symmetric, doubly stochastic ones.
 """
 
 from __future__ import annotations

@@ -28,8 +28,11 @@ def why_too_large(scenario: Scenario, parameters: int) -> str | None:
     needed, available = needed_bytes(scenario, parameters), available_bytes()
     if needed <= available:
         return None
-    processes = _num_processes(scenario) * PROCESS_BYTES
-    fitting = max(0, available - processes) // _peer_bytes(scenario, parameters)
+    peer, processes = _peer_bytes(scenario, parameters), _num_processes(scenario)
+    if processes > 1 and (scenario.peers_per_process or scenario.resolved_clock == "netns"):  # fewer peers, fewer processes
+        fitting = available * scenario.peers // (peer * scenario.peers + PROCESS_BYTES * processes)
+    else:
+        fitting = max(0, available - processes * PROCESS_BYTES) // peer
     return (
         f"peers = {scenario.peers} with {parameters:,} parameters need about {needed / 2**30:,.1f} GiB and "
         f"{available / 2**30:,.1f} GiB are free; {fitting} peers would fit, or lower gossip.versions_kept"

@@ -89,7 +89,7 @@ def make_plan(scenario: Scenario) -> Plan:
         topology=measure(topology),
         timing=timing,
         warnings=tuple(_warnings(scenario, exchange)) if exchange else (),
-        notes=tuple(_notes(scenario, is_known=exchange is not None)),
+        notes=tuple(_notes(scenario, timing, is_known=exchange is not None)),
     )
 
 
@@ -120,7 +120,7 @@ def _warnings(scenario: Scenario, exchange: Exchange) -> Iterator[str]:
         )
 
 
-def _notes(scenario: Scenario, is_known: bool) -> Iterator[str]:
+def _notes(scenario: Scenario, timing: Timing | None, is_known: bool) -> Iterator[str]:
     """What the figures leave out, and all of it where the protocol is not known."""
     if scenario.resolved_clock == "netns":
         yield "clock = 'netns' needs root, Linux and iproute2"
@@ -144,5 +144,11 @@ def _notes(scenario: Scenario, is_known: bool) -> Iterator[str]:
         yield "a peer far behind adopts the newest model and skips rounds; the time is for peers that train all rounds"
     if scenario.network.trace:
         yield "network.trace is left out: the figures are for the rates at the start"
+        settled_s, total_s = scenario.build_links().settled_s, timing.total_s if timing else None
+        if total_s is not None and total_s > settled_s:
+            yield (
+                f"network.trace ends at {settled_s:g} s, and the run may take {total_s:.4g} s: the last rates hold on; "
+                "network.trace_repeat = true begins it again"
+            )
     if scenario.stop.target_accuracy is not None or scenario.stop.duration is not None:
         yield "[stop] may end it before the last round"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +17,23 @@ Series = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 """A tag, and f64 columns of rounds, values and seconds."""
 
 
-def write_tensorboard(folders: Sequence[Path], out: Path) -> None:
-    """Write the curves of the runs in `folders` below `out`, for `tensorboard --logdir`.
-
-    ConfigError if a folder holds no run, or tensorboard is not installed.
-    """
+def summary_writer() -> Any:
+    """torch's SummaryWriter. ConfigError where tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
             "--tensorboard needs tensorboard, which is not installed: pip install 'gossipfl[tensorboard]'"
         ) from error
+    return SummaryWriter
+
+
+def write_tensorboard(folders: Sequence[Path], out: Path) -> None:
+    """Write the curves of the runs in `folders` below `out`, for `tensorboard --logdir`.
+
+    ConfigError if a folder holds no run, or tensorboard is not installed.
+    """
+    SummaryWriter = summary_writer()
     for run in read_runs(folders):
         with SummaryWriter(log_dir=str(out / re.sub(r"[^\w.-]+", "-", run.name).strip("-."))) as writer:
             for tag, rounds, values, times_s in _series(run):
