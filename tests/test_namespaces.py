@@ -211,6 +211,46 @@ def test_a_round_trip_takes_the_latency_there_and_back():
     assert seconds >= 2 * 0.05
 
 
+def shaped(namespace: str, kind: str, device: str) -> str:
+    """What the kernel says of the device's classes or queues."""
+    return subprocess.run(
+        ["tc", "-n", namespace, kind, "show", "dev", device], check=True, capture_output=True, text=True
+    ).stdout
+
+
+@needs_root
+def test_the_kernel_follows_a_trace_of_rates(tmp_path):
+    """An end that has no limit at first gets one, and another later; rates that are due together are not lived through."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("time_s,peer,uplink,downlink\n1,p0,4,8\n2,p0,2,3\n3,p0,1,1\n1000,p0,9,9\n")
+    links = build_links(LinksConfig(trace=str(trace)), 2, 0)
+    with Namespaces(["p0", "p1"], links, [[1], [0]]) as made:
+        own = Path(made.path("p0")).name
+        switch = own.removesuffix("0") + "switch"
+        assert made.next_in_s == math.inf and "rate 10Gbit" in shaped(own, "class", "eth0")
+        made.begin(time.monotonic() - 1.5)
+        made.follow()
+        assert "1:1 root rate 4Mbit ceil 4Mbit" in shaped(own, "class", "eth0") and "rate 8Mbit" in shaped(
+            switch, "qdisc", "v0"
+        )
+        made.begin(time.monotonic() - 4)
+        made.follow()
+        assert "rate 1Mbit ceil 1Mbit" in shaped(own, "class", "eth0") and "rate 1Mbit" in shaped(switch, "qdisc", "v0")
+        assert 900 < made.next_in_s < 1000
+        assert math.isinf(links.uplink[0]) and "noqueue" in shaped(switch, "qdisc", "v1")
+
+
+@needs_root
+def test_a_run_over_a_trace_of_rates_takes_as_long_as_they_allow(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("time_s,peer,uplink,downlink\n" + "".join(f"0,p{peer},0.5,inf\n" for peer in range(4)))
+    run = RUN | {"network": {"latency": "10ms", "trace": str(trace)}}
+    virtual = gossipfl.run(run, clock="virtual", out=tmp_path / "virtual")
+    netns = gossipfl.run(run, clock="netns", out=tmp_path / "netns")
+    assert netns.summary["models_sha256"] == virtual.summary["models_sha256"]
+    assert netns.summary["seconds"]["wall"] >= 0.8 * virtual.summary["virtual_seconds"]  # its buckets may hold a burst
+
+
 @needs_root
 def test_what_a_killed_launcher_left_behind_is_removed_by_the_next():
     gone = subprocess.Popen([sys.executable, "-c", ""])

@@ -2,6 +2,8 @@
 
     with Namespaces(names, links, neighbours) as namespaces:
         namespaces.address("p3"), namespaces.path("p3")        # an IP address, and what `enter` takes in the peer's process
+        namespaces.begin(time.monotonic())
+        namespaces.follow()                                    # again in `next_in_s`: the rates of a trace that are due
 
 Each namespace hangs by a pair of virtual Ethernet devices on a bridge, in a namespace of its own; none of them reaches the
 machine's networks. The kernel's hierarchical token bucket at the peer's end shapes its uplink and, within that, what goes to
@@ -19,6 +21,7 @@ for lost, and sends again what it drops; so no message would be lost, and all of
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import os
@@ -26,12 +29,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 
 from gossipfl.errors import ConfigError, RunError
-from gossipfl.overlay.links import Links
+from gossipfl.overlay.links import Change, Links
 from gossipfl.protocol.messages import PeerId
 
 FOLDER = Path("/run/netns")
@@ -60,7 +64,12 @@ class Namespaces:
 
     def __init__(self, names: Sequence[PeerId], links: Links, neighbours: Sequence[Sequence[int]]) -> None:
         check_available(len(names))
-        self._names, self._links, self._neighbours = names, links, neighbours
+        self._names, self._neighbours = names, neighbours
+        self._links = copy.copy(links)  # as they are now
+        self._links.uplink, self._links.downlink = links.uplink.copy(), links.downlink.copy()
+        self._timeline = links.timeline()
+        self._change: Change | None = None
+        self._began = math.inf
         self._prefix = f"gossipfl-{os.getpid()}-"
         self._switch = f"{self._prefix}switch"
         self.by_kernel: tuple[str, ...] = ("rates",)
@@ -86,6 +95,28 @@ class Namespaces:
         """What the peer's process enters."""
         return str(FOLDER / f"{self._prefix}{self._names.index(name)}")
 
+    def begin(self, began: float) -> None:
+        """The times of a trace count from then (monotonic seconds), when the run began."""
+        self._began = began
+        self._change = next(self._timeline, None)
+
+    @property
+    def next_in_s(self) -> float:
+        """Seconds until rates change; infinite where they never do again."""
+        return math.inf if self._change is None else self._began + self._change.time_s - time.monotonic()
+
+    def follow(self) -> None:
+        """Have the kernel shape by the rates that are due."""
+        changed: dict[int, None] = {}
+        while self._change is not None and self.next_in_s <= 0:
+            index = self._change.index
+            self._links.uplink[index], self._links.downlink[index] = self._change.uplink, self._change.downlink
+            changed[index] = None
+            self._change = next(self._timeline, None)
+        for index in changed:
+            _run(["tc", "-n", f"{self._prefix}{index}"], _changes(outgoing(index, self._links, self._neighbours[index])))
+        _run(["tc", "-n", self._switch], _changes([line for index in changed for line in self._incoming(index)]))
+
     def close(self) -> None:
         """Remove them all, and with them their devices; processes inside keep theirs until they end."""
         _remove(path.name for path in FOLDER.glob(f"{self._prefix}*"))
@@ -106,10 +137,10 @@ class Namespaces:
             _run(["tc", "-n", f"{self._prefix}{index}"], outgoing(index, self._links, self._neighbours[index]))
         if self._links.has_latency and self._has_netem():
             self.by_kernel = ("rates", "latency")
-        lines = []
-        for index in indices:
-            lines += incoming(index, self._links, self._neighbours[index] if "latency" in self.by_kernel else ())
-        _run(["tc", "-n", self._switch], lines)
+        _run(["tc", "-n", self._switch], [line for index in indices for line in self._incoming(index)])
+
+    def _incoming(self, index: int) -> list[str]:
+        return incoming(index, self._links, self._neighbours[index] if "latency" in self.by_kernel else ())
 
     def _has_netem(self) -> bool:
         """By trying it, which also has the kernel load it, where nobody is."""
@@ -120,7 +151,8 @@ class Namespaces:
 def outgoing(index: int, links: Links, neighbours: Sequence[int]) -> list[str]:
     """tc's commands for what a peer sends: its uplink, shared by a class for each neighbour, which the pair bounds."""
     pairs = {other: links.pair(index, other) for other in neighbours}
-    if not neighbours or (math.isinf(links.uplink[index]) and all(map(math.isinf, pairs.values()))):
+    is_limited = not all(map(math.isinf, (links.uplink[index], *pairs.values())))
+    if not neighbours or not (is_limited or _is_traced(index, links)):
         return []
     uplink = _bit(float(links.uplink[index]))
     ceilings = {other: min(uplink, _bit(rate)) for other, rate in pairs.items()}
@@ -136,14 +168,24 @@ def incoming(index: int, links: Links, senders: Sequence[int] = ()) -> list[str]
         leaves = {}
         for other in senders:
             latency = links.latency(other, index)
-            most = min(rate, float(links.uplink[other]), links.pair(other, index))
+            uplink = max([float(links.uplink[other]), *(change.uplink for change in links.changes if change.index == other)])
+            most = min(uplink, links.pair(other, index))
             packets = LEAST_PACKETS + math.ceil(_bit(most) / 8 * (latency + QUEUE_S) / PACKET_BYTES)
             leaves[other] = f"netem delay {round(1e6 * latency)}us limit {packets}"
         return _classes(f"v{index}", "src", bits, dict.fromkeys(senders, bits), leaves)
-    if math.isinf(rate):
+    if math.isinf(rate) and not _is_traced(index, links):
         return []
     burst = max(2 * GSO_BYTES, bits // 8 // 250)  # of a timer tick, at the least
     return [f"qdisc add dev v{index} root tbf rate {bits}bit burst {burst} limit {burst + _queue_bytes(bits)}"]
+
+
+def _is_traced(index: int, links: Links) -> bool:
+    return any(change.index == index for change in links.changes)
+
+
+def _changes(lines: Iterable[str]) -> list[str]:
+    """tc's commands that have what is there already go by the rates in those that would add it."""
+    return [line.replace(" add ", " change ", 1) for line in lines if not line.startswith("filter") and " handle " not in line]
 
 
 def _classes(device: str, end: str, total: int, ceilings: Mapping[int, int], leaves: Mapping[int, str]) -> list[str]:

@@ -148,8 +148,6 @@ def check_namespaces(scenario: Scenario, in_process: bool) -> None:
         raise ConfigError("clock = 'netns' runs processes, and objects of your own stay in this one; use --clock local")
     if scenario.peers_per_process not in (None, 1):
         raise ConfigError(f"peers_per_process = {scenario.peers_per_process}, but each has a network of its own; remove it")
-    if scenario.build_links().changes:
-        raise ConfigError("network.trace is for the clocks virtual and local; remove it, or use one of them")
 
 
 def allow_file_descriptors(num_peers: int) -> None:

@@ -163,6 +163,8 @@ class Launcher:
 
         self.presence = Presence(churn, workers, start, replace, planned)
         self.presence.begin()
+        if self.namespaces is not None:
+            self.namespaces.begin(self.started_at)
         self.observer.started(folder, first["parameters"])
         self._follow(record)
         wall_s = time.monotonic() - self.started_at
@@ -225,7 +227,8 @@ class Launcher:
         """Record what the workers tell, until every peer has finished or died, or the run is interrupted."""
         stop = self.scenario.stop
         while not self.is_interrupted and self._present():
-            worker, event = self.crew.hear(self.presence.next_in_s)
+            rates_in_s = math.inf if self.namespaces is None else self.namespaces.next_in_s
+            worker, event = self.crew.hear(min(rates_in_s, self.presence.next_in_s))
             match event["event"]:
                 case _ if worker is None:
                     pass
@@ -246,6 +249,8 @@ class Launcher:
                 case "ended":
                     self._bury(worker, record)
             self.presence.follow(self.finished)
+            if self.namespaces is not None:
+                self.namespaces.follow()
             self.crew.watch_silence()
             if stop.duration is not None and time.monotonic() - self.started_at > stop.duration:
                 self._stop_soon(record)
