@@ -614,7 +614,7 @@ def test_a_server_that_lies_when_it_continues_is_left_and_another_starts_afresh(
     def lie(served, continuation, *_) -> list[Result]:
         return [Result(continuation.request, served.version, 0.0, 0, len(payload), payload=payload)]
 
-    monkeypatch.setattr(inference_server, "_run_again", lie)
+    monkeypatch.setattr(inference_server, "run_again", lie)
     liar, honest = (servers(cut=2, activation_bits=4, certificate=also_continued(math.inf)) for _ in range(2))
     device = devices(liar, honest)
     answer = device.predict(X, DEADLINE_S)

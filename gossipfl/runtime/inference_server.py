@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 
 from gossipfl.errors import CodecError, ConfigError, GossipflError, RemoteProtocolError, RunError
-from gossipfl.inference.execution.activations import decode_continued, decode_live, num_bytes
+from gossipfl.inference.execution.activations import num_bytes
 from gossipfl.inference.planning.answering import Answerer, ServerConfig
 from gossipfl.inference.planning.catalogue import Catalogue
 from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
 from gossipfl.inference.planning.profile import Plan
 from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
-from gossipfl.inference.planning.remembered import First
 from gossipfl.inference.planning.server_words import (
     Action,
     Caller,
@@ -61,20 +60,18 @@ from gossipfl.protocol.messages import (
     Data,
     Failed,
     Later,
-    Offer,
     PlanRequest,
     Pull,
     Record,
     Refuse,
-    Result,
 )
 from gossipfl.runtime import model_list
 from gossipfl.runtime.message_loop import MessageLoop
 from gossipfl.runtime.model_list import Architecture
 from gossipfl.runtime.served import Certifier, ServedVersion, nothing_certified
+from gossipfl.runtime.server_answers import offered, pulled, run_again, run_stage, timed
 from gossipfl.runtime.stages import ModelChain, check_inputs, clipped, live_shapes, threads
 from gossipfl.runtime.transport import Happening, Incoming, ZmqTransport
-from gossipfl.segments.codecs import all_finite
 from gossipfl.segments.codecs.planes import MAX_PLANES
 
 logger = logging.getLogger(__name__)
@@ -178,7 +175,7 @@ class InferenceServer:
         began = time.perf_counter()
         if not self._local.acquire(blocking=False):
             raise RunError(f"{self._max_queued} questions wait already; ask again, or ask another server")
-        future = self._compute.submit(_timed, lambda: served.stage(0)((inputs,)))
+        future = self._compute.submit(timed, lambda: served.stage(0)((inputs,)))
         future.add_done_callback(lambda _: self._local.release())
         (scores,), seconds = _wait(future, budget.timeout_s, "the server is busy")
         total = time.perf_counter() - began
@@ -283,11 +280,11 @@ class InferenceServer:
                 key = caller, activation.request
                 parts = self._kept[key] if remember else self._kept.pop(key)
                 served = self._served[caller.model][activation.version]
-                self._run(Ran(*key), lambda: _run_stage(served, activation, parts))
+                self._run(Ran(*key), lambda: run_stage(served, activation, parts))
             case RunAgain(caller, continuation, first):
                 kept, missing = (self._kept.pop((caller, request)) for request in (first.request, continuation.request))
                 served = self._served[caller.model][first.version]
-                self._run(Ran(caller, continuation.request), lambda: _run_again(served, continuation, first, kept, missing))
+                self._run(Ran(caller, continuation.request), lambda: run_again(served, continuation, first, kept, missing))
             case MakePlan(caller, request, version, ask):
                 planned = Planned(caller, request)
                 self._submit(self._library, planned, lambda: self._offer(planned, version, ask))
@@ -339,7 +336,7 @@ class InferenceServer:
         try:
             plan = served.plan(ask, versions.get(ask.held))
             if served.is_certified(plan):
-                return _offered(request, served.offer(plan, ask))
+                return offered(request, served.offer(plan, ask))
         except ConfigError as error:
             return Failed(request, Failure.PLAN, clipped(error))
         self._submit(self._certifying, planned, lambda: self._certify(planned, served, plan, ask))
@@ -350,7 +347,7 @@ class InferenceServer:
             served.certify(plan)
         except ConfigError as error:
             return Failed(planned.request, Failure.PLAN, clipped(error))
-        self._submit(self._library, planned, lambda: _offered(planned.request, served.offer(plan, ask)))
+        self._submit(self._library, planned, lambda: offered(planned.request, served.offer(plan, ask)))
         return None
 
     def _tell_refused(self, caller: Caller, ask: Ask, served: ServedVersion) -> None:
@@ -364,17 +361,11 @@ class InferenceServer:
 
     def _serve(self, caller: Caller, pull: Pull, served: ServedVersion) -> None:
         try:
-            encoded = [served.piece(range_, pull.codec) for range_ in pull.ranges]
+            answer = pulled(served, pull)
         except (CodecError, ConfigError) as error:
             logger.info("%s pulls what is not served: %s", caller.name, error)
             self._loop.post(lambda: self._send_pulled(caller, pull, None))
             return
-        answer: list[Data] = []
-        resumed = pull.offset
-        for range_, payload in zip(pull.ranges, encoded, strict=True):
-            for offset, part in wire.parts(payload, min(resumed, len(payload) - 1)):
-                answer.append(Data(pull.request, pull.version, pull.version, 0, range_, offset, len(payload), len(part), part))
-            resumed = 0
         self._loop.post(lambda: self._send_pulled(caller, pull, answer))
 
     def _send_pulled(self, caller: Caller, pull: Pull, answer: list[Data] | None) -> None:
@@ -391,59 +382,12 @@ class InferenceServer:
         self._transport.send(caller.called, caller.name, refusal, caller.origin)
 
 
-def _offered(request: int, offer: bytes) -> list[Chunk]:
-    return [Offer(request, offset, len(offer), payload=part) for offset, part in wire.parts(memoryview(offer))]
-
-
 def _ask(payload: wire.Buffer) -> Ask | None:
     try:
         return ask_from_json(bytes(payload))
     except RemoteProtocolError as error:
         logger.info("no plan request: %s", error)
         return None
-
-
-def _run_stage(served: ServedVersion, activation: Activation, parts: list[Any]) -> list[Chunk] | Failed:
-    """The scores, or what was wrong with what came."""
-    shapes = live_shapes(served.chain.profile, activation.cut)
-    try:
-        live = decode_live(_joined(parts), shapes, activation.samples, activation.bits)
-    except CodecError as error:
-        return Failed(activation.request, Failure.INPUT, clipped(error))
-    return _scores(served, activation.request, activation.cut, live)
-
-
-def _run_again(
-    served: ServedVersion, continuation: Continuation, first: First, kept: list[Any], missing: list[Any]
-) -> list[Chunk] | Failed:
-    """The scores of the samples that are continued, or what was wrong with what came."""
-    shapes = live_shapes(served.chain.profile, first.cut)
-    try:
-        live = decode_continued(_joined(kept), _joined(missing), shapes, first.samples, first.bits)
-        if len(live[0]) != continuation.samples:
-            raise CodecError(f"{len(live[0])} samples are marked, not {continuation.samples}")
-    except CodecError as error:
-        return Failed(continuation.request, Failure.INPUT, clipped(error))
-    return _scores(served, continuation.request, first.cut, live)
-
-
-def _scores(served: ServedVersion, request: int, cut: int, live: tuple[np.ndarray, ...]) -> list[Chunk] | Failed:
-    (scores,), seconds = _timed(lambda: served.stage(cut)(live))
-    if not all_finite(scores.reshape(-1)):
-        return Failed(request, Failure.COMPUTE, "the scores are not finite")
-    encoded = memoryview(np.ascontiguousarray(scores, np.float32).tobytes())
-    return [
-        Result(request, served.version, seconds, offset, len(encoded), payload=part) for offset, part in wire.parts(encoded)
-    ]
-
-
-def _joined(parts: list[Any]) -> Any:
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    began = time.perf_counter()
-    return work(), time.perf_counter() - began
 
 
 def _wait(future: Future[Any], timeout_s: float, what: str) -> Any:
