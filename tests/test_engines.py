@@ -171,6 +171,24 @@ def test_arranging_codes_changes_none(pads: tuple[int, ...]) -> None:
     torch.testing.assert_close(scores, F.linear(flat, rounded, head.bias), rtol=1e-4, atol=1e-5)
 
 
+class Rows(nn.Module):
+    """A stage that flattens images to their rows, each of which the layer takes by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Live:
+        return (self.head(torch.flatten(torch.relu(self.conv(x)), 0, 2)),)
+
+
+@needs_int8
+def test_images_flattened_to_rows_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    stage, x = fx.symbolic_trace(Rows()), torch.rand(7, 3, 8, 8)
+    assert error(quantize(stage, (x,))(x), stage(x)) < 0.05
+
+
 @needs_int8
 def test_layers_without_a_kernel_on_codes_stay_in_f32() -> None:
     chain = Chain.of(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import gossipfl
-from gossipfl.errors import ConfigError
+from gossipfl.errors import ConfigError, RunError
 from gossipfl.overlay.links import Constant, LinksConfig, build_links
 from gossipfl.runtime import namespaces
 from gossipfl.runtime.namespaces import Namespaces, enter, incoming, outgoing
@@ -238,6 +238,18 @@ def test_the_kernel_follows_a_trace_of_rates(tmp_path):
         assert "rate 1Mbit ceil 1Mbit" in shaped(own, "class", "eth0") and "rate 1Mbit" in shaped(switch, "qdisc", "v0")
         assert 900 < made.next_in_s < 1000
         assert math.isinf(links.uplink[0]) and "noqueue" in shaped(switch, "qdisc", "v1")
+
+
+@needs_root
+def test_rates_that_the_kernel_does_not_take_in_a_run_are_no_mistake_of_the_scenario(tmp_path):
+    """What there is of the run is then kept."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("time_s,peer,uplink,downlink\n1,p0,4,8\n")
+    with Namespaces(["p0", "p1"], build_links(LinksConfig(trace=str(trace)), 2, 0), [[1], [0]]) as made:
+        subprocess.run(["tc", "-n", Path(made.path("p0")).name, "qdisc", "del", "dev", "eth0", "root"], check=True)
+        made.begin(time.monotonic() - 2)
+        with pytest.raises(RunError, match="the kernel refuses `tc "):
+            made.follow()
 
 
 @needs_root

@@ -106,16 +106,19 @@ class Namespaces:
         return math.inf if self._change is None else self._began + self._change.time_s - time.monotonic()
 
     def follow(self) -> None:
-        """Have the kernel shape by the rates that are due."""
+        """Have the kernel shape by the rates that are due. RunError where it will not."""
         changed: dict[int, None] = {}
         while self._change is not None and self.next_in_s <= 0:
             index = self._change.index
             self._links.uplink[index], self._links.downlink[index] = self._change.uplink, self._change.downlink
             changed[index] = None
             self._change = next(self._timeline, None)
-        for index in changed:
-            _run(["tc", "-n", f"{self._prefix}{index}"], _changes(outgoing(index, self._links, self._neighbours[index])))
-        _run(["tc", "-n", self._switch], _changes([line for index in changed for line in self._incoming(index)]))
+        try:
+            for index in changed:
+                _run(["tc", "-n", f"{self._prefix}{index}"], _changes(outgoing(index, self._links, self._neighbours[index])))
+            _run(["tc", "-n", self._switch], _changes([line for index in changed for line in self._incoming(index)]))
+        except ConfigError as error:  # the run is under way, and what there is of it is kept
+            raise RunError(str(error)) from error
 
     def close(self) -> None:
         """Remove them all, and with them their devices; processes inside keep theirs until they end."""
@@ -168,8 +171,8 @@ def incoming(index: int, links: Links, senders: Sequence[int] = ()) -> list[str]
         leaves = {}
         for other in senders:
             latency = links.latency(other, index)
-            uplink = max([float(links.uplink[other]), *(change.uplink for change in links.changes if change.index == other)])
-            most = min(uplink, links.pair(other, index))
+            uplinks, downlinks = _rates(other, links)[0], _rates(index, links)[1]
+            most = min(max(uplinks), max(downlinks), links.pair(other, index))
             packets = LEAST_PACKETS + math.ceil(_bit(most) / 8 * (latency + QUEUE_S) / PACKET_BYTES)
             leaves[other] = f"netem delay {round(1e6 * latency)}us limit {packets}"
         return _classes(f"v{index}", "src", bits, dict.fromkeys(senders, bits), leaves)
@@ -181,6 +184,13 @@ def incoming(index: int, links: Links, senders: Sequence[int] = ()) -> list[str]
 
 def _is_traced(index: int, links: Links) -> bool:
     return any(change.index == index for change in links.changes)
+
+
+def _rates(index: int, links: Links) -> tuple[list[float], list[float]]:
+    """All that a peer's uplink and downlink ever have, now and by the trace."""
+    changes = [change for change in links.changes if change.index == index]
+    uplinks, downlinks = [change.uplink for change in changes], [change.downlink for change in changes]
+    return [float(links.uplink[index]), *uplinks], [float(links.downlink[index]), *downlinks]
 
 
 def _changes(lines: Iterable[str]) -> list[str]:

@@ -62,12 +62,12 @@ def _peer_bytes(scenario: Scenario, parameters: int) -> int:
     copies = gossip.versions_kept + 2
     if scenario.resolved_clock != "virtual":
         copies += min(gossip.replicas, scenario.peers - 1)
-    elif gossip.codec != "float32":
-        copies += gossip.versions_kept  # what each version decodes to
-    if scenario.resolved_clock == "virtual" and gossip.protocol == "gossip" and not gossip.max_staleness:
-        copies -= 1  # all train in place, at one time, before any of them mixes
-    if scenario.resolved_clock == "virtual" and gossip.protocol == "fragments":
-        copies += 4  # of which others hold a fragment that they have not mixed yet; measured
+    else:
+        copies += gossip.versions_kept if gossip.codec != "float32" else 0  # what each version decodes to
+        if gossip.protocol == "fragments":
+            copies += 4  # of which others hold a fragment that they have not mixed yet; measured
+        elif gossip.protocol == "gossip" and not gossip.max_staleness:
+            copies -= 1  # all train in place, at one time, before any of them mixes
     if isinstance(codec(gossip.codec), SparseCodec):
         copies += 2  # the accumulator of what was not sent yet
     return copies * parameters * 4

@@ -106,9 +106,9 @@ class _Quantizer:
         return self._copy(node, {source: copy})
 
     def _is_image_for_linear(self, node: fx.Node, source: fx.Node) -> bool:
-        shape, flat = self._values[source].shape, self._values[node].shape
-        layers = [layer_of(self._stage, user) for user in node.users]
-        return len(shape) == 4 and len(flat) == 2 and all(isinstance(layer, nn.Linear) for layer in layers)
+        shape, layers = self._values[source].shape, [layer_of(self._stage, user) for user in node.users]
+        is_image = len(shape) == 4 and self._values[node].shape == (shape[0], shape[1:].numel())
+        return is_image and all(isinstance(layer, nn.Linear) for layer in layers)
 
     def _with_channels_last(self, weight: Tensor, flattened: fx.Node) -> Tensor:
         """Its columns in the order of what is flattened with its channels last."""
