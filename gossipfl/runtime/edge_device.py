@@ -150,6 +150,8 @@ class EdgeDevice:
         """Payload of the pieces that have been pulled."""
         self.bytes_offered = 0
         """Payload of the offers that have come, with the samples to compile engines with."""
+        self.first_asks: list[Ask] = []
+        """For a first version, each without other engines than the one before."""
         self.seconds_pulled = 0.0
         """From the last Pull to the last of what it asked for."""
         self._loop.start()
@@ -292,6 +294,8 @@ class EdgeDevice:
         match message:
             case PlanRequest(request, ask):
                 assert isinstance(ask, Ask)
+                if not ask.held and (not self.first_asks or self.first_asks[-1].refused != ask.refused):
+                    self.first_asks.append(ask)
                 self._coming[peer, request] = Coming()
                 self._transport.send(self._name, peer, PlanRequest(request, payload=to_json(ask)))
             case Pull(request, version, _, ranges, codec_):

@@ -18,7 +18,7 @@ import numpy as np
 
 from gossipfl.errors import ConfigError
 from gossipfl.inference.execution.calibration import Calibrator
-from gossipfl.inference.execution.engines import missing_engines, undisturbed
+from gossipfl.inference.execution.engines import undisturbed
 from gossipfl.inference.planning.catalogue import Bits, Catalogue, Overhead
 from gossipfl.inference.planning.cuts import CutRow, choose_plan, fetch_seconds
 from gossipfl.inference.planning.profile import ON_DEVICE, DeviceProfile, FallbackRates, Plan
@@ -239,10 +239,7 @@ def _open(
     )
     stack.callback(edge.close)
     edge.predict(inputs[:1], PATIENCE_S)
-    first, _ = choose_plan(forced, device, LEVEL, refused=missing_engines())
-    offered = [first]
-    if edge.refused.keys() & set(first.device_engines):
-        offered.append(choose_plan(forced, device, LEVEL, (), first.prediction.sample_bytes > 0, edge.refused)[0])
+    offered = [choose_plan(forced, device, LEVEL, (), bool(ask.samples), ask.refused)[0] for ask in edge.first_asks]
     return Opened(device, forced, offered, edge)
 
 
