@@ -519,6 +519,18 @@ def test_an_engine_that_the_device_has_refused_is_not_planned_for_it():
     assert choose_plan(alone, DeviceProfile(price_weight=9.0), 0.01, refused=("int8",))[0].stages[0].engine == "int8"
 
 
+def test_engines_that_are_cheaper_once_the_samples_are_there_may_take_the_place_of_the_one_that_they_come_for():
+    times = {"fp32": (0.0, 1.0, 2.0, 3.0), "int8": (0.0, 0.1, 0.2, 0.3), "bf16": (0.0, 0.9, 1.9, 2.9)}
+    catalogue = replace(EXAMPLE, device_s=times, sample_bytes=1000)
+    device = DeviceProfile(price_weight=9.0, downlink=1000.0)  # 1 s for the samples, and bf16 saves 0.1 s
+    first, _ = choose_plan(catalogue, device, 0.01)
+    assert (first.stages[0].engine, first.other_engines) == ("int8", ("bf16",))
+    second, _ = choose_plan(catalogue, device, 0.01, has_samples=True, refused=("int8",))
+    assert (second.stages[0].engine, second.other_engines) == ("bf16", ()), "what was tried in its place"
+    without, _ = choose_plan(catalogue, device, 0.01, refused=("int8",))
+    assert (without.stages[0].engine, without.other_engines) == ("fp32", ())
+
+
 def test_where_nothing_fits_the_smallest_memory_that_would_do_is_named():
     device = DeviceProfile("watch", memory_bytes=200)
     message = r"memory_bytes = 200 of device 'watch' is too little for every cut; the smallest, after 0 of 3 layers, takes 288"

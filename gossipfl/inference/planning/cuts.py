@@ -163,7 +163,7 @@ def _best_row(
 
 
 class _Computing(NamedTuple):
-    """What a cut takes but for its bits. `others` than `engine` follow it, the cheaper before, down to the full one."""
+    """What a cut takes but for its bits. `others` than `engine` are cheaper than the full one too, the cheapest first."""
 
     engine: str
     others: tuple[str, ...]
@@ -181,14 +181,20 @@ def _computing(catalogue: Catalogue, device: DeviceProfile, cut: int, sizes: Lay
     fitting = [engine for engine, num_bytes in memory.items() if num_bytes <= device.memory_bytes]
     samples = {engine: catalogue.sample_bytes if cut and engine != FULL_ENGINE else 0 for engine in device_times}
 
-    def cost_of(engine: str) -> tuple[float, float]:
-        """Of computing here, and of what it takes to compile."""
+    def computing_cost(engine: str) -> tuple[float, float]:
         device_s = device_times[engine] / device.speed
-        computing = (device.time_weight + device.energy_weight * device.compute_w) * device_s
+        return (device.time_weight + device.energy_weight * device.compute_w) * device_s, device_s
+
+    def cost(engine: str) -> tuple[float, float]:
+        """With what it takes to compile."""
+        computing, device_s = computing_cost(engine)
         return computing + device.time_weight * samples[engine] / device.downlink / device.requests, device_s
 
-    ranked = sorted(fitting, key=cost_of) or [min(memory, key=memory.__getitem__)]
-    engine, others = ranked[0], tuple(takewhile(FULL_ENGINE.__ne__, ranked))[1:]
+    engine = min(fitting, key=cost) if fitting else min(memory, key=memory.__getitem__)
+    others: tuple[str, ...] = ()
+    if engine != FULL_ENGINE:  # its samples are there for the others too
+        cheaper = takewhile(FULL_ENGINE.__ne__, sorted(fitting, key=computing_cost))
+        others = tuple(other for other in cheaper if other != engine)
     server_engine = min(server_times, key=server_times.__getitem__)
     overhead = catalogue.overhead(cut)
     device_s = (device_times[engine] + overhead.device_s) / device.speed
