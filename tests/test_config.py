@@ -528,7 +528,8 @@ def test_an_override_of_a_matrix_takes_the_place_of_the_rate_of_pairs_and_back(t
         ({"trace": "no.csv"}, "network.trace = 'no.csv' does not exist; give a CSV file, relative to the scenario file"),
         ({"trace": "."}, "is a folder; give a CSV file, relative to the scenario file"),
         ({"uplink": "1e400Mbit"}, "network.uplink = '1e400Mbit' must be finite; say 'unlimited' where there is no limit"),
-        ({"trace_repeat": True}, "network.trace_repeat = True has no network.trace to repeat"),
+        ({"trace_after": "hold"}, "network.trace_after = 'hold' comes after no network.trace; give one, or remove it"),
+        ({"trace": __file__, "trace_after": "stop"}, "network.trace_after"),
         ({"peers": {"p8": {}}}, "network.peers.p8: there is no peer 'p8'; peers are p0 to p7"),
         ({"peers": {"p1": {"uplink": 3}}}, "network.peers.p1.uplink = 3 has no unit"),
         ({"peers": {"p1": {"uplnk": 3}}}, "unknown key 'network.peers.p1.uplnk'; did you mean 'network.peers.p1.uplink'?"),
@@ -909,7 +910,7 @@ def test_rates_and_latencies_are_resolved_to_text_with_units():
     resolved = load_scenario({"network": network, "compute": {"step_time": "20ms"}}).resolved()
     assert resolved["network"] == {
         **{"uplink": "10Mbit", "downlink": "4.194304Mbit", "pair": "unlimited", "latency": "50ms", "jitter": "0.1ms"},
-        **{"loss": 0.0, "trace_repeat": False, "peers": {"p1": {"latency": "2.0s"}}},
+        **{"loss": 0.0, "peers": {"p1": {"latency": "2.0s"}}},
     }
     assert resolved["compute"]["step_time"] == "20ms"
 

@@ -287,7 +287,7 @@ def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_jso
 def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: bool) -> None:
     """Tell what a SCENARIO will take before it is run: bytes, time, memory, and which link or device is the bottleneck.
 
-    Where memory is short, the plan ends with the message and the exit code that the run would end with.
+    Where memory or a trace is too short, the plan ends with the message and the exit code that the run would end with.
 
     \b
     gossipfl plan combo
@@ -303,8 +303,8 @@ def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: 
         click.echo(json.dumps(asdict(made)))
     else:
         print_plan(stdout_console(), made)
-    if made.too_large:
-        raise ConfigError(f"the run would be refused: {made.too_large}")
+    if made.refused:
+        raise ConfigError(f"the run would be refused: {made.refused}")
 
 
 @click.command(epilog=EPILOG)

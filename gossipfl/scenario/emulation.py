@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,15 +57,17 @@ class Network(Table):
     )
     latency_matrix: ExistingFile | None = Field(default=None, description="CSV of peers x peers, ms")
     trace: ExistingFile | None = Field(default=None, description="CSV of time_s,peer,uplink,downlink, Mbit/s")
-    trace_repeat: bool = Field(default=False, description="begin the trace again after its last row")
+    trace_after: Literal["hold", "repeat"] | None = Field(
+        default=None, description="after its last row: hold its rates, or repeat it; else it lasts as long as the run"
+    )
     peers: dict[str, PeerLink] = Field(default_factory=dict, description="links of single peers, by name")
 
     @model_validator(mode="after")
     def _one_source_each(self) -> Network:
         _exclude(self, "network", "pair", "pair_matrix")
         _exclude(self, "network", "latency", "latency_matrix")
-        if self.trace_repeat and self.trace is None:
-            raise ValueError("network.trace_repeat = True has no network.trace to repeat; give one, or remove it")
+        if self.trace_after and self.trace is None:
+            raise ValueError(f"network.trace_after = {self.trace_after!r} comes after no network.trace; give one, or remove it")
         return self
 
     def build(self, num_peers: int, seed: int) -> Links:
@@ -80,7 +82,7 @@ class Network(Table):
             pair_matrix=self.pair_matrix,
             latency_matrix=self.latency_matrix,
             trace=self.trace,
-            trace_repeat=self.trace_repeat,
+            trace_repeat=self.trace_after == "repeat",
             peer_uplink=_given(self.peers, "uplink"),
             peer_downlink=_given(self.peers, "downlink"),
             peer_latency=_given(self.peers, "latency"),

@@ -126,13 +126,13 @@ def groups_of(scenario: Scenario, in_process: bool) -> list[list[str]]:
 
 
 def about_trace(scenario: Scenario, ran_s: float) -> list[str]:
-    """What to tell of a run that went on, in seconds of its clock, after its trace of rates had ended."""
+    """What to tell of a run that went on, in seconds of its clock, after its trace of rates had ended, against expectations."""
     settled_s = scenario.build_links().settled_s
-    if scenario.network.trace is None or ran_s <= settled_s:
+    if scenario.network.trace_after or not 0 < settled_s < ran_s:
         return []
     return [
-        f"network.trace ends at {settled_s:g} s: its last rates held from then until {ran_s:.4g} s; "
-        "network.trace_repeat = true would begin it again"
+        f"network.trace ends at {settled_s:g} s: its last rates held from then until {ran_s:.4g} s; give rows until then, "
+        "or network.trace_after"
     ]
 
 

@@ -46,6 +46,10 @@ def run(
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_free(folder, force)  # before torch is loaded, which takes most of the time until a run begins
+    if loaded.network.trace and not loaded.network.trace_after:
+        from gossipfl.scenario.planning import check_trace
+
+        check_trace(loaded, dataset, model)
     objects = {"model": model, "dataset": dataset, "step": step}
     observer, began = observer or Observer(), began or time.time()
     match loaded.resolved_clock:

@@ -7,6 +7,6 @@
 puts them beside memory and graph and says what is left out, and `view` is what a person sees of it.
 """
 
-from gossipfl.scenario.planning.plan import Plan, make_plan
+from gossipfl.scenario.planning.plan import Plan, check_trace, make_plan
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "check_trace", "make_plan"]
