@@ -1,9 +1,16 @@
 """Fixtures shared by the tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """What the tests start hears Ctrl-C, also where they run in the background of a shell, which lets nobody there hear it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

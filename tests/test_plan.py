@@ -293,6 +293,18 @@ def test_a_run_that_nobody_knows_the_duration_of_is_not_refused_for_its_trace(tm
     assert code == 0 and json.loads(shown)["refused"] is None, "trainings take as long as this machine needs"
 
 
+@pytest.mark.parametrize("period", ["90ms", "120ms"])
+def test_peers_that_are_gone_before_they_have_trained_are_told_of(period, tmp_path):
+    words = ("quickstart", "--clock", "virtual", "--set", "churn.online=0.9", "--set", f"churn.period={period}")
+    words += ("--set", "training.local_steps=10", "--set", "compute.step_time=100ms")
+    told = "[churn] has a peer there for 0.9 s at a stretch, on average, and a round takes 1 s to train: most are begun in vain"
+    _, shown, _ = run(*words, "--json")
+    assert any(note.startswith(told) for note in json.loads(shown)["notes"]) == (period == "90ms")
+    CliRunner().invoke(main, ["run", *words, "--set", "stop.duration=2s", "--out", str(tmp_path / "run"), "--quiet"])
+    warnings = json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"]
+    assert any(warning.startswith(told) for warning in warnings) == (period == "90ms")
+
+
 def test_every_clock_can_be_planned():
     for clock, processes in (("virtual", 1), ("local", 2), ("netns", 8)):
         code, shown, _ = run("quickstart", "--json", "--clock", clock, "--set", "peers_per_process=4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -173,12 +174,22 @@ def test_two_combinations_that_would_share_a_folder_are_refused():
         sweep_runs("quickstart", ["model_args.hidden=[8 ],[8\t]"])
 
 
+@contextlib.contextmanager
+def _ended(process):
+    """It ends with the test, whatever has become of either."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.mark.processes
 def test_a_second_interrupt_changes_nothing_about_the_last_words_of_a_sweep(tmp_path):
     words = ["--clock", "virtual", "--param", "rounds=1,100000,1000000", "--jobs", "1", "--out", "out"]
     command = [sys.executable, "-m", "gossipfl.cli", "sweep", "quickstart", *words]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with _ended(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("1/3  rounds=1 ")
         process.send_signal(signal.SIGINT)
@@ -195,7 +206,7 @@ def test_an_interrupt_stops_the_processes_and_leaves_what_has_finished(tmp_path)
     words = ["--set", "central=false", "--clock", "virtual", "--param", "rounds=1,100000", "--jobs", "1", "--out", "out"]
     command = [sys.executable, "-m", "gossipfl.cli", "sweep", "quickstart", *words]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with _ended(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("1/2  rounds=1 ")
         children = psutil.Process(process.pid).children(recursive=True)

@@ -101,6 +101,11 @@ class Churn:
         """Availability is drawn, again and again."""
         return self.online < 1 and self.period_s < math.inf
 
+    @property
+    def mean_stay_s(self) -> float:
+        """How long a peer is there at a stretch, on average; what is planned aside."""
+        return self.period_s / (1 - self.online) if self.is_endless else math.inf
+
     def _redraws(self) -> Iterator[Change]:
         """The availability of every peer in each period, by a generator of its own, so that no query shifts a later one."""
         for period in itertools.count(1) if self.is_endless else ():

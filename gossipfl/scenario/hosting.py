@@ -136,6 +136,17 @@ def about_trace(scenario: Scenario, ran_s: float) -> list[str]:
     ]
 
 
+def about_churn(scenario: Scenario, train_s: float) -> list[str]:
+    """What to tell of a run whose peers, as a rule, are gone again before they have trained for `train_s`, a round."""
+    stays_s = scenario.build_churn().mean_stay_s
+    if train_s <= stays_s:
+        return []
+    return [
+        f"[churn] has a peer there for {stays_s:.3g} s at a stretch, on average, and a round takes {train_s:.3g} s to train: "
+        "most are begun in vain, and the run hardly advances; lengthen churn.period, or give stop.duration"
+    ]
+
+
 def check_namespaces(scenario: Scenario, in_process: bool) -> None:
     """ConfigError for what the clock netns cannot do."""
     check_available(scenario.peers)

@@ -33,7 +33,7 @@ from gossipfl.protocol.machine import Fault, RoundReport, Traffic
 from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
-from gossipfl.scenario.hosting import about_trace, peer_settings, tell_of_statistics
+from gossipfl.scenario.hosting import about_churn, about_trace, peer_settings, tell_of_statistics
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
@@ -139,6 +139,8 @@ class _Simulation(Watcher):
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()
         self.devices = scenario.build_devices()
         self.num_steps = [training.num_steps(len(shard)) for shard in shards]
+        for line in about_churn(scenario, float(np.median(self.devices.step_s * self.num_steps))):
+            record.warn(line)
         self.learners = {name: Learner(name, shard) for name, shard in zip(names, shards, strict=True)}
         self.topology = scenario.build_topology()
         self.config, self.late = self.gossip.for_peer(self.layout, 1), frozenset(scenario.late_peers)

@@ -18,7 +18,7 @@ from gossipfl.overlay.topology import Topology
 from gossipfl.protocol.membership import MIN_ANSWER_S
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
-from gossipfl.scenario.hosting import peer_settings
+from gossipfl.scenario.hosting import about_churn, peer_settings
 from gossipfl.scenario.memory import available_bytes, needed_bytes, why_too_large
 from gossipfl.scenario.planning.exchanges import Exchange, exchange_of
 from gossipfl.scenario.planning.timing import Timing, time_rounds
@@ -82,7 +82,7 @@ def make_plan(scenario: Scenario) -> Plan:
         topology=measure(outline.topology),
         timing=timing,
         warnings=tuple(_warnings(scenario, exchange)) if exchange else (),
-        notes=tuple(_notes(scenario, is_known=exchange is not None)),
+        notes=tuple(_notes(scenario, outline.train_s, is_known=exchange is not None)),
     )
 
 
@@ -102,6 +102,7 @@ class _Outline:
     layout: Layout
     encoded_bytes: int
     topology: Topology
+    train_s: float  # of the median peer
     exchange: Exchange | None  # None for a protocol of the user's own
     timing: Timing | None
 
@@ -122,7 +123,8 @@ def _outline(scenario: Scenario, dataset: Dataset | None = None, model: nn.Modul
     exchange = exchange_of(scenario, topology, segment_bytes)
     num_steps = np.array([training.num_steps(len(shard)) for shard in deal(scenario, dataset)])
     timing = time_rounds(scenario, exchange, num_steps) if exchange and _has_time(scenario) else None
-    return _Outline(layout, int(segment_bytes.sum()), topology, exchange, timing)
+    train_s = float(np.median(scenario.build_devices().step_s * num_steps))
+    return _Outline(layout, int(segment_bytes.sum()), topology, train_s, exchange, timing)
 
 
 def _why_too_short(scenario: Scenario, timing: Timing | None) -> str | None:
@@ -172,7 +174,7 @@ def _warnings(scenario: Scenario, exchange: Exchange) -> Iterator[str]:
         )
 
 
-def _notes(scenario: Scenario, is_known: bool) -> Iterator[str]:
+def _notes(scenario: Scenario, train_s: float, is_known: bool) -> Iterator[str]:
     """What the figures leave out, and all of it where the protocol is not known."""
     if scenario.resolved_clock == "netns":
         yield "clock = 'netns' needs root, Linux and iproute2"
@@ -188,6 +190,8 @@ def _notes(scenario: Scenario, is_known: bool) -> Iterator[str]:
             yield "[compute] says nothing: training takes as long as this machine needs, and is counted with 10 ms a step"
     if not scenario.build_churn().is_empty:
         yield "[churn] is left out: the figures are for peers that stay"
+        if _has_training_time(scenario):
+            yield from about_churn(scenario, train_s)
     if scenario.gossip.protocol == "fragments":
         yield "the bytes are the most there can be: a neighbour that still sends is asked for no more"
     if scenario.gossip.selection not in ("uniform", "all"):
