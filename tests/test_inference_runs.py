@@ -53,7 +53,7 @@ from gossipfl.runtime import edge_device, inference_server
 from gossipfl.runtime.content_cache import ContentCache, digest_of
 from gossipfl.runtime.edge_device import EdgeDevice
 from gossipfl.runtime.inference_server import InferenceServer
-from gossipfl.runtime.stages import live_shapes
+from gossipfl.runtime.stages import RunnableStage, live_shapes
 from gossipfl.scenario.inference.device_view import Answers
 from gossipfl.scenario.inference.serve import SAY_S, Inputs, answer_all
 from gossipfl.segments.codecs.planes import Planes
@@ -203,6 +203,21 @@ def test_the_scores_are_those_of_the_same_plan_in_one_place(kind, cut, activatio
     assert set(parts) == {"device", "transfer", "server", "total"}
     assert parts["total"] >= parts["device"] + parts["server"] > 0
     assert device.faults == [] and [model.version for model in device.models()] == [1]
+
+
+@pytest.mark.parametrize("is_brief", [True, False])
+def test_only_what_takes_longer_than_that_is_handed_to_another_thread(is_brief, servers, devices, monkeypatch):
+    monkeypatch.setattr("gossipfl.runtime.stages.BRIEF_S", float("inf") if is_brief else 0.0)
+    server = servers()
+    device = devices(server)
+    device.predict(X, DEADLINE_S)  # the server has compiled its stage
+    ran, call = [], RunnableStage.__call__
+    monkeypatch.setattr(
+        RunnableStage, "__call__", lambda *of: ran.append(threading.current_thread().name.rstrip("_0")) or call(*of)
+    )
+    assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X))
+    shells = ["gossipfl-edge-device", "gossipfl-inference-server"]
+    assert ran == (shells if is_brief else ["gossipfl-head", "gossipfl-stages"])
 
 
 def test_an_activation_of_many_chunks_is_answered(servers, devices):
@@ -1353,6 +1368,9 @@ def test_every_thread_that_computes_takes_as_many_cores_as_torch_was_told_from_t
         server, device = servers(version=0), devices("tcp://127.0.0.1:9")
         for pool in (server._compute, server._library, device._compute, device._loader):
             assert pool.submit(omp.omp_get_max_threads).result(DEADLINE_S) == told
+        stage = RunnableStage(chain(), 0, LAYERS, vector_of(1), "fp32")
+        with ThreadPoolExecutor(1) as any_other:
+            assert any_other.submit(lambda: stage((X,)) and omp.omp_get_max_threads()).result(DEADLINE_S) == told
     finally:
         torch.set_num_threads(1)
 

@@ -245,3 +245,15 @@ def test_a_piece_is_named_by_its_content():
 
 def test_the_codec_is_known_to_whoever_knows_the_others():
     assert isinstance(codec("planes:0-4:576"), Planes)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 64, 255, 256])
+def test_few_values_come_to_the_same_as_many(n, monkeypatch):
+    x = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+    codecs = [Planes(start, stop) for start, stop in ((0, 1), (0, 5), (0, 8), (0, 12), (0, 16), (3, 7), (5, 11), (9, 16))]
+    encoded = [bytes(planes.encode(x)) for planes in codecs]
+    decoded = [planes.decode(payload, n).values for planes, payload in zip(codecs, encoded, strict=True) if not planes.start]
+    monkeypatch.setattr("gossipfl.segments.codecs.planes._FEW", 0)
+    assert encoded == [bytes(planes.encode(x)) for planes in codecs]
+    again = [planes.decode(payload, n).values for planes, payload in zip(codecs, encoded, strict=True) if not planes.start]
+    assert all((one == other).all() for one, other in zip(decoded, again, strict=True))

@@ -6,7 +6,7 @@
 
 `chain` is the same model as the servers' (its weights do not matter): code never travels. The device asks for a plan, pulls
 what it lacks, and from then on answers from the newest version that is ready. Messages move on one thread, layers run on a
-second, and a third loads new versions beside the one in use.
+second, unless they are too brief for that, and a third loads new versions beside the one in use.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class EdgeDevice:
             case Send(peer, message):
                 self._send(peer, message)
             case RunHead(number, version):
-                self._compute.submit(self._run_head, number, self._jobs[number], self._versions[version])
+                self._begin_head(number, self._jobs[number], self._versions[version])
             case Upload():
                 self._upload(action)
             case Resolve(number, manifest):
@@ -363,8 +363,14 @@ class EdgeDevice:
 
     # --- what is computed ---------------------------------------------------------------------------------------------
 
+    def _begin_head(self, number: int, job: Job, version: DeviceVersion) -> None:
+        assert version.stage is not None, "it is loaded"
+        if version.stage.is_brief(len(job.inputs) / self._emulated_speed):
+            self._run_head(number, job, version)
+        else:
+            self._compute.submit(self._run_head, number, job, version)
+
     def _run_head(self, number: int, job: Job, version: DeviceVersion) -> None:
-        """On the thread that computes."""
         found, failure = None, None
         began = time.perf_counter()
         try:

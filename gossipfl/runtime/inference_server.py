@@ -82,6 +82,10 @@ MAX_TOLD = 4096
 """Engines that devices refuse, each told once of each device; more are not told."""
 
 
+Work = Callable[[], list[Chunk] | Failed | None]
+"""What is answered; None: another thread goes on with it."""
+
+
 class InferenceServer:
     """Serves `models`, once a version of each has been published. An `InferenceService` for callers in this process."""
 
@@ -280,11 +284,13 @@ class InferenceServer:
                 key = caller, activation.request
                 parts = self._kept[key] if remember else self._kept.pop(key)
                 served = self._served[caller.model][activation.version]
-                self._run(Ran(*key), lambda: run_stage(served, activation, parts))
+                is_brief = served.is_brief(activation.cut, activation.samples)
+                self._run(Ran(*key), is_brief, lambda: run_stage(served, activation, parts))
             case RunAgain(caller, continuation, first):
                 kept, missing = (self._kept.pop((caller, request)) for request in (first.request, continuation.request))
                 served = self._served[caller.model][first.version]
-                self._run(Ran(caller, continuation.request), lambda: run_again(served, continuation, first, kept, missing))
+                ran, is_brief = Ran(caller, continuation.request), served.is_brief(first.cut, continuation.samples)
+                self._run(ran, is_brief, lambda: run_again(served, continuation, first, kept, missing))
             case MakePlan(caller, request, version, ask):
                 planned = Planned(caller, request)
                 self._submit(self._library, planned, lambda: self._offer(planned, version, ask))
@@ -298,25 +304,27 @@ class InferenceServer:
             case Finish():
                 self._finished.set()
 
-    def _run(self, ran: Ran, work: Callable[[], list[Chunk] | Failed]) -> None:
+    def _run(self, ran: Ran, is_brief: bool, work: Work) -> None:
+        if is_brief:
+            self._do(ran, work)
+            return
         if self._machine.num_running > 1:
             self._transport.send(ran.caller.called, ran.caller.name, Later(ran.request, 0), ran.caller.origin)
         self._submit(self._compute, ran, work)
 
-    def _submit(self, pool: ThreadPoolExecutor, done: Planned | Ran, work: Callable[[], list[Chunk] | Failed | None]) -> None:
-        """Have `work` done, send what it returns, and tell the machine that it is `done`; None: another thread goes on."""
-
-        def do() -> None:
-            try:
-                answer = work()
-            except Exception as error:  # whatever a model's kernels raise: the device hears of it
-                logger.exception("request %d of %s failed", done.request, done.caller.name)
-                answer = Failed(done.request, Failure.COMPUTE, clipped(f"{type(error).__name__}: {error}"))
-            if answer is not None:
-                self._loop.post(lambda: self._answered(done, answer))
-
+    def _submit(self, pool: ThreadPoolExecutor, done: Planned | Ran, work: Work) -> None:
         if self._loop.is_running:
-            pool.submit(do)
+            pool.submit(self._do, done, work)
+
+    def _do(self, done: Planned | Ran, work: Work) -> None:
+        """Do `work`, have what it returns sent, and the machine told that it is `done`. From any thread."""
+        try:
+            answer = work()
+        except Exception as error:  # whatever a model's kernels raise: the device hears of it
+            logger.exception("request %d of %s failed", done.request, done.caller.name)
+            answer = Failed(done.request, Failure.COMPUTE, clipped(f"{type(error).__name__}: {error}"))
+        if answer is not None:
+            self._loop.post(lambda: self._answered(done, answer))
 
     def _answered(self, done: Planned | Ran, answer: list[Chunk] | Failed) -> None:
         caller = done.caller

@@ -47,7 +47,8 @@ class MessageLoop:
     def post(self, call: Callable[[], None]) -> None:
         """Have `call` run on the loop's thread. May be called from any thread; after the end it is lost."""
         self._posted.append(call)
-        self.transport.wake()
+        if threading.get_ident() != self._thread.ident:
+            self.transport.wake()
 
     def post_at(self, time_s: float, call: Callable[[], None]) -> None:
         """Have `call` run there at this time (monotonic seconds), or soon if it is past. May be called from any thread."""

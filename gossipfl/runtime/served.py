@@ -80,6 +80,11 @@ class ServedVersion:
             self._stages[cut] = RunnableStage(self.chain, cut, len(self.chain.profile.layers), self.vector, FULL_ENGINE)
         return self._stages[cut]
 
+    def is_brief(self, cut: int, num_samples: int) -> bool:
+        """Whether the layers after the cut are ready, and take less than handing them to another thread."""
+        stage = self._stages.get(cut)
+        return stage is not None and stage.is_brief(num_samples)
+
     # --- pieces -------------------------------------------------------------------------------------------------------
 
     def piece(self, range_: Range, name: str) -> memoryview:

@@ -21,6 +21,8 @@ from gossipfl.segments.layout import Layout
 
 T = TypeVar("T")
 Arrays = Sequence[np.ndarray]
+BRIEF_S = 1e-4
+"""A stage that takes less, in a loop, has run before another thread has begun with it."""
 AWAKE_S = 3e-4
 """At the end of an emulated wait: what sleeps is woken 0.1 ms late."""
 _COMPILING = threading.Lock()
@@ -73,8 +75,13 @@ class RunnableStage:
                 self._compiled, self.refused = no_slower(stage, live, (engine, *contested))
         self.engine = self._compiled.engine
 
+    def is_brief(self, num_samples: float) -> bool:
+        """Whether so many take less than handing them to another thread."""
+        return self._compiled.seconds * num_samples <= BRIEF_S
+
     def __call__(self, live: Arrays) -> tuple[np.ndarray, ...]:
         """The live tensors (f32[B, ...]) of the cut after it, from those of the cut before it."""
+        torch.get_num_threads()  # see `threads`
         with torch.inference_mode():
             return tuple(tensor.numpy() for tensor in self._compiled(*map(_tensor, live)))
 

@@ -36,6 +36,9 @@ MAX_PLANES = 16
 _RUN = 131_072
 """Values worked on at a time: the temporaries (1 MiB of float64) stay in a second-level cache."""
 
+_FEW = 256
+"""Values whose planes are made, and taken apart, all at once: then calling numpy is what takes the time."""
+
 _DIGEST_BYTES = 16
 _NAME = re.compile(r"(0|[1-9]\d?)-([1-9]\d?)(?::([1-9]\d{0,8}))?", re.ASCII)
 
@@ -84,37 +87,37 @@ class Planes:
             return payload.data
         rows = x.reshape(self.num_groups(x.size), -1)
         scales = _absmax(rows)
-        planes = payload
-        if self.start == 0:
-            payload[: scales.nbytes].view(F32)[:] = scales
-            planes = payload[scales.nbytes :]
-        high, low = _codes(rows, scales)
-        for plane, packed in zip(range(self.start, self.stop), planes.reshape(self.stop - self.start, -1), strict=True):
-            half = high if plane < 8 else low
-            packed[:] = np.packbits(half & np.uint8(0x80 >> plane % 8))
+        start = scales.nbytes if self.start == 0 else 0
+        payload[:start].view(F32)[:] = scales[: start // 4]
+        codes, planes = _codes(rows, scales), payload[start:].reshape(self.stop - self.start, -1)
+        if x.size <= _FEW:
+            planes[:] = np.packbits(np.unpackbits(codes, axis=0), axis=1)[self.start : self.stop]
+            return payload.data
+        for plane, packed in zip(range(self.start, self.stop), planes, strict=True):
+            packed[:] = np.packbits(codes[plane // 8] & np.uint8(0x80 >> plane % 8))
         return payload.data
 
     def check(self, buffer: Buffer, n: int) -> np.ndarray:
         """`buffer` as u8[num_bytes(n)], without a copy. CodecError unless it is an encoding of n values."""
         payload = payload_of(self, buffer, n)
-        scales, planes = self._parts(payload, n)
-        check_scales(self.name, scales)
-        if n % 8 and (planes[:, -1] & np.uint8(0xFF >> n % 8)).any():
-            raise CodecError(f"{self.name}: bits that belong to none of the {n} values are not zero")
+        self._checked_parts(payload, n)
         return payload
 
     def decode(self, buffer: Buffer, n: int) -> Decoded:
         """The n values, each within scale / 2^stop of what was encoded. CodecError also where the planes before are missing."""
-        payload = self.check(buffer, n)
+        scales, planes = self._checked_parts(payload_of(self, buffer, n), n)
         if self.start:
             raise CodecError(f"{self.name} decodes only after planes 0-{self.start}; collect both in a PlaneSet")
-        scales, planes = self._parts(payload, n)
         return Decoded(_values(scales, planes, n), None)
 
-    def _parts(self, payload: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def _checked_parts(self, payload: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Views of the scales (f32[n / group], none unless `start` is 0) and of the planes (u8[stop - start, ceil(n / 8)])."""
         cut = 4 * self.num_groups(n) if self.start == 0 else 0
-        return payload[:cut].view(F32), payload[cut:].reshape(self.stop - self.start, _plane_bytes(n))
+        scales, planes = payload[:cut].view(F32), payload[cut:].reshape(self.stop - self.start, _plane_bytes(n))
+        check_scales(self.name, scales)
+        if n % 8 and (planes[:, -1] & np.uint8(0xFF >> n % 8)).any():
+            raise CodecError(f"{self.name}: bits that belong to none of the {n} values are not zero")
+        return scales, planes
 
 
 class PlaneSet:
@@ -183,9 +186,9 @@ def _absmax(rows: np.ndarray) -> np.ndarray:
     return scales
 
 
-def _codes(rows: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """High and low bytes (u8[n] each) of the codes of `rows` (f32[m, group]); without a usable scale, codes of zero."""
-    high, low = np.empty(rows.shape, np.uint8), np.empty(rows.shape, np.uint8)
+def _codes(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """High and low bytes (u8[2, n]) of the codes of `rows` (f32[m, group]); without a usable scale, codes of zero."""
+    high, low = halves = np.empty((2, *rows.shape), np.uint8)
     usable = (scales > 0) & (scales < np.inf)
     for run in _runs(*rows.shape):
         values, divisors = rows[run], scales[run, None]
@@ -198,7 +201,7 @@ def _codes(rows: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray
         codes = np.minimum(steps, 2.0**MAX_PLANES - 1, out=steps).astype(np.uint16)
         high[run] = codes >> 8
         low[run] = codes
-    return high.reshape(-1), low.reshape(-1)
+    return halves.reshape(2, -1)
 
 
 def _values(scales: np.ndarray, planes: np.ndarray, n: int) -> np.ndarray:
@@ -223,6 +226,10 @@ def _values(scales: np.ndarray, planes: np.ndarray, n: int) -> np.ndarray:
 
 def _leading(planes: np.ndarray, start: int, count: int) -> np.ndarray:
     """The numbers (u8[count]) whose bits are up to 8 `planes` (u8[b, ...]), for values from `start` on (a multiple of 8)."""
+    if count <= _FEW:
+        first = start // 8
+        bits = np.unpackbits(planes[:, first : first + _plane_bytes(count)], axis=1, count=count)
+        return np.packbits(bits, axis=0)[0] >> np.uint8(8 - len(planes))
     numbers = np.zeros(count, np.uint8)
     for packed in planes[:, start // 8 :]:
         numbers += numbers
