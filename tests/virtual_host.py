@@ -22,6 +22,7 @@ from gossipfl.protocol.messages import Data, Message, Pull
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.layout import Layout, even_segments
 from gossipfl.segments.store import SegmentStore
+from gossipfl.simulation.learning import LazyLearning
 from gossipfl.simulation.peer import SimulatedPeer, Watcher
 from gossipfl.simulation.simulator import Simulator
 
@@ -110,14 +111,18 @@ class VirtualHost(Simulator):
             return Gossip(name, {other: len(graph[other]) for other in graph[name]}, settings, numbers)
 
         links = LinksConfig(pair=Constant(bytes_per_s), latency=Constant(latency_s), loss=loss)
+        self._learning = LazyLearning(
+            cohort,
+            {name: Learner(name, np.arange(1)) for name in names},
+            lambda name: SegmentStore(vectors[name], segments, codec(codec_name), seed, name),
+            codec(codec_name),
+            AGGREGATORS.get(aggregation),
+        )
         super().__init__(
             names,
             machine,
-            lambda name: SegmentStore(vectors[name], segments, codec(codec_name), seed, name),
-            {name: Learner(name, np.arange(1)) for name in names},
-            cohort,
+            self._learning,
             codec(codec_name),
-            AGGREGATORS.get(aggregation),
             build_links(links, len(names), seed),
             lambda index, round_: train_s(names[index], round_),
             seed=seed,
@@ -137,7 +142,7 @@ class VirtualHost(Simulator):
 
     def _silence(self, peer: SimulatedPeer) -> None:
         peer.is_there, peer.is_away = False, True
-        self._training.pop(peer, None)
+        self._learning.lose(peer)
         self._num_active -= 1
 
     def run(self, until: float = 1e5) -> VirtualHost:  # type: ignore[override]
@@ -151,7 +156,7 @@ class VirtualHost(Simulator):
         return self
 
     def models(self) -> dict[str, np.ndarray]:
-        return {name: self.vector(peer) for name, peer in self.peers.items() if not peer.is_away}
+        return {name: self._learning.vector(peer) for name, peer in self.peers.items() if not peer.is_away}
 
     def _send(self, peer: SimulatedPeer, to: str, message: Message) -> None:
         if isinstance(message, Pull) and message.request not in self._pulled:

@@ -41,6 +41,7 @@ from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256
 from gossipfl.scenario.results import Observer, RunResult
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.store import SegmentStore
+from gossipfl.simulation.learning import LazyLearning
 from gossipfl.simulation.peer import SimulatedPeer, Watcher
 from gossipfl.simulation.simulator import Simulator
 
@@ -146,14 +147,13 @@ class _Simulation(Watcher):
         self.config, self.late = self.gossip.for_peer(self.layout, 1), frozenset(scenario.late_peers)
         self.numbers = count(1)
         self._has_begun = False
+        sent_as, aggregate = codec(self.gossip.codec), AGGREGATORS.get(self.gossip.aggregation)
+        self.learning = LazyLearning(self.cohort, self.learners, self._store, sent_as, aggregate, self)
         self.simulator = Simulator(
             names,
             self._machine,
-            self._store,
-            self.learners,
-            self.cohort,
-            codec(self.gossip.codec),
-            AGGREGATORS.get(self.gossip.aggregation),
+            self.learning,
+            sent_as,
             links,
             self._train_s,
             seed=scenario.protocol_seed,
@@ -243,14 +243,14 @@ class _Simulation(Watcher):
 
     def trained(self, peers: Sequence[SimulatedPeer]) -> None:
         due = [peer for peer in peers if self._is_evaluated(peer.machine.round)]
-        accuracies = self.cohort.evaluate([peer.own for peer in due], [peer.learner for peer in due]) if due else []
+        accuracies = self.cohort.evaluate([peer.own for peer in due], [self.learners[peer.name] for peer in due]) if due else []
         self._before |= {peer.name: accuracy for peer, accuracy in zip(due, accuracies, strict=True)}
 
     def will_train(self) -> None:
         self._tell()
 
     def round_done(self, peer: SimulatedPeer, report: RoundReport, traffic: Traffic) -> None:
-        vector = self.simulator.vector(peer)
+        vector = self.learning.vector(peer)
         event = round_event(
             peer.name,
             report,
@@ -281,7 +281,9 @@ class _Simulation(Watcher):
         done, self._done = self._done, []
         due = [(peer, event, vector) for peer, event, vector in done if self._is_evaluated(event["round"])]
         if due:
-            accuracies = self.cohort.evaluate([vector for _, _, vector in due], [peer.learner for peer, _, _ in due])
+            accuracies = self.cohort.evaluate(
+                [vector for _, _, vector in due], [self.learners[peer.name] for peer, _, _ in due]
+            )
             for (_, event, _), accuracy in zip(due, accuracies, strict=True):
                 event["accuracy_after"] = accuracy
         for _, event, vector in done:
@@ -350,7 +352,7 @@ class _Simulation(Watcher):
         figures: dict[str, Any] = {"first": self._first_distance, "last": None, "models_sha256": None}
         average_accuracy = central = None
         if peers and not is_interrupted:
-            vectors = [self.simulator.vector(peer) for peer in peers]
+            vectors = [self.learning.vector(peer) for peer in peers]
             sums = _Sums(np.zeros(self.initial.size))
             for vector in vectors:
                 sums.add(vector)

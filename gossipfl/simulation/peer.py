@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gossipfl.learning.training import Learner
 from gossipfl.protocol.machine import Event, Fault, Merge, RoundReport, Traffic
 from gossipfl.protocol.messages import PeerId
 from gossipfl.segments.codecs import Decoded
@@ -39,7 +38,6 @@ class SimulatedPeer:
     name: PeerId
     machine: ProtocolMachine
     store: SegmentStore
-    learner: Learner
     own: np.ndarray
     """The newest trained vector; while `task` is set, the one that training starts from."""
     mixed: np.ndarray | None = None

@@ -1,26 +1,19 @@
-"""A run under virtual time: the same machines as on sockets, every message simulated, learning real but lazy.
+"""A run under virtual time: the same machines as on sockets, and every message simulated.
 
-    simulator = Simulator(machines, stores, learners, cohort, links, devices)
+    simulator = Simulator(names, make_machine, LazyLearning(...), codec, links, train_s)
     simulator.run()                       # until every peer has finished
 
-How long training takes comes from the scenario's devices, so its values may be computed later than they are due: when a
-trained vector is first needed, all peers that are training then are trained together, as one cohort. Large models are mixed
-segment by segment as merges come due, the segments of a small one together when the mixed vector is needed. Payload passes
-by reference; headers are really encoded, and a codec that loses something is applied.
+How long training takes comes from the scenario's devices, so that what is learned may be computed later, or not at all
+(`learning`). Headers are really encoded; payload passes by reference.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from gossipfl.aggregation import Aggregator
-from gossipfl.learning.cohort import CohortEngine, CohortTask
-from gossipfl.learning.training import Learner
 from gossipfl.overlay.churn import Change
 from gossipfl.overlay.links import Links
 from gossipfl.protocol import wire
@@ -47,36 +40,28 @@ from gossipfl.protocol.machine import (
 )
 from gossipfl.protocol.messages import PROMPT_BYTES, Data, Later, Message, PeerId, Pull
 from gossipfl.randomness import generator
-from gossipfl.segments.buffers import VectorPool
-from gossipfl.segments.codecs import Codec, Decoded
-from gossipfl.segments.layout import Range
-from gossipfl.segments.mixing import SegmentMix, mix_segments
-from gossipfl.segments.store import SegmentStore
+from gossipfl.segments.codecs import Codec
 from gossipfl.simulation.clock import VirtualClock
+from gossipfl.simulation.learning import Learning
 from gossipfl.simulation.network import Network
 from gossipfl.simulation.peer import ProtocolMachine, SimulatedPeer, Watcher
 
 RUN = 1
 """The number of a simulated run in its headers: there are no other runs to be told apart from."""
-LARGE = 2**18
-"""Parameters from which on a vector (1 MiB) has a mapping of its own and is mixed as its segments come in."""
 
 
 class Simulator:
     """Runs the machines of a run. `train_s(index, round)` is how long a peer trains, in virtual seconds.
 
-    `make_machine(name)` and `make_store(name)` make a peer's anew when it comes back after it was killed.
+    `make_machine(name)` makes a peer's anew when it comes back after it was killed.
     """
 
     def __init__(
         self,
         names: Sequence[PeerId],
         make_machine: Callable[[PeerId], ProtocolMachine],
-        make_store: Callable[[PeerId], SegmentStore],
-        learners: Mapping[PeerId, Learner],
-        cohort: CohortEngine,
+        learning: Learning,
         codec: Codec,
-        aggregate: Aggregator,
         links: Links,
         train_s: Callable[[int, int], float],
         *,
@@ -87,15 +72,10 @@ class Simulator:
         self.clock = VirtualClock()
         self.network = Network(links, self.clock, generator(seed, "network"))
         self.num_messages = 0
-        self._make_machine, self._make_store = make_machine, make_store
-        self._cohort, self._codec, self._aggregate, self._links, self._train_s = cohort, codec, aggregate, links, train_s
-        self._watcher, self._chunk_bytes = watcher or Watcher(), chunk_bytes
-        self._initial = cohort.initial_vector()
-        self._initial.flags.writeable = False
-        self._pool = VectorPool(self._initial.size)
-        self._training: dict[SimulatedPeer, None] = {}  # computed together when the first is needed
+        self._make_machine, self._learning, self._codec = make_machine, learning, codec
+        self._links, self._train_s, self._watcher, self._chunk_bytes = links, train_s, watcher or Watcher(), chunk_bytes
         self.peers: dict[PeerId, SimulatedPeer] = {
-            name: SimulatedPeer(index, name, make_machine(name), make_store(name), learners[name], self._initial)
+            name: SimulatedPeer(index, name, make_machine(name), learning.new_store(name), learning.initial)
             for index, name in enumerate(names)
         }
         self._by_index = list(self.peers.values())
@@ -137,14 +117,6 @@ class Simulator:
                     return
                 clock.advance()
 
-    def vector(self, peer: SimulatedPeer) -> np.ndarray:
-        """What the peer's merges have come to, or its trained vector where there are none (f32[P])."""
-        self._mix(peer)
-        if peer.mixed is not None:
-            return peer.mixed
-        self._compute(peer)
-        return peer.own
-
     @property
     def has_only_newcomers(self) -> bool:
         """Somebody has finished, and nobody who is there has begun: they have come too late to take over a model."""
@@ -165,11 +137,8 @@ class Simulator:
         if peer.is_there or peer.is_finished:
             return
         if peer.is_away:
-            peer.machine, peer.store = self._make_machine(peer.name), self._make_store(peer.name)
-            peer.own, peer.mixed, peer.owns_start = self._initial, None, False
+            peer.machine = self._make_machine(peer.name)
             peer.wake_at, peer.is_away = None, False
-            peer.decoded.clear()
-            peer.merges.clear()
             self._num_active += 1
         self.num_alive += 1
         peer.is_there = True
@@ -181,8 +150,7 @@ class Simulator:
         if not peer.is_there:
             return
         peer.is_there, peer.is_away = False, True
-        self._training.pop(peer, None)
-        peer.task = None
+        self._learning.lose(peer)
         self._num_active -= 1
         self.num_alive -= 1
         self._disconnect(peer)
@@ -241,13 +209,12 @@ class Simulator:
             case Serve():
                 self._serve(peer, action.peer, action.pull, action.version)
             case Merge():
-                self._merge(peer, action)
+                self._learning.merge(peer, action)
                 return Merged(action.round, action.segment)
             case Train():
                 self._train(peer, action.round)
             case Publish():
-                peer.store.publish(action.version, self.vector(peer))
-                peer.owns_start = False
+                self._learning.publish(peer, action.version)
             case Report():
                 if isinstance(action.record, Fault):
                     self._watcher.fault(peer, action.record)
@@ -263,7 +230,7 @@ class Simulator:
     def _finish(self, peer: SimulatedPeer, error: str | None) -> None:
         peer.error = error
         self.num_alive -= error is not None
-        self.vector(peer)
+        self._learning.vector(peer)
         peer.is_there, peer.is_finished = False, True
         self._num_active -= 1
         self._watcher.finished(peer)
@@ -315,7 +282,7 @@ class Simulator:
         resumed = pull.offset if version == pull.version else 0
         request, stream = pull.request, self.network.stream
         for range_, size in zip(pull.ranges, sizes, strict=True):
-            values = self._read(peer, version, range_)
+            values = self._learning.read(peer, version, range_)
             for offset, end in _chunks(size, resumed, self._chunk_bytes):
                 payload, num_bytes = values if end == size else None, end - offset
                 data = Data(request, version, newest, num_samples, range_, offset, size, num_bytes, payload)
@@ -323,76 +290,17 @@ class Simulator:
                 stream(peer.index, receiver.index, request, num_bytes, self._deliver, peer, receiver, data, wire_bytes)
             resumed = 0
 
-    def _read(self, peer: SimulatedPeer, version: int, range_: Range) -> Decoded:
-        """What the receiver of this range decodes."""
-        if peer.task == version:
-            self._compute(peer)
-        if self._codec.name == "float32":
-            return Decoded(peer.store.read(version, range_), None)
-        key = version, range_
-        if key not in peer.decoded:
-            peer.decoded[key] = self._codec.decode(peer.store.encode(version, range_), range_[1] - range_[0])
-        return peer.decoded[key]
-
-    # --- learning -----------------------------------------------------------------------------------------------------
+    # --- training -----------------------------------------------------------------------------------------------------
 
     def _train(self, peer: SimulatedPeer, round_: int) -> None:
-        self._mix(peer)
-        if peer.mixed is not None:
-            self._compute(peer)
-            peer.own, peer.mixed = peer.mixed, None
-        peer.task = round_
-        self._training[peer] = None
+        self._learning.train(peer, round_)
         self.clock.at(self.clock.now + self._train_s(peer.index, round_), self._trained, peer, peer.machine, round_)
 
     def _trained(self, peer: SimulatedPeer, machine: ProtocolMachine, round_: int) -> None:
         if peer.is_away or peer.machine is not machine:
             return
         self._handle(peer, Trained(round_, machine.config.num_samples))
-        peer.store.retain(machine.desk.versions)
-        for key in [key for key in peer.decoded if key[0] not in machine.desk.versions]:
-            del peer.decoded[key]
-
-    def _compute(self, peer: SimulatedPeer) -> None:
-        """Compute what this peer has trained, and with it all others that are training."""
-        if peer.task is None:
-            return
-        self._watcher.will_train()
-        peers = list(self._training)
-        tasks = [CohortTask(peer.learner, peer.task or 0, peer.own) for peer in peers]
-        vectors = [peer.own if peer.owns_start else self._new_vector() for peer in peers]
-        losses = self._cohort.train(tasks, vectors)
-        self._training.clear()
-        for trained, vector, loss in zip(peers, vectors, losses, strict=True):
-            round_, trained.task = trained.task or 0, None
-            trained.own, trained.loss, trained.owns_start = vector, loss, False
-            trained.store.publish(round_, vector)
-        self._watcher.trained(peers)
-
-    def _new_vector(self) -> np.ndarray:
-        """f32[P] of arbitrary contents. Small ones come from the heap: a process may have 65,530 mappings."""
-        return self._pool.take() if self._pool.size >= LARGE else np.empty(self._pool.size, np.float32)
-
-    def _merge(self, peer: SimulatedPeer, merge: Merge) -> None:
-        """At once where vectors are large, for the copies take memory; small ones are mixed together when all are in."""
-        self._compute(peer)
-        peer.merges[merge.segment] = merge
-        if self._pool.size >= LARGE:
-            self._mix(peer)
-
-    def _mix(self, peer: SimulatedPeer) -> None:
-        """Carry out the merges that are due."""
-        if not peer.merges:
-            return
-        if peer.mixed is None:
-            peer.mixed, peer.owns_start = self._new_vector(), True
-        segments = peer.machine.config.segments
-        mixes = [
-            SegmentMix(segments[merge.segment], merge.own_weight, [(copy.payload, copy.weight) for copy in merge.contributions])
-            for _, merge in sorted(peer.merges.items())
-        ]
-        peer.merges.clear()
-        mix_segments(self._aggregate, peer.own, mixes, out=peer.mixed)
+        self._learning.retain(peer, machine.desk.versions)
 
 
 def _chunks(size: int, resumed: int, chunk_bytes: int) -> Iterable[tuple[int, int]]:
