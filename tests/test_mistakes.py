@@ -188,8 +188,8 @@ def test_what_changes_how_a_result_is_to_be_read_is_told_also_where_nothing_else
     trace = tmp_path / "rates.csv"
     trace.write_text(f"time_s,peer,uplink,downlink\n0,p0,10,10\n{ends_s},p0,20,20\n")
     words = ["--quiet", "--json", "--clock", clock, "--set", "training.learning_rate=1e30", "--set", f"network.trace={trace}"]
-    if clock == "virtual":  # where nobody expects the loss of a message
-        words += ["--set", "compute.step_time=1us", "--set", "network.loss=0.2"]
+    if clock == "virtual":  # where only a target makes the end uncertain
+        words += ["--set", "stop.target_accuracy=1"]
     done = subprocess.run(
         [sys.executable, "-m", "gossipfl.cli", "run", "quickstart", *SMALL, *words, "--out", str(tmp_path / "run")],
         capture_output=True,

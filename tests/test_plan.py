@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -16,7 +17,6 @@ from gossipfl.cli import main
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.scenario import load_scenario
 from gossipfl.scenario.planning import Plan, make_plan
-from gossipfl.scenario.planning.timing import _shared_bytes
 
 MLP = 64 * 128 + 128 + 128 * 10 + 10
 
@@ -45,6 +45,13 @@ def plan(**changes: Any) -> Plan:
     return make_plan(load_scenario(scenario(**changes)))
 
 
+def ran(folder: Path, **changes: Any) -> tuple[dict[str, Any], float]:
+    """The summary of the run, and when the last peer had done the last round: then they only say goodbye."""
+    result = gossipfl.run(scenario(**changes), out=folder / "run")
+    events = map(json.loads, (result.folder / "events.jsonl").read_text().splitlines())
+    return result.summary, max(event["time_s"] for event in events if event["event"] == "round")
+
+
 # --------------------------------------------------------------------------------------------------- against virtual runs
 
 
@@ -59,17 +66,15 @@ def plan(**changes: Any) -> Plan:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bytes_are_exact_and_the_time_of_a_round_is_within_a_quarter(network, bottleneck, tmp_path):
+def test_bytes_and_times_are_those_of_the_run(network, bottleneck, tmp_path):
     made = plan(network=network)
-    summary = gossipfl.run(scenario(network=network), out=tmp_path / "run").summary
+    summary, ends_s = ran(tmp_path, network=network)
     assert made.total_bytes == summary["bytes"]["payload"] == 20 * 6 * 2 * MLP * 4
     assert made.received_bytes.mean == summary["bytes"]["payload_per_peer_round"]
-    assert made.timing is not None and made.timing.round_s is not None
-    took_s = summary["virtual_seconds"] / summary["rounds"]
-    assert made.timing.round_s == pytest.approx(took_s, rel=0.25)
-    assert made.timing.least_s <= made.timing.round_s and made.timing.least_s <= 1.001 * took_s
-    assert made.timing.total_s == pytest.approx(6 * made.timing.round_s)
-    assert made.timing.bottleneck == bottleneck
+    assert made.timing is not None and made.timing.bottleneck == bottleneck
+    assert made.timing.total_s == pytest.approx(ends_s, abs=1e-4)
+    assert made.timing.round_s == pytest.approx(made.timing.total_s / 6, rel=0.1)
+    assert made.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -90,24 +95,21 @@ def test_bytes_are_exact_and_the_time_of_a_round_is_within_a_quarter(network, bo
 )
 def test_the_bytes_of_every_protocol_codec_and_selection_are_exact(gossip, topology, tmp_path):
     changes = {"peers": 10, "rounds": 2, "gossip": gossip, "topology": topology, "network": {"uplink": "10Mbit"}}
-    summary = gossipfl.run(scenario(**changes), out=tmp_path / "run").summary
-    made = plan(**changes)
+    made, (summary, ends_s) = plan(**changes), ran(tmp_path, **changes)
     assert made.total_bytes == summary["bytes"]["payload"]
     assert 2 * 10 * made.sent_bytes.mean == pytest.approx(made.total_bytes)
-    assert made.timing is not None and made.timing.round_s == pytest.approx(summary["virtual_seconds"] / 2, rel=0.25)
+    assert made.timing is not None
+    assert made.timing.total_s == pytest.approx(ends_s, abs=1e-4)
 
 
 @pytest.mark.parametrize("uplink", ["1Gbit", "10Mbit"])
-def test_fragments_are_planned_with_the_most_there_can_be_and_nobody_waits(uplink, tmp_path):
+def test_of_fragments_what_is_sent_meanwhile_holds_nobody_up(uplink, tmp_path):
     changes = {"rounds": 4, "gossip": {"protocol": "fragments", "segments": 4}, "network": {"uplink": uplink}}
     made, summary = plan(**changes), gossipfl.run(scenario(**changes), out=tmp_path / "run").summary
-    assert made.total_bytes == 3 * 20 * 2 * MLP * 4
-    assert (
-        summary["bytes"]["payload"] == made.total_bytes if uplink == "1Gbit" else summary["bytes"]["payload"] < made.total_bytes
-    )
+    most = 3 * 20 * 2 * MLP * 4
+    assert made.total_bytes == summary["bytes"]["payload"] and (made.total_bytes == most) == (uplink == "1Gbit")
     assert made.timing is not None and made.timing.bottleneck == "compute"
     assert made.timing.total_s == pytest.approx(0.08) == summary["seconds"]["virtual"]["run"]
-    assert any("the most there can be" in note for note in made.notes)
 
 
 def test_pairs_of_an_odd_number_of_peers_leave_one_out(tmp_path):
@@ -116,10 +118,10 @@ def test_pairs_of_an_odd_number_of_peers_leave_one_out(tmp_path):
     assert gossipfl.run(scenario(**changes), out=tmp_path / "run").summary["bytes"]["payload"] == 3 * 6 * MLP * 4
 
 
-def test_a_round_takes_at_least_the_latency_there_and_back():
-    made = plan(network={"latency": "20s"})
-    assert made.timing is not None and made.timing.costs["latency"].seconds == 40.0
-    assert made.timing.least_s == pytest.approx(40.02) and made.timing.round_s == pytest.approx(40.02)
+def test_a_round_takes_the_latency_there_and_back():
+    made = plan(network={"latency": "2s"})
+    assert made.timing is not None and made.timing.costs["latency"].seconds == 4.0
+    assert made.timing.round_s == pytest.approx(4.02) and made.timing.total_s == pytest.approx(2.0 + 6 * 4.02), "and joining"
 
 
 @pytest.mark.parametrize("clock", ["local", "netns"])
@@ -131,14 +133,27 @@ def test_an_emulated_network_tells_the_time_also_on_real_sockets(clock):
     assert any("counted with 10 ms a step" in note for note in plan(clock=clock, network={"latency": "1ms"}).notes)
 
 
-def test_loss_is_warned_of_with_what_it_costs(tmp_path):
-    changes = {"rounds": 2, "network": {"loss": 0.05, "uplink": "100Mbit"}, "gossip": {"segments": 1, "replicas": 2}}
-    made = plan(**changes)
-    (warning,) = made.warnings
-    assert "about 4 of 80 messages a round" in warning and "after 2 s or more" in warning  # a pull and its answer, 20 x 2 times
-    assert made.timing is not None and made.timing.total_s is not None
-    assert gossipfl.run(scenario(**changes), out=tmp_path / "run").summary["virtual_seconds"] > made.timing.total_s + 2
-    assert plan(network={"uplink": "100Mbit"}).warnings == ()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network": {"loss": 0.05, "uplink": "100Mbit"}, "gossip": {"segments": 1}},
+        {"network": {"latency": "20ms", "jitter": "30ms"}, "gossip": {"max_staleness": float("inf")}},
+        {"network": {"uplink": {"kind": "uniform", "low": "1Mbit", "high": "9Mbit"}}, "gossip": {"selection": "bandwidth"}},
+        {"churn": {"kill": [{"peer": "p1", "at": "50ms"}], "rejoin": [{"peer": "p1", "at": "90ms"}]}},
+        {
+            "topology": {"kind": "star"},
+            "gossip": {"replicas": 1},
+            "network": {"pair": "1Mbit"},
+            "training": {"local_epochs": 1},
+        },
+    ],
+    ids=["loss", "jitter, stale", "bandwidth", "churn", "star, uneven"],
+)
+def test_whatever_slows_a_run_is_in_its_plan(changes, tmp_path):
+    made, (summary, ends_s) = plan(**changes), ran(tmp_path, **changes)
+    assert made.timing is not None
+    assert made.timing.total_s == pytest.approx(ends_s, abs=1e-4)
+    assert made.total_bytes == pytest.approx(summary["bytes"]["payload"], rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------------------------ closed forms
@@ -154,25 +169,21 @@ def test_the_server_of_fedavg_sends_and_receives_the_models_of_all_clients():
 
 
 @pytest.mark.parametrize("name", ["registered", "own_rounds:Mine"])
-def test_of_a_protocol_of_ones_own_memory_and_graph_are_told_and_that_bytes_and_time_are_not(name, tmp_path, monkeypatch):
+def test_a_protocol_of_ones_own_is_planned_like_any_other(name, tmp_path, monkeypatch):
     (tmp_path / "own_rounds.py").write_text("from gossipfl.protocol.gossip import Gossip\n\nclass Mine(Gossip):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(PROTOCOLS._functions, "registered", PROTOCOLS.get("gossip"))
     made, known = plan(gossip={"protocol": name}), plan(gossip={})
-    assert made.received_bytes is made.sent_bytes is made.total_bytes is made.timing is None
+    assert (made.received_bytes, made.sent_bytes, made.timing) == (known.received_bytes, known.sent_bytes, known.timing)
     more = 20 * 4 * MLP  # nobody knows whether it trains in lockstep
     assert (made.memory_bytes, made.topology, made.parameters) == (known.memory_bytes + more, known.topology, MLP)
-    assert made.notes == (f"gossip.protocol = {name!r} is your own: what it sends, and how long that takes, is left out",)
-    code, shown, _ = run("quickstart", "--clock", "virtual", "--set", f"gossip.protocol={name}", "--set", "network.loss=0.1")
-    assert code == 0 and "spectral gap" in shown and "memory needed" in shown and f"note: {made.notes[0]}" in shown
-    assert "payload" not in shown and "bottleneck" not in shown and "WARNING" not in shown
 
 
-def test_a_peer_with_many_neighbours_is_expected_to_send_more():
+def test_a_peer_with_many_neighbours_sends_more():
     made = plan(gossip={"replicas": 1}, topology={"kind": "star"})
     # Each leaf asks the centre for everything; the centre spreads one model over 19 leaves.
     assert made.sent_bytes.max == pytest.approx(19 * MLP * 4)
-    assert made.sent_bytes.min == pytest.approx(MLP * 4 / 19)
+    assert 20 * made.sent_bytes.mean - made.sent_bytes.max == pytest.approx(MLP * 4)
 
 
 @pytest.mark.parametrize(
@@ -191,12 +202,6 @@ def test_who_holds_everybody_up_is_named(changes, bottleneck):
     assert made.timing is not None and made.timing.bottleneck == bottleneck
 
 
-def test_fair_shares_are_counted_up_to_ones_own_size():
-    # End 0 carries 1, 2 and 4: when the 2 is done, 1 + 2 + 2 have gone through; end 1 carries 3 alone.
-    shared = _shared_bytes(np.array([0, 1, 0, 0]), np.array([2.0, 3.0, 4.0, 1.0]))
-    assert shared.tolist() == [5.0, 3.0, 7.0, 3.0]
-
-
 def test_memory_grows_with_the_peers_and_the_versions_kept():
     few, many = plan(), plan(gossip={"versions_kept": 9})
     assert many.memory_bytes - few.memory_bytes == 5 * 20 * MLP * 4
@@ -204,12 +209,20 @@ def test_memory_grows_with_the_peers_and_the_versions_kept():
     assert plan(gossip={"max_staleness": 3}).memory_bytes - few.memory_bytes == 20 * MLP * 4, "one trains while others mix"
 
 
-def test_a_round_with_too_many_transfers_has_a_bound_and_no_expectation(monkeypatch):
-    monkeypatch.setattr("gossipfl.scenario.planning.exchanges.MAX_FLOWS", 100)
-    made = plan(network={"uplink": "1Mbit"})
-    assert made.timing is not None and made.timing.round_s is made.timing.total_s is None
-    assert made.timing.least_s == pytest.approx(2 * MLP * 4 / 125_000)
-    assert made.timing.bottleneck == "uplink"
+def test_of_a_long_run_the_first_rounds_are_rehearsed(monkeypatch):
+    whole = plan(network={"uplink": "1Mbit"}, rounds=12)
+    monkeypatch.setattr("gossipfl.scenario.planning.rehearsal.MESSAGES", 1000)
+    made = plan(network={"uplink": "1Mbit"}, rounds=12)
+    assert made.total_bytes == whole.total_bytes == 12 * 20 * 2 * MLP * 4 and whole.notes == ()
+    assert made.timing.total_s == pytest.approx(whole.timing.total_s, rel=0.2)
+    (note,) = made.notes
+    assert re.fullmatch(r"the first [23] of 12 rounds are rehearsed, and the others are taken to be like them", note)
+
+
+def test_where_nobody_comes_to_the_end_of_a_round_that_is_told():
+    made = plan(churn={"kill": [{"peer": f"p{index}", "at": "1ms"} for index in range(20)]})
+    assert made.timing is None and made.total_bytes == 0
+    assert "nobody comes to the end of a round here; bytes and time are those of none" in made.notes
 
 
 # ----------------------------------------------------------------------------------------------------------- the command
@@ -226,10 +239,9 @@ def test_the_command_prints_a_table_and_what_it_leaves_out():
     for part in (
         "188,810",
         "bottleneck",
-        "a round, expected",
+        "a round",
         "spectral gap",
         "[stop] may end it",
-        "network.loss = 0.02 is left",
     ):
         assert part in shown
 

@@ -9,8 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import count
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,7 @@ from gossipfl.learning.models import build_model
 from gossipfl.learning.partition import class_table
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
 from gossipfl.overlay.churn import Change, Churn
-from gossipfl.overlay.graphs import degrees_of
 from gossipfl.overlay.links import Links, check_links
-from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.machine import Fault, RoundReport, Traffic
 from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
@@ -39,6 +36,7 @@ from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, planned_event, summarize
 from gossipfl.scenario.results import Observer, RunResult
+from gossipfl.scenario.virtual_peers import VirtualPeers
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.store import SegmentStore
 from gossipfl.simulation.learning import LazyLearning
@@ -136,26 +134,21 @@ class _Simulation(Watcher):
         observer.data_ready(scenario, table)
         tell_of_statistics(scenario, self.engine.flat.has_statistics, observer.note, record.warn)
         self.names = names = scenario.peer_names
-        self.index_of = {name: index for index, name in enumerate(names)}
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()
-        self.devices = scenario.build_devices()
-        self.num_steps = [training.num_steps(len(shard)) for shard in shards]
-        for line in about_churn(scenario, float(np.median(self.devices.step_s * self.num_steps))):
+        topology, num_samples = scenario.build_topology(), [len(shard) for shard in shards]
+        self.virtual = VirtualPeers(scenario, topology, self.gossip, training, self.layout, num_samples)
+        for line in about_churn(scenario, float(np.median(self.virtual.devices.step_s * self.virtual.num_steps))):
             record.warn(line)
         self.learners = {name: Learner(name, shard) for name, shard in zip(names, shards, strict=True)}
-        self.topology = scenario.build_topology()
-        self.config, self.late = self.gossip.for_peer(self.layout, 1), frozenset(scenario.late_peers)
-        self.numbers = count(1)
-        self._has_begun = False
         sent_as, aggregate = codec(self.gossip.codec), AGGREGATORS.get(self.gossip.aggregation)
         self.learning = LazyLearning(self.cohort, self.learners, self._store, sent_as, aggregate, self)
         self.simulator = Simulator(
             names,
-            self._machine,
+            self.virtual.machine,
             self.learning,
             sent_as,
             links,
-            self._train_s,
+            self.virtual.train_s,
             seed=scenario.protocol_seed,
             watcher=self,
         )
@@ -175,17 +168,8 @@ class _Simulation(Watcher):
 
     # --- what the simulator is made of --------------------------------------------------------------------------------
 
-    def _machine(self, name: str) -> Any:
-        degrees, schedule = degrees_of(self.topology, self.index_of[name], self.names)
-        late = frozenset() if name in self.late or self._has_begun else self.late  # who comes later waits for whoever is there
-        config = replace(self.config, num_samples=len(self.learners[name].indices), schedule=schedule, late=late)
-        return PROTOCOLS.get(self.gossip.protocol)(name, degrees, config, self.numbers)
-
     def _store(self, name: str) -> SegmentStore:
-        return SegmentStore(self.initial, self.config.segments, codec(self.gossip.codec), self.gossip.seed, name)
-
-    def _train_s(self, index: int, round_: int) -> float:
-        return self.devices.train_s(index, round_, self.num_steps[index])
+        return SegmentStore(self.initial, self.virtual.config.segments, codec(self.gossip.codec), self.gossip.seed, name)
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -215,11 +199,7 @@ class _Simulation(Watcher):
     def plan_presence(self) -> None:
         """Have those begin who are there, and the others come and go."""
         churn = self.scenario.build_churn()
-        for index, name in enumerate(self.scenario.peer_names):
-            if churn.initially_online(index):
-                self.simulator.start(name)
-        self.simulator.follow(self._recorded(churn))
-        self._has_begun = True
+        self.virtual.begin(self.simulator, churn, self._recorded(churn))
 
     def _recorded(self, churn: Churn) -> Iterator[Change]:
         """The changes, each written down when the next is asked for, which is when it has been made."""

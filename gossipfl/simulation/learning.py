@@ -49,7 +49,7 @@ class Learning(Protocol):
     def publish(self, peer: SimulatedPeer, version: int) -> None:
         """Store that as a version."""
 
-    def read(self, peer: SimulatedPeer, version: int, range_: Range) -> Decoded | None:
+    def read(self, peer: SimulatedPeer, version: int, range_: Range) -> Decoded:
         """What the receiver of this range of a version decodes."""
 
     def retain(self, peer: SimulatedPeer, versions: Collection[int]) -> None:
@@ -161,6 +161,9 @@ class LazyLearning:
         mix_segments(self._aggregate, peer.own, mixes, out=peer.mixed)
 
 
+NOTHING = Decoded(np.empty(0, np.float32), None)
+
+
 class NoLearning:
     """Everybody keeps the initial model: what happens when, and how many bytes it takes, does not depend on values."""
 
@@ -180,7 +183,8 @@ class NoLearning:
 
     def publish(self, peer: SimulatedPeer, version: int) -> None: ...
 
-    def read(self, peer: SimulatedPeer, version: int, range_: Range) -> None: ...
+    def read(self, peer: SimulatedPeer, version: int, range_: Range) -> Decoded:
+        return NOTHING
 
     def retain(self, peer: SimulatedPeer, versions: Collection[int]) -> None: ...
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -106,11 +107,11 @@ class Simulator:
             self._handle(peer, StopAfter(round_))
         self._num_active = sum(peer.is_there for peer in self.peers.values())
 
-    def run(self, until: float = float("inf")) -> None:
-        """Until every peer has finished or is gone for good, or until then (virtual seconds)."""
+    def run(self, until: float = math.inf, messages: float = math.inf) -> None:
+        """Until every peer has finished or is gone for good, until then (virtual seconds), or until so many are delivered."""
         clock, network = self.clock, self.network
         with _rare_collections():
-            while self._num_active:
+            while self._num_active and self.num_messages < messages:
                 network.settle()
                 next_time = clock.next_time
                 if next_time is None or next_time > until:

@@ -14,14 +14,14 @@ from gossipfl.learning.datasets import Dataset, open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, TrainingConfig
 from gossipfl.overlay.graph_figures import GraphFigures, measure
+from gossipfl.overlay.links import check_links
 from gossipfl.overlay.topology import Topology
-from gossipfl.protocol.membership import MIN_ANSWER_S
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.hosting import about_churn, peer_settings
 from gossipfl.scenario.memory import available_bytes, needed_bytes, why_too_large
-from gossipfl.scenario.planning.exchanges import Exchange, exchange_of
-from gossipfl.scenario.planning.timing import Timing, time_rounds
+from gossipfl.scenario.planning.rehearsal import Rehearsed, rehearse
+from gossipfl.scenario.planning.timing import Timing, timing_of
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.segments.codecs import codec
 from gossipfl.segments.layout import Layout
@@ -48,22 +48,21 @@ class Plan:
     parameters: int
     model_bytes: int  # as float32
     encoded_bytes: int  # as the codec sends it
-    received_bytes: Spread | None  # None, as all that follows from it, for a protocol of the user's own
-    sent_bytes: Spread | None  # expected
-    total_bytes: int | None  # of all peers and rounds
+    received_bytes: Spread
+    sent_bytes: Spread
+    total_bytes: int  # of all peers and rounds
     memory_bytes: int
     available_bytes: int
     refused: str | None  # what the run would be refused with: it lacks memory, or its trace ends early
     topology: GraphFigures
     timing: Timing | None  # None for a run on this machine's own clock with nothing emulated
-    warnings: tuple[str, ...]  # what makes the figures far too low
-    notes: tuple[str, ...]  # what else they leave out
+    notes: tuple[str, ...]  # what the figures are not of
 
 
 def make_plan(scenario: Scenario) -> Plan:
-    """Build what the run would build first (data, model, network), and work out the rest. ConfigError as the run's."""
+    """Build what the run would build first (data, model, network), and rehearse it. ConfigError as the run's."""
     outline = _outline(scenario)
-    layout, exchange, timing = outline.layout, outline.exchange, outline.timing
+    layout, rehearsed, timing = outline.layout, outline.rehearsed, outline.timing
     return Plan(
         scenario=scenario.name,
         clock=scenario.resolved_clock,
@@ -73,16 +72,15 @@ def make_plan(scenario: Scenario) -> Plan:
         parameters=layout.size,
         model_bytes=layout.num_bytes,
         encoded_bytes=outline.encoded_bytes,
-        received_bytes=_spread(exchange.received) if exchange else None,
-        sent_bytes=_spread(exchange.sent) if exchange else None,
-        total_bytes=round(scenario.rounds * float(exchange.received.sum())) if exchange else None,
+        received_bytes=_spread(rehearsed.received),
+        sent_bytes=_spread(rehearsed.sent),
+        total_bytes=rehearsed.total_bytes,
         memory_bytes=needed_bytes(scenario, layout.size),
         available_bytes=available_bytes(),
         refused=why_too_large(scenario, layout.size) or _why_too_short(scenario, timing),
         topology=measure(outline.topology),
         timing=timing,
-        warnings=tuple(_warnings(scenario, exchange)) if exchange else (),
-        notes=tuple(_notes(scenario, outline.train_s, is_known=exchange is not None)),
+        notes=tuple(_notes(scenario, rehearsed)),
     )
 
 
@@ -102,29 +100,26 @@ class _Outline:
     layout: Layout
     encoded_bytes: int
     topology: Topology
-    train_s: float  # of the median peer
-    exchange: Exchange | None  # None for a protocol of the user's own
+    rehearsed: Rehearsed
     timing: Timing | None
 
 
 def _outline(scenario: Scenario, dataset: Dataset | None = None, model: nn.Module | None = None) -> _Outline:
     check_names(scenario)
+    topology, links = scenario.build_topology(), scenario.build_links()
+    check_links(links, topology)
     dataset = dataset or open_dataset(prepare(scenario))
     settings = peer_settings(scenario)
     model = model or build_model(
         scenario.model, dataset.input_shape, dataset.num_classes, scenario.model_args, scenario.model_seed
     )
-    training = TrainingConfig(**settings["training"])
-    layout = Engine(model, training, dataset).layout
+    layout = Engine(model, TrainingConfig(**settings["training"]), dataset).layout
     gossip = GossipSettings(**settings["gossip"])
     sent_as = codec(gossip.codec)
-    segment_bytes = np.array([sent_as.num_bytes(stop - start) for start, stop in gossip.for_peer(layout, 1).segments])
-    topology = scenario.build_topology()
-    exchange = exchange_of(scenario, topology, segment_bytes)
-    num_steps = np.array([training.num_steps(len(shard)) for shard in deal(scenario, dataset)])
-    timing = time_rounds(scenario, exchange, num_steps) if exchange and _has_time(scenario) else None
-    train_s = float(np.median(scenario.build_devices().step_s * num_steps))
-    return _Outline(layout, int(segment_bytes.sum()), topology, train_s, exchange, timing)
+    encoded_bytes = sum(sent_as.num_bytes(stop - start) for start, stop in gossip.for_peer(layout, 1).segments)
+    rehearsed = rehearse(scenario, topology, layout, [len(shard) for shard in deal(scenario, dataset)])
+    timing = timing_of(rehearsed, links) if rehearsed.rounds and _has_time(scenario) else None
+    return _Outline(layout, encoded_bytes, topology, rehearsed, timing)
 
 
 def _why_too_short(scenario: Scenario, timing: Timing | None) -> str | None:
@@ -132,8 +127,9 @@ def _why_too_short(scenario: Scenario, timing: Timing | None) -> str | None:
     ends_s, is_known = scenario.build_links().settled_s, _has_training_time(scenario)
     if scenario.network.trace_after or not ends_s or timing is None or not is_known:
         return None
-    expected_s = timing.least_s * scenario.rounds if timing.total_s is None else timing.total_s
-    takes_s = min(expected_s, scenario.stop.duration or math.inf)
+    if scenario.stop.target_accuracy is not None:
+        return None
+    takes_s = min(timing.total_s, scenario.stop.duration or math.inf)
     if takes_s <= ends_s:
         return None
     return (
@@ -157,30 +153,20 @@ def _spread(values: np.ndarray) -> Spread:
     return Spread(float(values.min()), float(values.mean()), float(values.max()))
 
 
-# ------------------------------------------------------------------------------------------------------------------- notes
-
-
-def _warnings(scenario: Scenario, exchange: Exchange) -> Iterator[str]:
-    """What makes the figures far too low."""
-    loss = scenario.network.loss
-    if loss and exchange.max_flows:
-        messages = 2 * sum(len(flows.senders) for flows in exchange.flows(1)) if exchange.can_be_followed else 0
-        lost = f", here about {loss * messages:,.3g} of {messages:,} messages a round" if messages else ""
-        patience = scenario.gossip.patience
-        wait = f"the patience, {patience:g} s" if isinstance(patience, (int, float)) else "the patience, 10 s or 4 trainings"
-        yield (
-            f"network.loss = {loss:g} is left out, and may take longer than all else: a peer finds out that a message was lost "
-            f"only after {MIN_ANSWER_S:g} s or more, up to {wait}{lost}"
-        )
-
-
-def _notes(scenario: Scenario, train_s: float, is_known: bool) -> Iterator[str]:
-    """What the figures leave out, and all of it where the protocol is not known."""
+def _notes(scenario: Scenario, rehearsed: Rehearsed) -> Iterator[str]:
+    """What the figures are not of."""
     if scenario.resolved_clock == "netns":
         yield "clock = 'netns' needs root, Linux and iproute2"
-    if not is_known:
-        yield f"gossip.protocol = {scenario.gossip.protocol!r} is your own: what it sends, and how long that takes, is left out"
-        return
+    changes = [
+        *([] if scenario.build_churn().is_empty else ["[churn]"]),
+        *(["network.trace"] if scenario.network.trace else []),
+    ]
+    if not rehearsed.rounds:
+        yield "nobody comes to the end of a round here; bytes and time are those of none"
+    elif not rehearsed.is_whole:
+        but = f", whatever {' and '.join(changes)} may change by then" if changes else ""
+        first = f"the first {rehearsed.rounds:,} of {scenario.rounds:,} rounds are rehearsed"
+        yield f"{first}, and the others are taken to be like them{but}"
     if not _has_time(scenario):
         yield "how long it takes on this machine shows only when it runs; --clock virtual plans the emulated network"
         return
@@ -188,17 +174,7 @@ def _notes(scenario: Scenario, train_s: float, is_known: bool) -> Iterator[str]:
         yield "the time is that of the emulated network and devices; what this machine is too slow for comes on top"
         if not _has_training_time(scenario):
             yield "[compute] says nothing: training takes as long as this machine needs, and is counted with 10 ms a step"
-    if not scenario.build_churn().is_empty:
-        yield "[churn] is left out: the figures are for peers that stay"
-        if _has_training_time(scenario):
-            yield from about_churn(scenario, train_s)
-    if scenario.gossip.protocol == "fragments":
-        yield "the bytes are the most there can be: a neighbour that still sends is asked for no more"
-    if scenario.gossip.selection not in ("uniform", "all"):
-        yield f"gossip.selection = {scenario.gossip.selection!r} depends on what peers see; the time is for uniform draws"
-    if math.isinf(scenario.gossip.max_staleness):
-        yield "a peer far behind adopts the newest model and skips rounds; the time is for peers that train all rounds"
-    if scenario.network.trace:
-        yield "network.trace is left out: the figures are for the rates at the start"
+    if _has_training_time(scenario):
+        yield from about_churn(scenario, float(np.median(rehearsed.train_s)))
     if scenario.stop.target_accuracy is not None or scenario.stop.duration is not None:
         yield "[stop] may end it before the last round"

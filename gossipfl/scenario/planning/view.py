@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.text import Text
 
 from gossipfl.scenario.planning.plan import Plan, Spread
 from gossipfl.scenario.terminal import print_figures, size_text
@@ -24,8 +23,6 @@ _ALONE = {
 def print_plan(console: Console, plan: Plan) -> None:
     """The plan as a table, and what it leaves out."""
     print_figures(console, f"{plan.scenario}: {plan.peers:,} peers, {plan.rounds:,} rounds, {plan.protocol}", _rows(plan))
-    for warning in plan.warnings:
-        console.print(Text(f"WARNING: {warning}", style="bold red"), highlight=False, soft_wrap=True)
     console.print(explain(plan.topology), highlight=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
@@ -34,10 +31,9 @@ def print_plan(console: Console, plan: Plan) -> None:
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "model parameters", f"{plan.parameters:,}"
     yield "model, in memory / as sent", f"{size_text(plan.model_bytes)} / {size_text(plan.encoded_bytes)}"
-    if plan.received_bytes is not None and plan.sent_bytes is not None and plan.total_bytes is not None:
-        yield "a peer receives per round", _spread_text(plan.received_bytes)
-        yield "a peer sends per round, expected", _spread_text(plan.sent_bytes)
-        yield "payload, all", size_text(plan.total_bytes)
+    yield "a peer receives per round", _spread_text(plan.received_bytes)
+    yield "a peer sends per round", _spread_text(plan.sent_bytes)
+    yield "payload, all", size_text(plan.total_bytes)
     yield "memory needed / free", f"{size_text(plan.memory_bytes)} / {size_text(plan.available_bytes)}"
     yield "spectral gap", gap_text(plan.topology)
     if plan.timing is None:
@@ -46,11 +42,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         if cost.seconds > 0:
             yield f"  {_ALONE[name]} alone", f"{_seconds_text(cost.seconds)}{f' ({cost.peer})' if cost.peer else ''}"
     yield "bottleneck", plan.timing.bottleneck
-    yield "a round, at least", _seconds_text(plan.timing.least_s)
-    if plan.timing.round_s is not None and plan.timing.total_s is not None:
-        without = ", were nothing lost" if plan.warnings else ""
-        yield f"a round, expected{without}", _seconds_text(plan.timing.round_s)
-        yield f"all rounds, expected{without}", _seconds_text(plan.timing.total_s)
+    yield "a round", _seconds_text(plan.timing.round_s)
+    yield "all rounds", _seconds_text(plan.timing.total_s)
 
 
 def _spread_text(spread: Spread) -> str:
