@@ -244,7 +244,7 @@ def test_an_engine_runs_where_it_is_no_slower_than_fp32(monkeypatch: pytest.Monk
     with_engine(monkeypatch, slow, laboured)
     compiled, refused = no_slower(chain.stage(0, 4), (samples(chain),), ["planted"])
     assert compiled.engine == chosen and set(compiled.table) == {"planted", "fp32"}
-    assert compiled.seconds == min(compiled.table.values())
+    assert compiled.table[compiled.engine] == min(compiled.table.values()) and compiled.seconds > 0
     own, full = (f"{1000 * compiled.table[engine]:.3g} ms" for engine in ("planted", "fp32"))
     said = {"planted": f"engine 'planted' is slower than fp32 on this machine: {own} a sample, fp32 {full}"}
     assert refused == (said if chosen == "fp32" else {})

@@ -440,6 +440,44 @@ def test_a_host_that_cannot_be_made_leaves_no_socket_behind(tmp_path):
     assert not Path(address.removeprefix("ipc://")).exists()
 
 
+class Deadline:
+    """The shell of a machine whose deadline is always past."""
+
+    next_deadline = 0.0
+
+    def __init__(self) -> None:
+        self.is_woken, self.has_heard = threading.Event(), threading.Event()
+
+    def wake(self) -> None:
+        self.is_woken.set()
+
+    def take(self, happening: object) -> None:
+        self.has_heard.set()
+
+    def crashed(self, error: BaseException) -> None:
+        raise AssertionError(error)
+
+
+def test_calls_without_end_keep_neither_messages_nor_deadlines_from_their_turn(ends):
+    """As a stage that is computed on the loop's thread posts what came of it, and another question is there by then."""
+    transport, shell, asker = ZmqTransport(new_address("tcp4"), run=RUN), Deadline(), ends("tcp://127.0.0.1:0")
+    loop = MessageLoop(transport, shell, "gossipfl-test")
+
+    def again() -> None:
+        loop.post(again)
+
+    loop.start()
+    try:
+        loop.post(again)
+        shell.is_woken.clear()
+        asker.transport.connect("p0", transport.address)
+        asker.transport.send("p1", "p0", Hello("L", 0, False))
+        until(asker, shell.has_heard.is_set)
+        assert shell.is_woken.wait(DEADLINE_S)
+    finally:
+        loop.stop()
+
+
 def test_a_loop_that_dies_says_of_what_and_leaves_no_socket_behind(ends):
     address = new_address("ipc")
     transport = ZmqTransport(address, run=RUN)

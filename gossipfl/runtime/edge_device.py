@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotInTime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,7 +175,10 @@ class EdgeDevice:
         wanted, planned = budget.max_accuracy_loss, self._machine.config.max_accuracy_loss
         if wanted is not None and planned is not None and wanted < planned:
             raise ConfigError(f"max_accuracy_loss = {wanted}, this device is made for {planned}; make one for {wanted}")
-        return self.submit(inputs, budget.timeout_s, version).result(budget.timeout_s + GRACE_S)
+        try:
+            return self.submit(inputs, budget.timeout_s, version).result(budget.timeout_s + GRACE_S)
+        except NotInTime as error:
+            raise RunError(f"no answer within {budget.timeout_s:g} s, nor soon after; ask less at once") from error
 
     def submit(self, inputs: np.ndarray, timeout_s: float = 30.0, version: int | None = None) -> Future[Answer]:
         """As `predict`, without waiting. `inputs` must stay as they are until there is an answer."""

@@ -16,6 +16,9 @@ from gossipfl.runtime.transport import Happening, ZmqTransport
 
 logger = logging.getLogger(__name__)
 
+BATCH = 16
+"""Calls that were posted, before messages get their turn again."""
+
 
 class Shell(Protocol):
     """Called on the loop's thread only."""
@@ -81,7 +84,7 @@ class MessageLoop:
     def _turn(self) -> None:
         for happening in self.transport.receive(0.0 if self._posted else self._timeout_s()):
             self._shell.take(happening)
-        while self._posted:
+        for _ in range(min(BATCH, len(self._posted))):
             self._posted.popleft()()
         while self._planned and self._planned[0][0] <= time.monotonic():
             heappop(self._planned)[2]()

@@ -68,10 +68,10 @@ class Compiled:
 
     engine: str
     seconds: float
-    """Of a call with one sample, as measured."""
+    """Of a call with one sample, in a loop."""
     run: Run
     table: Mapping[str, float]
-    """Seconds of every candidate; inf where one cannot be used."""
+    """Of every candidate, as they were compared; inf where one cannot be used."""
 
     def __call__(self, *live: Tensor) -> Live:
         return self.run(*live)
@@ -130,12 +130,12 @@ def no_slower(stage: fx.GraphModule, inputs: Live, engines: Iterable[str]) -> tu
             continue
         seconds = _time_rested({engine: run, FULL_ENGINE: full}, inputs, LOAD_S)
         if seconds[engine] <= seconds[FULL_ENGINE]:
-            return Compiled(engine, seconds[engine], run, seconds), refused
+            return Compiled(engine, _time_by_turns({engine: run}, inputs)[engine], run, seconds), refused
         own, of_full = (f"{1000 * seconds[name]:.3g} ms" for name in (engine, FULL_ENGINE))
         refused[engine] = (
             f"engine {engine!r} is slower than {FULL_ENGINE} on this machine: {own} a sample, {FULL_ENGINE} {of_full}"
         )
-    return Compiled(FULL_ENGINE, seconds[FULL_ENGINE], full, seconds), refused
+    return Compiled(FULL_ENGINE, _time_by_turns({FULL_ENGINE: full}, inputs)[FULL_ENGINE], full, seconds), refused
 
 
 def stage_seconds(chain: Chain, vector: np.ndarray, inputs: np.ndarray, engines: Iterable[str] | None = None) -> Seconds:
