@@ -298,7 +298,9 @@ def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: 
     from gossipfl.scenario.planning import make_plan
     from gossipfl.scenario.planning.view import print_plan
 
-    made = make_plan(load_scenario(scenario, [*overrides, *([f"clock={clock}"] if clock else [])]))
+    loaded = load_scenario(scenario, [*overrides, *([f"clock={clock}"] if clock else [])])
+    with Console(stderr=True).status("rehearsing"):  # seconds, and half a minute with ten thousand peers
+        made = make_plan(loaded)
     if as_json:
         click.echo(json.dumps(asdict(made)))
     else:

@@ -165,7 +165,8 @@ def _notes(scenario: Scenario, rehearsed: Rehearsed) -> Iterator[str]:
         yield "nobody comes to the end of a round here; bytes and time are those of none"
     elif not rehearsed.is_whole:
         but = f", whatever {' and '.join(changes)} may change by then" if changes else ""
-        first = f"the first {rehearsed.rounds:,} of {scenario.rounds:,} rounds are rehearsed"
+        number, most = rehearsed.rounds, f"of {scenario.rounds:,} rounds"
+        first = f"the first {most} is rehearsed" if number == 1 else f"the first {number:,} {most} are rehearsed"
         yield f"{first}, and the others are taken to be like them{but}"
     if not _has_time(scenario):
         yield "how long it takes on this machine shows only when it runs; --clock virtual plans the emulated network"
