@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -34,6 +35,8 @@ MESSAGES, MAX_MESSAGES = 50_000, 1_000_000
 """Delivered before `MIN_ROUNDS` are enough, and before any are; 30 us each."""
 SLICE = 1_000
 """Of messages, between two looks at how far all are."""
+MAX_CHANGES = 10_000
+"""Peers that come or go: some may do so for ever without a message."""
 LAST_OF_SEVERAL = 0.8
 """Of ten messages there and back, with two uniform delays each, the last has about 1.6 times the greatest delay."""
 
@@ -90,7 +93,7 @@ class _Rehearsal(Watcher):
 
     def run(self) -> Rehearsed:
         simulator = self._simulator
-        self._peers.begin(simulator, self._churn, self._churn.changes(math.inf))
+        self._peers.begin(simulator, self._churn, islice(self._churn.changes(math.inf), MAX_CHANGES))
         while not self._is_enough():
             before = simulator.num_messages
             simulator.run(messages=before + SLICE)
@@ -128,10 +131,10 @@ class _Rehearsal(Watcher):
         counts, most = np.maximum(self._counts, 1), self._scenario.rounds
         received, rounds = self._received / counts, self._rounds_of_all()
         is_whole = rounds >= most
-        rounds = rounds or max(self._ends_s, default=0)
-        ends_s, round_s = self._ends_s.get(rounds, 0.0), self._ends_s.get(rounds, 0.0)
-        if rounds > 1:  # the first may begin with waiting for others to join
-            round_s = (ends_s - self._ends_s[1]) / (rounds - 1)
+        rounds, first = rounds or max(self._ends_s, default=0), min(self._ends_s, default=0)
+        ends_s = round_s = self._ends_s.get(rounds, 0.0)
+        if rounds > first:  # which may have begun with waiting for others to join
+            round_s = (ends_s - self._ends_s[first]) / (rounds - first)
         return Rehearsed(
             rounds=rounds,
             is_whole=is_whole,
