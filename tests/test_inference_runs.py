@@ -26,6 +26,7 @@ from torch import nn
 
 from gossipfl.errors import ConfigError, PlanError, RunError
 from gossipfl.inference.execution.activations import decode_live, encode_live, samples_to_text
+from gossipfl.inference.execution.calibration import calibrate
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import ENGINES, missing_engines
 from gossipfl.inference.planning.catalogue import Catalogue
@@ -177,6 +178,17 @@ def devices() -> Iterator[Callable[..., EdgeDevice]]:
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_calibrated_with_few_samples_answers_with_the_full_model():
+    x = np.random.default_rng(1).standard_normal((120, *SHAPE)).astype(np.float32)
+    calibrator = calibrate(network(), (x, full_scores(x).argmax(1)), engines=["fp32"])
+    with InferenceServer({"m": calibrator.chain}) as server:
+        server.publish("m", 1, calibrator.vector, calibrator.measured, calibrator.certify, calibrator.samples)
+        with EdgeDevice([server.address], calibrator.chain, max_accuracy_loss=0.05, model="m") as device:
+            answer = device.predict(X, DEADLINE_S)
+    assert_same(answer.scores, full_scores(X))
+    assert answer.receipt.tiers == ("full",) * len(X)
 
 
 @pytest.mark.parametrize("kind", ["tcp4", "tcp6", "ipc", "inproc"])
