@@ -282,6 +282,24 @@ def test_a_loss_that_no_plan_keeps_within_is_answered_with_the_nearest(run, tmp_
     assert code == 2 and "max_accuracy_loss = -1" in stderr
 
 
+@pytest.mark.parametrize("number", ["nan", "-1"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("calibrate", "--alpha"),
+        ("calibrate", "--delta"),
+        ("serve", "--drain"),
+        ("device", "--server", "tcp://127.0.0.1:9", "--timeout"),
+        ("device", "--server", "tcp://127.0.0.1:9", "--audit"),
+        ("device", "--server", "tcp://127.0.0.1:9", "--max-accuracy-loss"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_before_anything_is_done(words, number, run):
+    code, stdout, stderr = call(*words, number, *([run] if "--server" not in words else []))
+    assert code == 2 and not stdout
+    assert words[-1].replace("-", "_").strip("_") in stderr.replace("-", "_") and number in stderr
+
+
 @pytest.mark.parametrize(("line", "says"), [("memory = 0", "memory"), ("speed = -1", "speed"), ('uplik = "1Mbit"', "uplink")])
 def test_a_device_that_cannot_be_is_refused(run, tmp_path, line, says):
     device = tmp_path / "device.toml"

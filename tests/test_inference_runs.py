@@ -965,9 +965,22 @@ def test_inputs_that_have_drifted_raise_an_alarm_in_time_and_then_the_full_model
     assert not device.predict(X, DEADLINE_S).receipt.alarm
 
 
-def test_a_share_that_is_none_is_refused(devices):
-    with pytest.raises(ConfigError, match=r"audit_share = 1\.5; give"):
-        devices("tcp://127.0.0.1:9", audit_share=1.5)
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("audit_share", (1.5, math.nan)),
+        ("emulated_speed", (0, 2.0, math.nan)),
+        ("max_accuracy_loss", (math.nan, -0.1, 2.0, "x")),
+        ("patience_s", (0, -1, math.nan, math.inf, "x")),
+        ("wait_s", (-1, math.nan, math.inf)),
+    ],
+)
+def test_what_a_device_cannot_be_made_with_is_refused(key, values, devices):
+    for value in values:
+        with pytest.raises(ConfigError, match=f"{key} = {value!r}; "):
+            devices("tcp://127.0.0.1:9", **{key: value})
+    with pytest.raises(ConfigError, match="speed = nan of device 'device' must be above 0"):
+        devices("tcp://127.0.0.1:9", device_profile=DeviceProfile(speed=math.nan))
 
 
 # --- what is asked wrongly --------------------------------------------------------------------------------------------
