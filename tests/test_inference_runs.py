@@ -917,6 +917,18 @@ def test_a_version_that_does_not_fit_or_is_not_newer_is_refused(servers):
         server.publish("m", 4, vector_of(1) * np.float32("nan"), catalogue(4))
     with pytest.raises(ConfigError, match="no model 'n' here; there is m"):
         server.publish("n", 4, vector_of(1), catalogue(4))
+    with pytest.raises(ConfigError, match="is a list; its chain has float32"):
+        server.publish("m", 4, list(vector_of(1)), catalogue(4))
+    for version in (2**70, "4", 4.0):
+        with pytest.raises(ConfigError, match=f"version = {version!r} of 'm'; give a whole number"):
+            server.publish("m", version, vector_of(1), catalogue(4))
+    for samples, message in (
+        (X * np.float32("nan"), "inputs hold NaN"),
+        (X[0], "inputs of shape"),
+        (X.tolist(), "inputs are list"),
+    ):
+        with pytest.raises(ConfigError, match=f"the samples of version 4 of 'm': {message}"):
+            server.publish("m", 4, vector_of(1), catalogue(4), samples=samples)
     assert server.models()[0].version == 3
 
 
