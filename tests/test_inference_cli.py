@@ -270,7 +270,7 @@ def test_whatever_plan_is_offered_there_is_a_certificate_of_the_way_that_it_fall
 
 def test_a_plan_needs_a_calibration(run):
     code, _, stderr = call("plan-inference", run, "--model", "p2")
-    assert code == 2 and "gossipfl calibrate" in stderr
+    assert code == 2 and f"p2 of {run} is not calibrated" in stderr and f"run `gossipfl calibrate {run} --model p2`" in stderr
 
 
 def test_the_title_of_a_plan_shows_the_loss_as_it_was_asked(run):
@@ -370,7 +370,7 @@ def test_a_certificate_that_cannot_be_given_says_how_many_samples_it_takes(run, 
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     code, stdout, _ = call("calibrate", copy, "--alpha", "0.001", "--quiet")
-    assert code == 0 and "2995" in stdout
+    assert code == 0 and "2995" in stdout and "certified on" not in stdout
 
 
 def test_statistics_that_stayed_local_cannot_be_served(tmp_path):
