@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from gossipfl.errors import ConfigError, PlanError
 from gossipfl.inference.execution.activations import encode_missing, num_bytes
 from gossipfl.inference.planning.catalogue import Catalogue, Overhead
 from gossipfl.inference.planning.cuts import choose_plan, fetch_seconds
-from gossipfl.inference.planning.offers import offer_bytes
+from gossipfl.inference.planning.offers import Ask, ask_from_json, offer_bytes, to_json
 from gossipfl.inference.planning.profile import (
     ON_DEVICE,
     ON_SERVER,
@@ -666,25 +667,34 @@ def test_what_is_no_table_is_no_catalogue(value):
 @pytest.mark.parametrize(
     ("key", "values", "message"),
     [
-        ("speed", [0.0, -1.0, math.nan, math.inf], "above 0: 1 is the machine that calibrated"),
+        ("speed", [0.0, -1.0, math.nan, "x", None], "above 0: 1 is the machine that calibrated"),
         ("memory_bytes", [0, -1], "above 0: the bytes that the model may take"),
         ("uplink", [0.0, -1.0, math.nan], "above 0: bytes per second, or inf where there is no limit"),
         ("downlink", [0.0, -1.0, math.nan], "above 0: bytes per second, or inf where there is no limit"),
-        ("latency_s", [-0.1, math.nan, math.inf], "seconds of at least 0, one way"),
-        ("compute_w", [-1.0, math.inf], "watts of at least 0"),
+        ("latency_s", [-0.1, math.nan], "seconds of at least 0, one way"),
+        ("compute_w", [-1.0], "watts of at least 0"),
         ("transmit_w", [-1.0, math.nan], "watts of at least 0"),
-        ("time_weight", [-1.0, math.inf], "a number of at least 0"),
+        ("time_weight", [-1.0], "a number of at least 0"),
         ("energy_weight", [-1.0, math.nan], "a number of at least 0"),
         ("price_weight", [-1.0], "a number of at least 0"),
         ("requests", [0, -3], "at least 1: those expected for each download of the weights"),
+        ("requests", [10**26], r"at most 1e\+15$"),
+        ("speed", [1e300, math.inf], r"at most 1e\+15$"),
+        ("latency_s", [math.inf], r"at most 1e\+15$"),
     ],
 )
 def test_a_device_that_cannot_be_is_a_config_error_that_names_the_key(key, values, message):
     for value in values:
         device = replace(DeviceProfile("pi"), **{key: value})
         for use in (check_device, lambda device: choose_plan(EXAMPLE, device, 0.01)):
-            with pytest.raises(ConfigError, match=f"{key} = {value} of device 'pi' must be {message}"):
+            with pytest.raises(ConfigError, match=f"{re.escape(f'{key} = {value!r}')} of device 'pi' must be {message}"):
                 use(device)
+
+
+def test_a_device_of_numpys_numbers_is_one():
+    device = DeviceProfile("pi", speed=np.float32(0.5), requests=np.int64(3))
+    assert choose_plan(EXAMPLE, device, 0.01)[0] == choose_plan(EXAMPLE, DeviceProfile("pi", speed=0.5, requests=3), 0.01)[0]
+    assert ask_from_json(to_json(Ask(device, np.float32(0.5)))) == Ask(DeviceProfile("pi", speed=0.5, requests=3), 0.5)
 
 
 def test_a_device_that_weighs_nothing_is_a_config_error():

@@ -108,3 +108,5 @@ def test_a_file_is_named_with_each_problem(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_device(path)
     assert [line.startswith(f"{path}: ") for line in str(caught.value).splitlines()] == [True, True]
+    with pytest.raises(ConfigError, match="a device is a text file in UTF-8"):
+        read_device(tmp_path / "nope.toml")

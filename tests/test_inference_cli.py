@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -21,18 +21,21 @@ from safetensors.numpy import load_file
 
 import gossipfl
 from gossipfl.cli import main
+from gossipfl.errors import ConfigError
 from gossipfl.inference.execution import engines
+from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.offers import Ask, manifest_from_json
 from gossipfl.inference.planning.profile import DeviceProfile
 from gossipfl.learning.models import build_model
 from gossipfl.protocol.messages import FULL_BITS
 from gossipfl.runtime import edge_device
-from gossipfl.runtime.model_list import ask_models
+from gossipfl.runtime.inference_server import InferenceServer
+from gossipfl.runtime.model_list import Architecture, ask_models
 from gossipfl.runtime.served import ServedVersion
 from gossipfl.scenario.inference import latency
 from gossipfl.scenario.inference.calibrate import Certificates, calibrator_like, load_calibration, served_here, timed_here
-from gossipfl.scenario.inference.serve import open_device, open_server
+from gossipfl.scenario.inference.serve import find_architecture, open_device, open_server, read_inputs
 from gossipfl.scenario.inference.trained import load_trained
 
 SCENARIO = {
@@ -267,7 +270,7 @@ def test_whatever_plan_is_offered_there_is_a_certificate_of_the_way_that_it_fall
 
 def test_a_plan_needs_a_calibration(run):
     code, _, stderr = call("plan-inference", run, "--model", "p2")
-    assert code == 2 and "gossipfl calibrate" in stderr
+    assert code == 2 and f"p2 of {run} is not calibrated" in stderr and f"run `gossipfl calibrate {run} --model p2`" in stderr
 
 
 def test_the_title_of_a_plan_shows_the_loss_as_it_was_asked(run):
@@ -280,6 +283,24 @@ def test_a_loss_that_no_plan_keeps_within_is_answered_with_the_nearest(run, tmp_
     device.write_text('memory = "1KiB"\n')
     code, _, stderr = call("plan-inference", run, "--device", device, "--max-accuracy-loss", "-1")
     assert code == 2 and "max_accuracy_loss = -1" in stderr
+
+
+@pytest.mark.parametrize("number", ["nan", "-1"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("calibrate", "--alpha"),
+        ("calibrate", "--delta"),
+        ("serve", "--drain"),
+        ("device", "--server", "tcp://127.0.0.1:9", "--timeout"),
+        ("device", "--server", "tcp://127.0.0.1:9", "--audit"),
+        ("device", "--server", "tcp://127.0.0.1:9", "--max-accuracy-loss"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_before_anything_is_done(words, number, run):
+    code, stdout, stderr = call(*words, number, *([run] if "--server" not in words else []))
+    assert code == 2 and not stdout
+    assert words[-1].replace("-", "_").strip("_") in stderr.replace("-", "_") and number in stderr
 
 
 @pytest.mark.parametrize(("line", "says"), [("memory = 0", "memory"), ("speed = -1", "speed"), ('uplik = "1Mbit"', "uplink")])
@@ -349,7 +370,7 @@ def test_a_certificate_that_cannot_be_given_says_how_many_samples_it_takes(run, 
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     code, stdout, _ = call("calibrate", copy, "--alpha", "0.001", "--quiet")
-    assert code == 0 and "2995" in stdout
+    assert code == 0 and "2995" in stdout and "certified on" not in stdout
 
 
 def test_statistics_that_stayed_local_cannot_be_served(tmp_path):
@@ -454,6 +475,53 @@ def test_http_answers_as_the_model_does_beside_the_sockets(run):
 def test_a_server_that_is_not_there_is_named(free_port):
     code, _, stderr = call("device", "--server", f"tcp://127.0.0.1:{free_port}", "--timeout", "1")
     assert code == 1 and f"127.0.0.1:{free_port}" in stderr and "running" in stderr
+
+
+def test_the_next_server_is_asked_where_the_first_has_not_got_the_model(free_port):
+    digits, letters = (Architecture(name, "mlp", (1, 8, 8), 10) for name in ("digits", "letters"))
+    chain = Chain.of(build_model("mlp", (1, 8, 8), 10), (1, 8, 8))
+    gone = f"tcp://127.0.0.1:{free_port}"
+    with ExitStack() as stack:
+        one, other = (
+            stack.enter_context(InferenceServer({one.name: chain}, architectures=[one])).address for one in (digits, letters)
+        )
+        assert find_architecture([one, other], "letters", 5.0) == letters
+        says = f"{one} serves digits, {other} serves letters; 'letter' is not among them; did you mean 'letters'?"
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            find_architecture([one, other], "letter", 5.0)
+        with pytest.raises(
+            ConfigError, match=re.escape(f"{one} serves digits; 'x' is not among them; no server answers at {gone}")
+        ):
+            find_architecture([gone, one], "x", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (np.float32(3), r"holds inputs of shape \[\], the model takes \[n, 1, 8, 8\], n at least 1"),
+        (np.zeros((0, 1, 8, 8)), r"holds inputs of shape \[0, 1, 8, 8\]"),
+        (np.zeros((3, 8, 8)), r"holds inputs of shape \[3, 8, 8\]"),
+        (np.full((1, 1, 8, 8), "a"), "holds <U1; write one array of real numbers"),
+        (np.ones((1, 1, 8, 8), complex), "holds complex128; write one array of real numbers"),
+        (np.full((1, 1, 8, 8), 1e300), "holds values that are not finite as 32-bit floats"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_holds_no_inputs_is_refused(values, says, tmp_path):
+    np.save(tmp_path / "x.npy", values)
+    with pytest.raises(ConfigError, match=says):
+        read_inputs(tmp_path / "x.npy", None, 1, (1, 8, 8))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x"])
+def test_a_file_that_is_no_array_is_refused(content, tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"is no \.npy file of numbers"):
+        read_inputs(path, None, 1, (1, 8, 8))
+    np.savez(tmp_path / "x.npz", x=np.zeros((1, 1, 8, 8), np.float32))
+    with pytest.raises(ConfigError, match="is an archive of arrays"):
+        read_inputs(tmp_path / "x.npz", None, 1, (1, 8, 8))
 
 
 @pytest.fixture

@@ -620,6 +620,17 @@ def test_where_everything_goes_to_the_server_as_it_is_nothing_is_reduced():
     assert machine.handle(Received("s0", Result(upload.request, 1, 0.1, 0, 1)), 0.3)[0] == Resolve(1, offer, (0, 1), True)
 
 
+def test_a_server_that_has_answered_before_is_not_asked_whether_it_runs_where_time_is_too_short():
+    machine = ready(manifest(cut=0, activation_bits=FULL_BITS), servers=("s0",))
+    assert of(machine.handle(Question(1, 1, 1e-6), 0.0), Upload)
+    (failure,) = of(machine.handle(Wake(), 1e-6), Fail)
+    assert failure.reason == "no answer in time; tcp://s0 has answered before; allow more time"
+    machine.handle(PeerDown("s0"), 1.0)
+    machine.handle(Question(2, 1, 1.1), 1.0)
+    (failure,) = of(machine.handle(Wake(), 1.1), Fail)
+    assert "tcp://s0: the connection broke; is `gossipfl serve` running there?" in failure.reason
+
+
 def fallen_back(machine, number=1, deadline=100.0, now=0.0):
     """A question whose one sample is unsure: the upload to the full model."""
     machine.handle(Question(number, 1, deadline), now)

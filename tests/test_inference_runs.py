@@ -26,6 +26,7 @@ from torch import nn
 
 from gossipfl.errors import ConfigError, PlanError, RunError
 from gossipfl.inference.execution.activations import decode_live, encode_live, samples_to_text
+from gossipfl.inference.execution.calibration import calibrate
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.engines import ENGINES, missing_engines
 from gossipfl.inference.planning.catalogue import Catalogue
@@ -177,6 +178,17 @@ def devices() -> Iterator[Callable[..., EdgeDevice]]:
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_calibrated_with_few_samples_answers_with_the_full_model():
+    x = np.random.default_rng(1).standard_normal((120, *SHAPE)).astype(np.float32)
+    calibrator = calibrate(network(), (x, full_scores(x).argmax(1)), engines=["fp32"])
+    with InferenceServer({"m": calibrator.chain}) as server:
+        server.publish("m", 1, calibrator.vector, calibrator.measured, calibrator.certify, calibrator.samples)
+        with EdgeDevice([server.address], calibrator.chain, max_accuracy_loss=0.05, model="m") as device:
+            answer = device.predict(X, DEADLINE_S)
+    assert_same(answer.scores, full_scores(X))
+    assert answer.receipt.tiers == ("full",) * len(X)
 
 
 @pytest.mark.parametrize("kind", ["tcp4", "tcp6", "ipc", "inproc"])
@@ -905,6 +917,18 @@ def test_a_version_that_does_not_fit_or_is_not_newer_is_refused(servers):
         server.publish("m", 4, vector_of(1) * np.float32("nan"), catalogue(4))
     with pytest.raises(ConfigError, match="no model 'n' here; there is m"):
         server.publish("n", 4, vector_of(1), catalogue(4))
+    with pytest.raises(ConfigError, match="is a list; its chain has float32"):
+        server.publish("m", 4, list(vector_of(1)), catalogue(4))
+    for version in (2**70, "4", 4.0):
+        with pytest.raises(ConfigError, match=f"version = {version!r} of 'm'; give a whole number"):
+            server.publish("m", version, vector_of(1), catalogue(4))
+    for samples, message in (
+        (X * np.float32("nan"), "inputs hold NaN"),
+        (X[0], "inputs of shape"),
+        (X.tolist(), "inputs are list"),
+    ):
+        with pytest.raises(ConfigError, match=f"the samples of version 4 of 'm': {message}"):
+            server.publish("m", 4, vector_of(1), catalogue(4), samples=samples)
     assert server.models()[0].version == 3
 
 
@@ -953,9 +977,22 @@ def test_inputs_that_have_drifted_raise_an_alarm_in_time_and_then_the_full_model
     assert not device.predict(X, DEADLINE_S).receipt.alarm
 
 
-def test_a_share_that_is_none_is_refused(devices):
-    with pytest.raises(ConfigError, match=r"audit_share = 1\.5; give"):
-        devices("tcp://127.0.0.1:9", audit_share=1.5)
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("audit_share", (1.5, math.nan)),
+        ("emulated_speed", (0, 2.0, math.nan)),
+        ("max_accuracy_loss", (math.nan, -0.1, 2.0, "x")),
+        ("patience_s", (0, -1, math.nan, math.inf, "x")),
+        ("wait_s", (-1, math.nan, math.inf)),
+    ],
+)
+def test_what_a_device_cannot_be_made_with_is_refused(key, values, devices):
+    for value in values:
+        with pytest.raises(ConfigError, match=f"{key} = {value!r}; "):
+            devices("tcp://127.0.0.1:9", **{key: value})
+    with pytest.raises(ConfigError, match="speed = nan of device 'device' must be above 0"):
+        devices("tcp://127.0.0.1:9", device_profile=DeviceProfile(speed=math.nan))
 
 
 # --- what is asked wrongly --------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gossipfl.errors import CodecError
+from gossipfl.errors import CodecError, ConfigError
 from gossipfl.inference.execution import calibration
 from gossipfl.inference.execution.activations import (
     decode_continued,
@@ -23,7 +24,7 @@ from gossipfl.inference.execution.activations import (
     samples_from_text,
     samples_to_text,
 )
-from gossipfl.inference.execution.calibration import Calibrator
+from gossipfl.inference.execution.calibration import Calibrator, calibrate
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.execution.sensitivity import BITS, measure, quantized
 from gossipfl.inference.execution.tables import LEVELS, harm_bound, make_tables, planned_scores
@@ -322,6 +323,57 @@ def test_with_too_few_samples_for_a_certificate_all_fall_back(trained, num_unsee
     rates = few.catalogue(seconds=SECONDS)[0].fallback_rates
     assert {rate for level in list(rates)[1:] for rate in rates[level].values()} == {FallbackRates(1.0)}
     assert f"{num_unseen} unseen samples are too few" in few.warning and "of which fewer fall back" in few.warning
+
+
+# --- a user's own samples ---------------------------------------------------------------------------------------------
+
+
+def digits(num):
+    dataset = load_dataset("digits", None, 0.5, 0)
+    return dataset.x_train[:num], dataset.y_train[:num]
+
+
+@pytest.mark.parametrize(("num", "num_kept"), [(2, 1), (180, 90), (298, 149), (700, 444)])
+def test_certificates_get_half_of_few_samples_and_it_is_said_where_that_certifies_nothing(num, num_kept, caplog):
+    calibrator = calibrate(build_model("mlp", (1, 8, 8), 10), digits(num), engines=["fp32"])
+    assert len(calibrator._kept) == num_kept
+    said = f"{num_kept} samples for certificates, and it takes 149: every request falls back"
+    assert caplog.messages == ([said] if num_kept < 149 else [])
+
+
+def test_without_samples_for_certificates_nothing_is_accepted(trained):
+    chain, vector, fit, _ = trained
+    none = Calibrator(chain, fit, (fit[:0], None), data="digits", vector=vector, engines=["fp32"])
+    catalogue = replace(none.catalogue(seconds=SECONDS)[0], fallback_rates={})  # else nothing but the full model is chosen
+    plan, _ = choose_plan(catalogue, DeviceProfile(price_weight=1e9), 0.05)
+    certificate = none.certify(plan)
+    assert plan.cut == 2 and certificate.threshold == math.inf and (certificate.n, certificate.fallback_rate) == (0, 1.0)
+
+
+X, Y = digits(20)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ((X[:0], Y[:0]), r"samples of shape \[0, 1, 8, 8\] calibrate nothing"),
+        ((X[:1], Y[:1]), r"samples of shape \[1, 1, 8, 8\] calibrate nothing"),
+        ((X * math.nan, Y), "values that are not finite"),
+        ((X.astype(float) + 1e300, Y), "values that are not finite"),
+        ((["a", "b"], Y), "the samples are no array of numbers"),
+        ((X, Y[:5]), r"labels of shape \[5\] for 20 samples"),
+        ((X, Y + 100), "label 10[0-9], but the model has 10 classes"),
+        ((X, Y - 100), "labels of int64 from -100 on"),
+        ((X, Y + 0.5), "labels of float64 from 0.5 on; classes are whole numbers"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_samples_that_calibrate_nothing_are_refused_with_what_is_wrong(samples, message):
+    with pytest.raises(ConfigError, match=message):
+        calibrate(build_model("mlp", (1, 8, 8), 10), samples, engines=["fp32"])
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_bytes_of_a_request_are_those_of_its_codecs(trained):

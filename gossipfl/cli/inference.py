@@ -9,7 +9,7 @@ from typing import Literal
 
 import click
 
-from gossipfl.cli.options import EPILOG, errors_are_messages, insecure_option, quiet_option, stdout_console
+from gossipfl.cli.options import EPILOG, Number, errors_are_messages, insecure_option, quiet_option, stdout_console
 
 run_argument = click.argument("run", type=click.Path(path_type=Path))
 model_option = click.option("--model", default="average", show_default=True, help="The run's average model, or a peer's: p3.")
@@ -25,8 +25,16 @@ loss_option = click.option(
 @click.command(epilog=EPILOG)
 @run_argument
 @model_option
-@click.option("--alpha", default=0.02, show_default=True, help="Share of answers that may differ from the full model's.")
-@click.option("--delta", default=0.05, show_default=True, help="Probability that more do all the same.")
+@click.option(
+    "--alpha",
+    type=Number(0, 1, True, True),
+    default=0.02,
+    show_default=True,
+    help="Share of answers that may differ from the full model's.",
+)
+@click.option(
+    "--delta", type=Number(0, 1, True, True), default=0.05, show_default=True, help="Probability that more do all the same."
+)
 @json_option
 @quiet_option
 @errors_are_messages
@@ -174,7 +182,14 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
 @click.option("--bind", default="tcp://127.0.0.1:5800", show_default=True, help="Where devices find it; port 0: any free one.")
 @click.option("--advertise", help="The address to tell others, where it differs: tcp://198.51.100.7:5800.")
 @click.option("--http", metavar="HOST:PORT", help="Answer over HTTP as well (Open Inference Protocol v2): 127.0.0.1:8080.")
-@click.option("--drain", "drain_s", default=10.0, show_default=True, help="Seconds to finish what was asked, at the end.")
+@click.option(
+    "--drain",
+    "drain_s",
+    type=Number(0, 1e9),
+    default=10.0,
+    show_default=True,
+    help="Seconds to finish what was asked, at the end.",
+)
 @insecure_option
 @errors_are_messages
 def serve(run: Path, model: str, bind: str, advertise: str | None, http: str | None, drain_s: float, insecure: bool) -> None:
@@ -207,9 +222,16 @@ def serve(run: Path, model: str, bind: str, advertise: str | None, http: str | N
 @click.option("--inputs", type=click.Path(path_type=Path), help="A .npy file of inputs, f32[n, ...] (default: see --config).")
 @click.option("--config", "scenario", help="A scenario whose test samples are asked (default: noise).")
 @click.option("--samples", default=100, show_default=True, type=click.IntRange(1), help="Of the scenario's data, or of noise.")
-@click.option("--timeout", "timeout_s", default=30.0, show_default=True, help="Seconds for each answer.")
 @click.option(
-    "--audit", "audit_share", default=0.01, show_default=True, help="Share of answers to compare with the full model; 0: none."
+    "--timeout", "timeout_s", type=Number(0, 1e9, True), default=30.0, show_default=True, help="Seconds for each answer."
+)
+@click.option(
+    "--audit",
+    "audit_share",
+    type=Number(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Share of answers to compare with the full model; 0: none.",
 )
 @json_option
 @errors_are_messages
@@ -237,12 +259,13 @@ def device(
     gossipfl device --server tcp://127.0.0.1:5800 --device scenarios/devices/phone.toml --config quickstart
     gossipfl device --server tcp://127.0.0.1:5800 --inputs x.npy --cache cache --json | jq .receipt.tiers
     """
-    from gossipfl.inference.planning.profile import DeviceProfile
+    from gossipfl.inference.planning.profile import DeviceProfile, check_loss
     from gossipfl.scenario import load_scenario
     from gossipfl.scenario.device_file import read_device
     from gossipfl.scenario.inference.device_view import Answers
     from gossipfl.scenario.inference.serve import answer_all, find_architecture, open_device, read_inputs
 
+    check_loss(max_accuracy_loss)
     profile = read_device(device_file) if device_file else DeviceProfile()
     found = find_architecture(servers, model, min(timeout_s, 10.0))
     asked = read_inputs(inputs, load_scenario(scenario) if scenario else None, samples, found.input_shape)

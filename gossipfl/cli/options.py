@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -37,6 +38,16 @@ def errors_are_messages(command: F) -> F:
             sys.exit(130)
 
     return wrapped
+
+
+class Number(click.FloatRange):
+    """Click's own lets nan pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is no number.", param, ctx)
+        return number
 
 
 def stdout_console() -> Console:

@@ -51,7 +51,7 @@ from gossipfl.inference.planning.device_words import (
 )
 from gossipfl.inference.planning.fetching import DeviceConfig
 from gossipfl.inference.planning.offers import Ask, Failure, to_json
-from gossipfl.inference.planning.profile import DeviceProfile
+from gossipfl.inference.planning.profile import DeviceProfile, check_device, check_loss, is_within
 from gossipfl.inference.planning.receipts import Answer, Budget, ServedModel
 from gossipfl.protocol import wire
 from gossipfl.protocol.machine import PeerDown, PeerUp, Received, Rejected, Start, Wake
@@ -81,6 +81,8 @@ logger = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 """Past its timeout a question has been answered or has failed, unless a thread here has died."""
+MAX_S = 1e9
+"""Of any time that is given: decades, and the sum of two is still a time."""
 Key = tuple[PeerId, int]
 
 
@@ -116,17 +118,25 @@ class EdgeDevice:
             raise ConfigError("servers = [] answers nothing; name the address of one at least, as tcp://host:port")
         if on_no_server not in ("unverified", "fail"):
             raise ConfigError(f"on_no_server = {on_no_server!r}; choose 'unverified' or 'fail'")
-        if not 0 < emulated_speed <= 1:
-            raise ConfigError(f"emulated_speed = {emulated_speed}; waiting only makes slower, give a number above 0, 1 at most")
-        if not 0 <= audit_share <= 1:
-            raise ConfigError(f"audit_share = {audit_share}; give the share of answers to audit, 0 to 1")
+        if not is_within(0, emulated_speed, 1) or not emulated_speed:
+            raise ConfigError(
+                f"emulated_speed = {emulated_speed!r}; waiting only makes slower, give a number above 0, 1 at most"
+            )
+        if not is_within(0, audit_share, 1):
+            raise ConfigError(f"audit_share = {audit_share!r}; give the share of answers to audit, 0 to 1")
+        if not is_within(0, patience_s, MAX_S) or not patience_s:
+            raise ConfigError(f"patience_s = {patience_s!r}; give seconds above 0, {MAX_S:g} at most")
+        if not is_within(0, wait_s, MAX_S):
+            raise ConfigError(f"wait_s = {wait_s!r}; give seconds of at least 0, {MAX_S:g} at most")
+        profile = device_profile or DeviceProfile()
+        check_device(profile)
+        check_loss(max_accuracy_loss)
         self._chain, self._model = chain, model
         self._emulated_speed = emulated_speed
         self._cache = ContentCache(cache, cache_bytes)
         self._name = f"device-{secrets.token_hex(8)}"
         addresses = {f"{model}@{index}": address for index, address in enumerate(servers)}
         own = "" if samples is None else samples_to_text(check_inputs(samples[:MAX_SAMPLES], chain.profile.input_shape))
-        profile = device_profile or DeviceProfile()
         config = DeviceConfig(profile, max_accuracy_loss, on_no_server, patience_s, wait_s, audit_share, own, missing_engines())
         self._machine = Asker(config, addresses, chain.profile)
         self._transport = ZmqTransport(f"inproc://{uuid.uuid4().hex}", run=INFERENCE_RUN)
@@ -182,8 +192,8 @@ class EdgeDevice:
 
     def submit(self, inputs: np.ndarray, timeout_s: float = 30.0, version: int | None = None) -> Future[Answer]:
         """As `predict`, without waiting. `inputs` must stay as they are until there is an answer."""
-        if not 0 < timeout_s < 1e9:
-            raise ConfigError(f"timeout_s = {timeout_s}; give seconds above 0")
+        if not is_within(0, timeout_s, MAX_S) or not timeout_s:
+            raise ConfigError(f"timeout_s = {timeout_s!r}; give seconds above 0, {MAX_S:g} at most")
         inputs = check_inputs(inputs, self._chain.profile.input_shape)
         if not self._loop.is_running:
             raise RunError("the device is closed; make another") from self._error

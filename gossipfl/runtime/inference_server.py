@@ -26,6 +26,7 @@ from gossipfl.errors import CodecError, ConfigError, GossipflError, RemoteProtoc
 from gossipfl.inference.execution.activations import num_bytes
 from gossipfl.inference.planning.answering import Answerer, ServerConfig
 from gossipfl.inference.planning.catalogue import Catalogue
+from gossipfl.inference.planning.json_values import MAX_INTEGER
 from gossipfl.inference.planning.offers import Ask, Failure, ask_from_json
 from gossipfl.inference.planning.profile import Plan
 from gossipfl.inference.planning.receipts import Answer, Budget, Receipt, ServedModel
@@ -151,6 +152,8 @@ class InferenceServer:
         self._check_running()
         if model not in self._chains:
             raise ConfigError(f"no model {model!r} here; there is {', '.join(self._chains)}")
+        if type(version) is not int or version > MAX_INTEGER:
+            raise ConfigError(f"version = {version!r} of {model!r}; give a whole number of at most 63 bits")
         with self._publishing:
             newest = max(self._served[model], default=0)
             if version <= newest:

@@ -18,7 +18,7 @@ from gossipfl.inference.planning.cuts import choose_plan
 from gossipfl.inference.planning.offers import BIASES, Ask, LayerOffer, Manifest, Piece, offer_to_json, samples_digest
 from gossipfl.inference.planning.profile import FULL, FULL_ENGINE, Fallback, Plan, Range, Stage
 from gossipfl.runtime.content_cache import digest_of
-from gossipfl.runtime.stages import ModelChain, RunnableStage
+from gossipfl.runtime.stages import ModelChain, RunnableStage, check_inputs
 from gossipfl.segments.codecs import all_finite, codec
 from gossipfl.segments.codecs.planes import MAX_PLANES, Planes, PlaneSet
 
@@ -57,8 +57,9 @@ class ServedVersion:
 
     def __post_init__(self) -> None:
         size, profile = self.chain.layout.size, self.chain.profile
-        if self.vector.shape != (size,) or self.vector.dtype != np.float32:
-            found = f"{self.vector.dtype}{self.vector.shape}"
+        is_array = isinstance(self.vector, np.ndarray)
+        if not is_array or self.vector.shape != (size,) or self.vector.dtype != np.float32:
+            found = f"{self.vector.dtype}{self.vector.shape}" if is_array else f"a {type(self.vector).__name__}"
             raise LayoutError(f"version {self.version} of {self.model!r} is {found}; its chain has float32 ({size},)")
         if not all_finite(self.vector):
             raise ConfigError(f"version {self.version} of {self.model!r} holds NaN or infinite weights; publish another")
@@ -67,7 +68,12 @@ class ServedVersion:
             raise ConfigError(f"the catalogue is of {what}, not of version {self.version} of {self.model!r}; calibrate that")
         if FULL_ENGINE in self.catalogue.server_s:  # the server runs the full model, and nothing faster in its place
             self.catalogue = replace(self.catalogue, server_s={FULL_ENGINE: self.catalogue.server_s[FULL_ENGINE]})
-        self._samples_text = "" if self.samples is None else samples_to_text(self.samples)
+        self._samples_text = ""
+        if self.samples is not None:
+            try:
+                self._samples_text = samples_to_text(check_inputs(self.samples, profile.input_shape))
+            except ConfigError as error:
+                raise ConfigError(f"the samples of version {self.version} of {self.model!r}: {error}") from error
         self._samples_digest = samples_digest(self._samples_text)
         self.catalogue = replace(self.catalogue, sample_bytes=len(self._samples_text))
         self.vector = self.vector.copy()

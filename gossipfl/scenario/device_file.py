@@ -54,7 +54,7 @@ def load_device(table: Mapping[str, Any]) -> DeviceProfile:
 
 def read_device(path: Path) -> DeviceProfile:
     """The device that the TOML file at `path` describes; ConfigError, naming the file, if it cannot be."""
-    table, _ = read_toml(path)
+    table, _ = read_toml(path, "a device")
     try:
         return load_device(table)
     except ConfigError as error:

@@ -39,7 +39,7 @@ def scenario_file(source: str | Path) -> Path:
     )
 
 
-def read_toml(path: Path) -> tuple[Values, str]:
+def read_toml(path: Path, what: str = "a scenario") -> tuple[Values, str]:
     """The settings in a file, and its text."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -50,7 +50,7 @@ def read_toml(path: Path) -> tuple[Values, str]:
         where = f"{path}:{line[1]}" if line else f"{path}, at its end"
         raise ConfigError(f"{where}: {message}; the file must be TOML") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}; a scenario is a text file in UTF-8") from error
+        raise ConfigError(f"{path} cannot be read: {error}; {what} is a text file in UTF-8") from error
 
 
 def apply_overrides(values: Values, overrides: Sequence[str]) -> set[str]:

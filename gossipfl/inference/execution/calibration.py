@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,8 @@ from gossipfl.inference.planning.profile import FULL_ENGINE, FallbackRates, Plan
 from gossipfl.learning.datasets import Dataset, normalise
 from gossipfl.protocol.messages import FULL_BITS
 from gossipfl.segments.codecs.planes import MAX_PLANES
+
+logger = logging.getLogger(__name__)
 
 Samples = tuple[np.ndarray, np.ndarray | None]
 """Inputs f32[n, *input_shape] and their labels i64[n], or None."""
@@ -137,18 +140,47 @@ def calibrate(
     """Measure `model` (f32[B, *input_shape] to scores f32[B, K]) for serving; `measured` then is its catalogue.
 
     `data` is a Dataset whose training samples the model was trained on, and half of whose test samples are used; or inputs
-    f32[n, ...] and labels i64[n] (or None) that it was not trained on. `options` are the Calibrator's.
+    f32[n, ...] and labels i64[n] (or None) that it was not trained on: of these half at least are left for certificates, and
+    where that is too little, it is said and every request falls back. `options` are the Calibrator's.
     """
     unseen: Samples
     if isinstance(data, Dataset):
         seen = normalise(np.asarray(data.x_train[:SEEN]), data)
         unseen = normalise(np.asarray(data.x_test[::2]), data), np.asarray(data.y_test[::2])
     else:
-        inputs, labels = np.asarray(data[0], np.float32), data[1]
-        seen, unseen = inputs[:SEEN], (inputs[SEEN:], None if labels is None else np.asarray(labels)[SEEN:])
-    calibrator = Calibrator(Chain.of(model, tuple(seen.shape[1:])), seen, unseen, data=name, version=version, **options)
+        inputs, labels = _checked(*data)
+        num_seen = min(SEEN, len(inputs) // 2)
+        seen, unseen = inputs[:num_seen], (inputs[num_seen:], None if labels is None else labels[num_seen:])
+    chain = Chain.of(model, tuple(seen.shape[1:]))
+    if unseen[1] is not None and unseen[1].max() >= chain.profile.num_classes:
+        raise ConfigError(f"label {unseen[1].max()}, but the model has {chain.profile.num_classes} classes, counted from 0")
+    calibrator = Calibrator(chain, seen, unseen, data=name, version=version, **options)
+    if (needed := samples_needed(calibrator.alpha, calibrator.delta)) > len(unseen[0]):
+        logger.warning("%d samples for certificates, and it takes %d: every request falls back", len(unseen[0]), needed)
     calibrator.catalogue(progress)
     return calibrator
+
+
+def _checked(inputs: Any, labels: Any) -> Samples:
+    """ConfigError for what are no samples."""
+    try:
+        with np.errstate(over="ignore"):
+            x, y = np.asarray(inputs, np.float32), None if labels is None else np.asarray(labels)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the samples are no array of numbers ({error}); give inputs f32[n, ...] and labels i64[n]"
+        ) from error
+    if x.ndim < 2 or len(x) < 2:
+        raise ConfigError(f"samples of shape {list(x.shape)} calibrate nothing; give inputs f32[n, ...], n at least 2")
+    if not np.isfinite(x).all():
+        raise ConfigError("the samples hold values that are not finite as 32-bit floats; remove them")
+    if y is None:
+        return x, None
+    if y.shape != (len(x),):
+        raise ConfigError(f"labels of shape {list(y.shape)} for {len(x)} samples; give one for each, or None")
+    if y.dtype.kind not in "iu" or y.min() < 0:
+        raise ConfigError(f"labels of {y.dtype} from {y.min()} on; classes are whole numbers from 0 on")
+    return x, y
 
 
 def continuation_of(plan: Plan) -> Plan:
@@ -326,7 +358,7 @@ class Calibrator:
         """What the plan answers (f32[n, K]), its device's stage carried out with its engine."""
         head, last = self.head(plan), len(self.chain.profile.layers)
         tail = self.chain.stage(plan.cut, last, self.vector) if plan.cut < last else None
-        scores = []
+        scores = [np.zeros((0, self.chain.profile.num_classes), np.float32)]  # of no inputs
         for start in range(0, len(inputs), BATCH):
             live: tuple[torch.Tensor, ...] = (torch.tensor(inputs[start : start + BATCH]),)
             with torch.inference_mode():

@@ -70,7 +70,7 @@ def planned_scores(chain: Chain, vector: np.ndarray, cut: int, bits: Bits, input
     last = len(chain.profile.layers)
     device = chain.stage(0, cut, quantized(chain, vector, weight_bits)) if cut else None
     server = chain.stage(cut, last, vector) if cut < last else None
-    scores = []
+    scores = [np.zeros((0, chain.profile.num_classes), np.float32)]  # of no inputs
     with torch.no_grad():
         for start in range(0, len(inputs), BATCH):
             live: tuple[torch.Tensor, ...] = (torch.tensor(inputs[start : start + BATCH]),)

@@ -65,6 +65,7 @@ class Holders:
 
     def praise(self, peer: PeerId) -> None:
         self._holders[peer] = Holder(is_up=True)
+        self.last_trouble = f"{self.addresses[peer]} has answered before; allow more time"
 
     def is_busy(self, peer: PeerId, now: float) -> None:
         """It works, so it is not to blame."""

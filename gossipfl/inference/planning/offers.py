@@ -211,7 +211,7 @@ def split(codec: str, range_: Range, payload: memoryview) -> Iterator[tuple[Piec
 
 
 def to_json(value: Ask | LayerOffer | Manifest) -> bytes:
-    return json.dumps(_plain(value), allow_nan=False, separators=(",", ":")).encode()
+    return json.dumps(_plain(value), allow_nan=False, separators=(",", ":"), default=_item).encode()
 
 
 def offer_to_json(manifest: Manifest) -> bytes:
@@ -266,6 +266,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return None if value == math.inf else value
+
+
+def _item(number: Any) -> Any:
+    """Of numpy's."""
+    return number.item()
 
 
 def _from_json(class_: type[T], payload: bytes | memoryview) -> T:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 from gossipfl.errors import ConfigError
 
@@ -96,26 +97,39 @@ class DeviceProfile:
     """Requests expected for each download of the weights."""
 
 
+def is_within(least: float, value: Any, most: float) -> bool:
+    """Whether it is a number, and from `least` to `most`; nan is not."""
+    return issubclass(type(value), Real) and bool(least <= value <= most)
+
+
+def check_loss(max_accuracy_loss: float | None) -> None:
+    """ConfigError for what is no share."""
+    if max_accuracy_loss is not None and not is_within(0, max_accuracy_loss, 1):
+        raise ConfigError(f"max_accuracy_loss = {max_accuracy_loss!r}; give a share from 0 to 1, as 0.01")
+
+
 def check_device(device: DeviceProfile) -> None:
     """ConfigError, naming the key and the remedy, for a device that cannot be."""
     rate = "above 0: bytes per second, or inf where there is no limit"
     watts, weight = "watts of at least 0", "a number of at least 0"
     checks = (
-        ("speed", _LEAST <= device.speed <= _MOST, "above 0: 1 is the machine that calibrated, 0.1 is ten times slower"),
-        ("memory_bytes", 1 <= device.memory_bytes <= _MOST, "above 0: the bytes that the model may take"),
-        ("uplink", device.uplink >= _LEAST, rate),
-        ("downlink", device.downlink >= _LEAST, rate),
-        ("latency_s", 0 <= device.latency_s <= _MOST, "seconds of at least 0, one way"),
-        ("compute_w", 0 <= device.compute_w <= _MOST, watts),
-        ("transmit_w", 0 <= device.transmit_w <= _MOST, watts),
-        ("time_weight", 0 <= device.time_weight <= _MOST, weight),
-        ("energy_weight", 0 <= device.energy_weight <= _MOST, weight),
-        ("price_weight", 0 <= device.price_weight <= _MOST, weight),
-        ("requests", 1 <= device.requests <= _MOST, "at least 1: those expected for each download of the weights"),
+        ("speed", _LEAST, _MOST, "above 0: 1 is the machine that calibrated, 0.1 is ten times slower"),
+        ("memory_bytes", 1, _MOST, "above 0: the bytes that the model may take"),
+        ("uplink", _LEAST, math.inf, rate),
+        ("downlink", _LEAST, math.inf, rate),
+        ("latency_s", 0, _MOST, "seconds of at least 0, one way"),
+        ("compute_w", 0, _MOST, watts),
+        ("transmit_w", 0, _MOST, watts),
+        ("time_weight", 0, _MOST, weight),
+        ("energy_weight", 0, _MOST, weight),
+        ("price_weight", 0, _MOST, weight),
+        ("requests", 1, _MOST, "at least 1: those expected for each download of the weights"),
     )
-    for key, is_right, expected in checks:
-        if not is_right:  # nor is nan
-            raise ConfigError(f"{key} = {getattr(device, key)} of device {device.name!r} must be {expected}")
+    for key, least, most, expected in checks:
+        value = getattr(device, key)
+        if not is_within(least, value, most):
+            expected = f"at most {most:g}" if is_within(most, value, math.inf) else expected
+            raise ConfigError(f"{key} = {value!r} of device {device.name!r} must be {expected}")
     if not device.time_weight + device.energy_weight + device.price_weight:
         raise ConfigError(f"device {device.name!r} weighs nothing; give time_weight, energy_weight or price_weight, such as 1")
 

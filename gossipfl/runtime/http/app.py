@@ -34,6 +34,8 @@ RETRY = {"Retry-After": "1"}
 ABORTED = 499
 """What proxies note where the client has gone; nobody receives it."""
 HEADER_BYTES = "Inference-Header-Content-Length"
+SHOWN = 64
+"""Characters of what a client has sent, in messages."""
 
 
 class App:
@@ -119,7 +121,7 @@ class App:
         found = sorted((model for model in models if model.name == name), key=lambda model: model.version)
         if not found:
             raise HTTPException(404, f"there is no model {name!r}; ready: {', '.join(sorted({m.name for m in models}))}")
-        if version is not None and not version.isdecimal():
+        if version is not None and not _is_short_number(version):
             raise _no_version(request, found)
         return found, None if version is None else int(version)
 
@@ -222,15 +224,21 @@ def _is_listed(version: int | None, found: list[ServedModel]) -> bool:
 
 def _no_version(request: Request, found: list[ServedModel]) -> HTTPException:
     versions = ", ".join(str(model.version) for model in found)
-    return HTTPException(404, f"{found[-1].name!r} has no version {request.path_params['version']!r}; ready: {versions}")
+    asked = request.path_params["version"][:SHOWN]
+    return HTTPException(404, f"{found[-1].name!r} has no version {asked!r}; ready: {versions}")
+
+
+def _is_short_number(text: str) -> bool:
+    """One that Python reads: of 4,300 digits and more it does not."""
+    return text.isdecimal() and len(text) <= SHOWN
 
 
 def _header_bytes(request: Request) -> int | None:
     value = request.headers.get(HEADER_BYTES)
     if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
         raise HTTPException(415, f"Content-Encoding {encoding!r} is not supported; send the body as it is")
-    if value is not None and not value.isdecimal():
-        raise ConfigError(f"{HEADER_BYTES} = {value!r} is no number of bytes")
+    if value is not None and not _is_short_number(value):
+        raise ConfigError(f"{HEADER_BYTES} = {value[:SHOWN]!r} is no number of bytes")
     return None if value is None else int(value)
 
 

@@ -35,6 +35,8 @@ DATATYPES = {
     "INT64": "<i8",
 }
 """Of inputs. All become f32, as they are: nothing is scaled."""
+MAX_SIZE = 10**100
+"""Of a shape: Python writes no numbers of more than 4,300 digits into messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ def _parse(text: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError("the request is nested too deeply") from error
     except ValueError as error:
+        if not isinstance(error, UnicodeDecodeError | json.JSONDecodeError):
+            raise ConfigError("the request holds a number with thousands of digits; no model takes one") from error
         hint = "; is Inference-Header-Content-Length missing?" if isinstance(error, UnicodeDecodeError) else ""
         raise ConfigError(f"the request is not JSON: {error}{hint}") from error
     if not isinstance(request, dict):
@@ -157,7 +161,7 @@ def _tensor(tensor: Any, binary: memoryview | None, input_shape: Shape) -> np.nd
 
 
 def _shape(shape: Any, input_shape: Shape) -> list[int]:
-    is_shape = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+    is_shape = isinstance(shape, list) and all(type(size) is int and size < MAX_SIZE for size in shape)
     if not is_shape or tuple(shape[1:]) != input_shape or shape[0] < 1:
         wanted = ", ".join(["B", *map(str, input_shape)])
         raise ConfigError(f"shape = {shape!r} of {INPUT!r} must be [{wanted}]: one or more samples of the model's input shape")

@@ -154,17 +154,17 @@ def _keep(trained: Trained, certificate: Certificate) -> None:
 
 def load_calibration(trained: Trained) -> Calibration:
     """ConfigError where there is none, or it is of another model."""
+    command = f"`gossipfl calibrate {trained.folder} --model {trained.name}`"
     try:
         text = trained.calibration_file.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{trained.folder} is not calibrated ({error}); run `gossipfl calibrate {trained.folder}`") from error
+        raise ConfigError(f"{trained.name} of {trained.folder} is not calibrated ({error}); run {command}") from error
     try:
         calibration = Calibration.from_json(text)
     except ConfigError as error:
-        command = f"`gossipfl calibrate {trained.folder} --model {trained.name}`"
         raise ConfigError(f"{trained.calibration_file}: {error}, with {command}") from error
     if calibration.digest != trained.digest:
-        raise ConfigError(f"{trained.calibration_file} is of other weights; run `gossipfl calibrate {trained.folder}` again")
+        raise ConfigError(f"{trained.calibration_file} is of other weights; run {command} again")
     return calibration
 
 

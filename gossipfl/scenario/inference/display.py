@@ -89,13 +89,11 @@ def print_calibration(console: Console, calibration: Calibration) -> None:
         )
     console.print(table)
     for certificate in calibration.certificates[:1]:
-        console.print(
+        claim = (
             f"certified on {certificate.n} samples: at most {certificate.alpha:.1%} of the answers differ from the full "
-            f"model's, but for {certificate.delta or 0:.0%} of calibrations",
-            highlight=False,
+            f"model's, but for {certificate.delta or 0:.0%} of calibrations"
         )
-        if certificate.warning:
-            console.print(f"note: {certificate.warning}", highlight=False)
+        console.print(f"note: {certificate.warning}" if certificate.warning else claim, highlight=False)
     print_note(console, calibration)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -112,20 +113,24 @@ class Inputs:
 def find_architecture(servers: Sequence[str], model: str | None, timeout_s: float) -> Architecture:
     """What the first server that answers serves under this name, or at all if it is one model."""
     failure: RunError | None = None
+    served: dict[str, list[str]] = {}
     for address in servers:
         try:
             listed = ask_models(address, timeout_s)
         except RunError as error:
             failure = error
             continue
-        names = [architecture.name for architecture in listed]
+        served[address] = names = [architecture.name for architecture in listed]
         if model is None and len(listed) == 1:
             return listed[0]
         if model in names:
             return listed[names.index(model)]
-        hint = "name one with --model" if model is None else f"{model!r} is not among them{did_you_mean(model, names)}"
-        raise ConfigError(f"{address} serves {', '.join(names) or 'no model'}; {hint}")
-    raise failure or ConfigError("name a server with --server tcp://host:port")
+    if not served:
+        raise failure or ConfigError("name a server with --server tcp://host:port")
+    known = [name for names in served.values() for name in names]
+    hint = "name one with --model" if model is None else f"{model!r} is not among them{did_you_mean(model, known)}"
+    found = ", ".join(f"{address} serves {', '.join(names) or 'no model'}" for address, names in served.items())
+    raise ConfigError(f"{found}; {hint}" + (f"; {failure}" if failure else ""))
 
 
 def chain_of(architecture: Architecture) -> Chain:
@@ -143,12 +148,23 @@ def read_inputs(path: Path | None, scenario: Scenario | None, count: int, input_
     """Samples of a .npy file, or test samples of a scenario's data; noise where there are neither."""
     if path is not None:
         try:
-            x = np.load(path, allow_pickle=False)
+            with open(path, "rb") as file:
+                x = np.load(file, allow_pickle=False)
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
-        except ValueError as error:
+        except (ValueError, EOFError, BadZipFile) as error:
             raise ConfigError(f"{path} is no .npy file of numbers; write one with numpy.save") from error
-        return Inputs(np.asarray(x, np.float32), None)
+        if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf":
+            kind = f"holds {x.dtype}" if isinstance(x, np.ndarray) else "is an archive of arrays"
+            raise ConfigError(f"{path} {kind}; write one array of real numbers with numpy.save")
+        if x.shape[1:] != input_shape or not x.size:
+            expected = f"[n, {', '.join(map(str, input_shape))}]"
+            raise ConfigError(f"{path} holds inputs of shape {list(x.shape)}, the model takes {expected}, n at least 1")
+        with np.errstate(over="ignore"):
+            x = x.astype(np.float32)
+        if not np.isfinite(x).all():
+            raise ConfigError(f"{path} holds values that are not finite as 32-bit floats; remove them")
+        return Inputs(x, None)
     if scenario is not None:
         dataset = open_dataset(prepare(scenario))
         return Inputs(normalise(np.asarray(dataset.x_test[:count]), dataset), np.asarray(dataset.y_test[:count]))
