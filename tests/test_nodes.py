@@ -397,7 +397,7 @@ def test_what_cannot_be_right_is_an_error_of_the_callers_and_leaves_nothing_open
     """Found at once, and not by a crash of the message thread later on."""
     address = free_address()
     settings = dict(name="p0", model=linear(), roster={"p0": address, "p1": free_address()}, num_samples=1, rounds=2)
-    Peer(**settings).close()  # type: ignore[arg-type]  # the first in a process opens what stays
+    Peer("p0", linear(), {"p0": free_address()}, num_samples=1, rounds=2).close()  # the first in a process opens what stays
     before = open_files()
     with pytest.raises(ConfigError) as failure:
         Peer(**(settings | wrong)).close()  # type: ignore[arg-type]
