@@ -7,6 +7,7 @@ with `transport.kind = "inproc"`, in a thread of this process; the others start 
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -672,6 +673,20 @@ def test_a_program_may_bring_its_own_model_data_and_training_step(tmp_path):
         result.summary["accuracy"]["average_model"], abs=1e-6
     )
     check_keys(result.summary)
+
+
+@pytest.mark.parametrize("clock", ["local", "virtual"])
+def test_a_program_s_own_model_is_left_as_it_was_so_that_a_second_run_comes_to_the_same(clock, tmp_path):
+    x, y = blobs(60, 0)
+    dataset = gossipfl.Dataset(x[:45], y[:45], x[45:], y[45:], num_classes=3)
+    model = Net()
+    before = copy.deepcopy(model.state_dict())
+    first, second = (
+        gossipfl.run({"peers": 3, "rounds": 2}, clock=clock, model=model, dataset=dataset, out=tmp_path / name)
+        for name in ("first", "second")
+    )
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+    assert first.summary["models_sha256"] == second.summary["models_sha256"] is not None
 
 
 @pytest.mark.parametrize("clock", ["local", "virtual"])

@@ -7,6 +7,7 @@ result.summary["accuracy"]["mean"], result.folder
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,8 @@ def run(
 
     `clock` takes the place of the scenario's: "virtual" runs the machines under virtual time, "local" real processes and
     sockets, "netns" the same with a network namespace for each. `model` (a torch module), `dataset` (a Dataset) and `step`
-    (`f(model, x, y) -> loss`) take the place of the scenario's; all peers then live in this process. ConfigError for what
+    (`f(model, x, y) -> loss`) take the place of the scenario's; all peers then live in this process. A copy of `model` is
+    trained: all peers start from its values, and it keeps them; `result.model()` has what was learned. ConfigError for what
     cannot be right, RunError if no run came about, RunFailed if too few peers finish, and RunInterrupted, a KeyboardInterrupt,
     after Ctrl-C; the last two have what there is of the run as their `result`.
     """
@@ -46,6 +48,7 @@ def run(
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_free(folder, force)  # before torch is loaded, which takes most of the time until a run begins
+    model = copy.deepcopy(model)
     if loaded.network.trace and not loaded.network.trace_after:
         from gossipfl.scenario.planning import check_trace
 
