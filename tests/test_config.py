@@ -575,6 +575,15 @@ P3_AT_20 = [{"peer": "p3", "at": "20s"}]
     ("churn", "message"),
     [
         ({"online": 0, "period": 1}, "churn.online = 0 must be above 0"),
+        (
+            {"online": 1e-9, "period": 1},
+            "churn.online = 1e-09 must be from 0.01 to 0.9999; give such a chance, or leave it and churn.period out",
+        ),
+        ({"online": 1 - 1e-9, "period": 1}, "churn.online = 0.999999999 must be from 0.01 to 0.9999"),
+        (
+            {"online": 0.9, "period": "900us"},
+            "churn.period = 0.0009 must be at least 1 ms; give a longer time between draws, such as '30s'",
+        ),
         ({"online": 0.9}, "churn.online = 0.9 needs churn.period, the time between draws, such as '30s'"),
         ({"period": 9}, "churn.period = 9.0 needs churn.online, the chance to be there"),
         ({"online": 0.9, "period": 9, "trace": __file__}, "churn.online and churn.trace exclude each other"),
@@ -582,7 +591,15 @@ P3_AT_20 = [{"peer": "p3", "at": "20s"}]
         ({"kill": [{"peer": "p8", "at": 1}]}, "churn.kill: there is no peer 'p8'; peers are p0 to p7"),
         ({"kill": [{"peer": "p3", "at": 0}]}, "churn.kill.0.at = 0 must be a number of seconds above 0"),
         ({"kill": [{"peer": "p3", "when": 1}]}, "churn.kill.0.at is missing; give it"),
-        ({"kill": P3_AT_20 * 2}, "churn.kill of p3 at 20 s comes after its kill at 20 s; kill it once"),
+        ({"kill": P3_AT_20 * 2}, "churn.kill of p3 at 20 s is at the same time as its kill; set one"),
+        (
+            {"kill": P3_AT_20, "rejoin": P3_AT_20},
+            "churn.rejoin of p3 at 20 s is at the same time as its kill; set one of them later",
+        ),
+        (
+            {"kill": [{"peer": "p3", "at": 9}, *P3_AT_20]},
+            "churn.kill of p3 at 20 s comes after its kill at 9 s; kill it once, or let it rejoin between",
+        ),
         ({"rejoin": P3_AT_20}, "churn.rejoin of p3 at 20 s comes after being there from the start; kill it before"),
         (
             {"join": P3_AT_20, "kill": [{"peer": "p3", "at": 9}]},
