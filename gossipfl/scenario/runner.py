@@ -7,7 +7,6 @@ result.summary["accuracy"]["mean"], result.folder
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from gossipfl.learning.datasets import Dataset
 from gossipfl.scenario.config import Scenario, load_scenario
+from gossipfl.scenario.own_objects import take_objects
 from gossipfl.scenario.records import check_free
 from gossipfl.scenario.results import Observer, RunResult
 
@@ -48,12 +48,11 @@ def run(
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_free(folder, force)  # before torch is loaded, which takes most of the time until a run begins
-    model = copy.deepcopy(model)
+    objects = take_objects(loaded, model, dataset, step)
     if loaded.network.trace and not loaded.network.trace_after:
         from gossipfl.scenario.planning import check_trace
 
-        check_trace(loaded, dataset, model)
-    objects = {"model": model, "dataset": dataset, "step": step}
+        check_trace(loaded, dataset, objects["model"])
     observer, began = observer or Observer(), began or time.time()
     match loaded.resolved_clock:
         case "virtual":

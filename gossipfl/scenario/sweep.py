@@ -199,11 +199,10 @@ def _check_table(table: Path, runs: Sequence[SweepRun]) -> None:
     if not table.is_file():
         return
     with table.open(newline="", encoding="utf-8", errors="replace") as file:
-        names = [row.get("run") for row in csv.DictReader(file)]
-    other = next((name for name in names if name not in {run.name for run in runs}), "")
-    if other != "":
+        others = [row.get("run") for row in csv.DictReader(file) if row.get("run") not in {run.name for run in runs}]
+    if others:
         raise ConfigError(
-            f"{table} has runs that are none of this sweep, such as {other}; pass --force to replace it, another --out, "
+            f"{table} has runs that are none of this sweep, such as {others[0]}; pass --force to replace it, another --out, "
             "or --skip-existing with the values of both"
         )
 
