@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gossipfl
 from gossipfl.errors import ConfigError
 from gossipfl.scenario import Scenario, ScenarioError, builtin_scenarios, check_names, load_scenario
 from gossipfl.scenario.problems import CALLED_HERE, known_keys
@@ -269,6 +270,15 @@ def test_a_value_with_line_breaks_sets_no_second_key():
 )
 def test_an_override_that_cannot_be_right_gets_the_same_help_as_a_file(override, message):
     assert message in message_of({"peers": 8}, override)
+
+
+@pytest.mark.parametrize("overrides", ["peers=4", {"peers": 4}, [("peers", 4)]])
+def test_overrides_that_are_no_list_of_texts_are_refused(overrides):
+    for words in ({}, {"clock": "virtual"}):
+        with pytest.raises(ConfigError) as caught:
+            gossipfl.run("quickstart", overrides=overrides, **words)
+        told = f'overrides = {overrides!r} must be a list of "key=value" texts, such as ["peers=4", "rounds=3"]'
+        assert str(caught.value) == told
 
 
 # ------------------------------------------------------------------------------------------------- what cannot be right
@@ -706,6 +716,10 @@ def test_a_foreign_name_leads_to_ours_inside_tables_too():
         ({"trace": "x.csv"}, "unknown key 'trace'; did you mean 'network.trace' or 'churn.trace'?"),
         ({"latency": "1s"}, "unknown key 'latency'; did you mean 'network.latency'?"),
         ({"learning_rat": 3}, "unknown key 'learning_rat'; did you mean 'training.learning_rate'?"),
+        ({"stop": {"target": 0.9}}, "unknown key 'stop.target'; did you mean 'stop.target_accuracy'?"),
+        ({"target": 0.9}, "unknown key 'target'; did you mean 'stop.target_accuracy'?"),
+        ({"training": {"local": 3}}, "unknown key 'training.local'; did you mean 'training.local_steps'?"),
+        ({"training": {"reset": True}}, "unknown key 'training.reset'; did you mean 'training.reset_optimizer'?"),
         ({"num_cleints": 3}, "unknown key 'num_cleints'; did you mean 'num_clients', which is called 'peers' here?"),
         ({"comm_roud": 3}, "unknown key 'comm_roud'; did you mean 'comm_round', which is called 'rounds' here?"),
         (

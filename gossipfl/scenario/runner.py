@@ -17,6 +17,7 @@ from gossipfl.scenario.config import Scenario, load_scenario
 from gossipfl.scenario.own_objects import take_objects
 from gossipfl.scenario.records import check_free
 from gossipfl.scenario.results import Observer, RunResult
+from gossipfl.scenario.sources import checked_overrides
 
 
 def run(
@@ -43,7 +44,7 @@ def run(
     after Ctrl-C; the last two have what there is of the run as their `result`.
     """
     if clock is not None:
-        overrides = [*overrides, f"clock={clock}"]
+        overrides = [*checked_overrides(overrides), f"clock={clock}"]
     loaded = load_scenario(scenario, overrides)
     folder = Path(out) if out is not None else None
     if folder is not None:
