@@ -744,6 +744,20 @@ def test_what_cannot_be_right_of_a_program_s_own_objects_is_told_before_anything
     assert list(tmp_path.iterdir()) == []
 
 
+def test_so_is_what_is_wrong_with_functions_that_a_scenario_names(tmp_path, monkeypatch):
+    (tmp_path / "wrong_parts.py").write_text(
+        "import torch\ndef net(shape, classes): return torch.nn.Linear(7, classes)\ndef step(model, x): return 1\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for override, told in (
+        ("model=wrong_parts:net", "model Linear does not take a batch of float32"),
+        ("training.step=wrong_parts:step", "step 'step' fails on a batch of float32"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{told}"):
+            gossipfl.run("quickstart", overrides=[*SMALL, override], clock="virtual")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("clock", ["local", "virtual"])
 @pytest.mark.parametrize(
     ("codec", "buffers", "is_warned"),

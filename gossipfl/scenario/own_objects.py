@@ -15,11 +15,13 @@ from gossipfl.scenario.preparation import prepare
 def take_objects(scenario: Scenario, model: Any, dataset: Any, step: Any) -> dict[str, Any]:
     """What a run is given of them: a copy of the model, so that training leaves the program's as it is, and the others.
 
-    ConfigError for a data set that cannot be right, and for what a model and a step raise on a first batch.
+    ConfigError for a data set that cannot be right, and for what a model and a step raise on a first batch, also where the
+    scenario names them as package.module:function and they would run in this process.
     """
     if dataset is not None:
         _check_own_dataset(dataset)
-    if any(own is not None for own in (model, dataset, step)):
+    names_own = any(":" in name for name in (scenario.model, scenario.data.kind, scenario.training.step or ""))
+    if any(own is not None for own in (model, dataset, step)) or (names_own and scenario.resolved_clock == "virtual"):
         check_names(scenario)
         model = _copied(model)
         _try_on_a_batch(scenario, _copied(model), dataset, step)
