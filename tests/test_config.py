@@ -438,6 +438,44 @@ def test_loss_is_a_share_or_a_percentage(value, share):
     assert load_scenario({"network": {"loss": value}}).build_links().loss == share
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("churn.online", "50%", 0.5),
+        ("stop.target_accuracy", "90 %", 0.9),
+        ("stop.target_accuracy", "100%", 1.0),
+        ("data.test_fraction", "12.5%", 0.125),
+        ("data.calibration_fraction", "0%", 0.0),
+        ("gossip.exploration", "57%", 0.57),
+        ("inference.alpha", "2%", 0.02),
+        ("inference.delta", "0.3%", 0.003),
+        ("compute.stragglers.fraction", "7%", 0.07),
+        ("network.loss", "0.7%", 0.007),
+    ],
+)
+def test_every_share_may_be_a_percentage_which_is_the_same_as_the_number(key, text, value):
+    beside = ["churn.period=1s"] if key == "churn.online" else ["compute.stragglers.slowdown=2"] if "stragglers" in key else []
+    in_percent, as_number = (load_scenario({}, [*beside, f"{key}={written}"]) for written in (text, value))
+    assert in_percent == as_number and in_percent.sha256 == as_number.sha256
+    found: Any = in_percent
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == value and type(found) is float
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop": {"target_accuracy": "120%"}}, "stop.target_accuracy = '120%' must be at most 1"),
+        ({"stop": {"target_accuracy": "most"}}, "stop.target_accuracy = 'most' must be a number"),
+        ({"data": {"test_fraction": "0%"}}, "data.test_fraction = 0.0 must be above 0"),
+        ({"inference": {"alpha": "0.1"}}, "inference.alpha = '0.1' must be a number"),
+    ],
+)
+def test_a_percentage_keeps_within_the_bounds_of_its_key(settings, message):
+    assert message in message_of(settings)
+
+
 def test_without_its_tables_nothing_is_emulated():
     scenario = load_scenario({})
     assert scenario.build_links().is_ideal and scenario.build_churn().is_empty

@@ -25,6 +25,7 @@ from gossipfl.scenario.values import (
     ExistingFile,
     Factor,
     Factors,
+    Fraction,
     Rate,
     Rates,
     Share,
@@ -149,7 +150,7 @@ class PlannedChange(Table):
 class Churn(Table):
     """[churn] Peers that come and go; times are of the run's clock."""
 
-    online: float = Field(default=1.0, gt=0, le=1, description="chance to be there in a period; in the first, all are")
+    online: Fraction = Field(default=1.0, gt=0, le=1, description="chance to be there in a period; in the first, all are")
     period: DurationS | None = Field(default=None, description="how long that lasts before it is drawn again")
     trace: ExistingFile | None = Field(default=None, description="CSV of time_s,peer,online (0 or 1), instead of `online`")
     kill: list[PlannedChange] = Field(default_factory=list, description="who vanishes when")
