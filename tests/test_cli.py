@@ -225,7 +225,9 @@ def test_an_existing_folder_is_replaced_only_with_force_and_only_if_it_is_a_runs
         (folder / file).write_text("precious")
     run = ["run", "quickstart", *SMALL, "--out"]
     check_refused(gossipfl(*run, record, cwd=tmp_path), f"--out {record} exists", "choose another folder, or pass --force")
-    check_refused(gossipfl(*run, other, cwd=tmp_path), f"--out {other} exists")
+    check_refused(
+        gossipfl(*run, other, cwd=tmp_path), f"--out {other} exists and is not the folder of a run; choose another folder\n"
+    )
     check_refused(gossipfl(*run, other, "--force", cwd=tmp_path), f"--out {other} is not the folder of a run")
     assert (record / "scenario.toml").read_text() == (other / "thesis.tex").read_text() == "precious"
     (tmp_path / "file").write_text("precious")

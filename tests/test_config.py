@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gossipfl
 from gossipfl.errors import ConfigError
 from gossipfl.scenario import Scenario, ScenarioError, builtin_scenarios, check_names, load_scenario
 from gossipfl.scenario.problems import CALLED_HERE, known_keys
@@ -271,6 +272,15 @@ def test_an_override_that_cannot_be_right_gets_the_same_help_as_a_file(override,
     assert message in message_of({"peers": 8}, override)
 
 
+@pytest.mark.parametrize("overrides", ["peers=4", {"peers": 4}, [("peers", 4)]])
+def test_overrides_that_are_no_list_of_texts_are_refused(overrides):
+    for words in ({}, {"clock": "virtual"}):
+        with pytest.raises(ConfigError) as caught:
+            gossipfl.run("quickstart", overrides=overrides, **words)
+        told = f'overrides = {overrides!r} must be a list of "key=value" texts, such as ["peers=4", "rounds=3"]'
+        assert str(caught.value) == told
+
+
 # ------------------------------------------------------------------------------------------------- what cannot be right
 
 
@@ -428,6 +438,44 @@ def test_loss_is_a_share_or_a_percentage(value, share):
     assert load_scenario({"network": {"loss": value}}).build_links().loss == share
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("churn.online", "50%", 0.5),
+        ("stop.target_accuracy", "90 %", 0.9),
+        ("stop.target_accuracy", "100%", 1.0),
+        ("data.test_fraction", "12.5%", 0.125),
+        ("data.calibration_fraction", "0%", 0.0),
+        ("gossip.exploration", "57%", 0.57),
+        ("inference.alpha", "2%", 0.02),
+        ("inference.delta", "0.3%", 0.003),
+        ("compute.stragglers.fraction", "7%", 0.07),
+        ("network.loss", "0.7%", 0.007),
+    ],
+)
+def test_every_share_may_be_a_percentage_which_is_the_same_as_the_number(key, text, value):
+    beside = ["churn.period=1s"] if key == "churn.online" else ["compute.stragglers.slowdown=2"] if "stragglers" in key else []
+    in_percent, as_number = (load_scenario({}, [*beside, f"{key}={written}"]) for written in (text, value))
+    assert in_percent == as_number and in_percent.sha256 == as_number.sha256
+    found: Any = in_percent
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == value and type(found) is float
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop": {"target_accuracy": "120%"}}, "stop.target_accuracy = '120%' must be at most 1"),
+        ({"stop": {"target_accuracy": "most"}}, "stop.target_accuracy = 'most' must be a number"),
+        ({"data": {"test_fraction": "0%"}}, "data.test_fraction = 0.0 must be above 0"),
+        ({"inference": {"alpha": "0.1"}}, "inference.alpha = '0.1' must be a number"),
+    ],
+)
+def test_a_percentage_keeps_within_the_bounds_of_its_key(settings, message):
+    assert message in message_of(settings)
+
+
 def test_without_its_tables_nothing_is_emulated():
     scenario = load_scenario({})
     assert scenario.build_links().is_ideal and scenario.build_churn().is_empty
@@ -575,6 +623,15 @@ P3_AT_20 = [{"peer": "p3", "at": "20s"}]
     ("churn", "message"),
     [
         ({"online": 0, "period": 1}, "churn.online = 0 must be above 0"),
+        (
+            {"online": 1e-9, "period": 1},
+            "churn.online = 1e-09 must be from 0.01 to 0.9999; give such a chance, or leave it and churn.period out",
+        ),
+        ({"online": 1 - 1e-9, "period": 1}, "churn.online = 0.999999999 must be from 0.01 to 0.9999"),
+        (
+            {"online": 0.9, "period": "900us"},
+            "churn.period = 0.0009 must be at least 1 ms; give a longer time between draws, such as '30s'",
+        ),
         ({"online": 0.9}, "churn.online = 0.9 needs churn.period, the time between draws, such as '30s'"),
         ({"period": 9}, "churn.period = 9.0 needs churn.online, the chance to be there"),
         ({"online": 0.9, "period": 9, "trace": __file__}, "churn.online and churn.trace exclude each other"),
@@ -582,7 +639,15 @@ P3_AT_20 = [{"peer": "p3", "at": "20s"}]
         ({"kill": [{"peer": "p8", "at": 1}]}, "churn.kill: there is no peer 'p8'; peers are p0 to p7"),
         ({"kill": [{"peer": "p3", "at": 0}]}, "churn.kill.0.at = 0 must be a number of seconds above 0"),
         ({"kill": [{"peer": "p3", "when": 1}]}, "churn.kill.0.at is missing; give it"),
-        ({"kill": P3_AT_20 * 2}, "churn.kill of p3 at 20 s comes after its kill at 20 s; kill it once"),
+        ({"kill": P3_AT_20 * 2}, "churn.kill of p3 at 20 s is at the same time as its kill; set one"),
+        (
+            {"kill": P3_AT_20, "rejoin": P3_AT_20},
+            "churn.rejoin of p3 at 20 s is at the same time as its kill; set one of them later",
+        ),
+        (
+            {"kill": [{"peer": "p3", "at": 9}, *P3_AT_20]},
+            "churn.kill of p3 at 20 s comes after its kill at 9 s; kill it once, or let it rejoin between",
+        ),
         ({"rejoin": P3_AT_20}, "churn.rejoin of p3 at 20 s comes after being there from the start; kill it before"),
         (
             {"join": P3_AT_20, "kill": [{"peer": "p3", "at": 9}]},
@@ -689,6 +754,10 @@ def test_a_foreign_name_leads_to_ours_inside_tables_too():
         ({"trace": "x.csv"}, "unknown key 'trace'; did you mean 'network.trace' or 'churn.trace'?"),
         ({"latency": "1s"}, "unknown key 'latency'; did you mean 'network.latency'?"),
         ({"learning_rat": 3}, "unknown key 'learning_rat'; did you mean 'training.learning_rate'?"),
+        ({"stop": {"target": 0.9}}, "unknown key 'stop.target'; did you mean 'stop.target_accuracy'?"),
+        ({"target": 0.9}, "unknown key 'target'; did you mean 'stop.target_accuracy'?"),
+        ({"training": {"local": 3}}, "unknown key 'training.local'; did you mean 'training.local_steps'?"),
+        ({"training": {"reset": True}}, "unknown key 'training.reset'; did you mean 'training.reset_optimizer'?"),
         ({"num_cleints": 3}, "unknown key 'num_cleints'; did you mean 'num_clients', which is called 'peers' here?"),
         ({"comm_roud": 3}, "unknown key 'comm_roud'; did you mean 'comm_round', which is called 'rounds' here?"),
         (

@@ -314,6 +314,10 @@ def test_what_an_npz_lacks_is_named(tmp_path):
     (tmp_path / "junk.npz").write_bytes(b"PK\x03\x04 but no more")
     with pytest.raises(DataError, match=r"junk\.npz cannot be read"):
         load("npz", tmp_path / "junk.npz")
+    for name, junk in (("table.npz", b"a,b\n1,2\n"), ("empty.npz", b"")):
+        (tmp_path / name).write_bytes(junk)
+        with pytest.raises(DataError, match=rf"{name} is no npz file; write it with np\.savez\(path, x=\.\.\., y=\.\.\.\)$"):
+            load("npz", tmp_path / name)
     np.save(tmp_path / "bare.npy", np.zeros(3))
     with pytest.raises(DataError, match=r"bare\.npy is one bare array"):
         load("npz", tmp_path / "bare.npy")

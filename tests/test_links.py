@@ -218,9 +218,11 @@ def test_a_trace_may_repeat_with_its_last_row_as_the_period(tmp_path):
     assert times == [(0, 1), (2.5, 0), (2.5, 1), (10, 0), (10, 1), (12.5, 0), (12.5, 1), (20, 0), (20, 1)]
 
 
-def test_a_trace_without_a_period_cannot_repeat(tmp_path):
-    path = written(tmp_path, "time_s,peer,uplink,downlink\n0,p0,1,1\n")
-    assert "ends at 0 s, so it cannot repeat" in message_of(LinksConfig(trace=path, trace_repeat=True))
+@pytest.mark.parametrize("ends_s", ["0", "1e-09", "0.00099"])
+def test_a_trace_without_a_period_cannot_repeat(ends_s, tmp_path):
+    path = written(tmp_path, f"time_s,peer,uplink,downlink\n0,p0,1,1\n{ends_s},p1,1,1\n")
+    told = f"ends at {ends_s} s, so it cannot repeat; give a last row at the time of its period, of at least 1 ms"
+    assert told in message_of(LinksConfig(trace=path, trace_repeat=True))
 
 
 @pytest.mark.parametrize(

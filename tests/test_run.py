@@ -7,6 +7,7 @@ with `transport.kind = "inproc"`, in a thread of this process; the others start 
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -663,7 +664,7 @@ def test_a_program_may_bring_its_own_model_data_and_training_step(tmp_path):
     result = gossipfl.run(scenario, model=Net(), dataset=dataset, step=step, out=tmp_path / "record")
     assert result.exit_code == 0 and result.summary["scenario"] == "mine"
     assert result.summary["accuracy"]["mean"] > 0.8
-    assert len(steps) == 3 * 4 * 5 and set(steps) == {20}
+    assert len(steps) == 1 + 3 * 4 * 5 and set(steps) == {20}, "one is tried before"
     average = result.model()
     assert average["first.weight"].shape == (16, 12) and average["norm.running_var"].shape == (16,)
     fresh = Net()
@@ -672,6 +673,89 @@ def test_a_program_may_bring_its_own_model_data_and_training_step(tmp_path):
         result.summary["accuracy"]["average_model"], abs=1e-6
     )
     check_keys(result.summary)
+
+
+@pytest.mark.parametrize("clock", ["local", "virtual"])
+def test_a_program_s_own_model_is_left_as_it_was_so_that_a_second_run_comes_to_the_same(clock, tmp_path):
+    x, y = blobs(60, 0)
+    dataset = gossipfl.Dataset(x[:45], y[:45], x[45:], y[45:], num_classes=3)
+    model = Net()
+    before = copy.deepcopy(model.state_dict())
+    first, second = (
+        gossipfl.run({"peers": 3, "rounds": 2}, clock=clock, model=model, dataset=dataset, out=tmp_path / name)
+        for name in ("first", "second")
+    )
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+    assert first.summary["models_sha256"] == second.summary["models_sha256"] is not None
+
+
+def own_mistakes() -> dict[str, tuple[dict[str, Any], str]]:
+    x, y = blobs(60, 0)
+    lacks_a_label = gossipfl.Dataset(x[:45], y[:44], x[45:], y[45:], 3)
+    good = {"model": Net(), "dataset": gossipfl.Dataset(x[:45], y[:45], x[45:], y[45:], 3)}
+    holds_nan = gossipfl.Dataset(x[:45] * np.nan, y[:45], x[45:], y[45:], 3)
+    of_two_classes = gossipfl.Dataset(x[:45], y[:45], x[45:], y[45:], 2)
+    of_tensors = gossipfl.Dataset(torch.tensor(x), torch.tensor(y), x, y, 3)
+    knotted = Net()
+    knotted.tied = knotted.first.weight * 2  # which copy.deepcopy does not copy
+    asks = "it is called as step(model, x, y) and returns the loss, a scalar"
+    return {
+        "labels": (
+            good | {"dataset": lacks_a_label},
+            "dataset: x_train holds 45 samples but y_train 44; give a label for each",
+        ),
+        "nan": (good | {"dataset": holds_nan}, "dataset: x_train holds values that are not finite; clean or impute them first"),
+        "classes": (
+            good | {"dataset": of_two_classes},
+            "dataset: y_train holds labels 0 to 2; 2 classes allow 0 to 1: mend the labels or num_classes",
+        ),
+        "tensors": (good | {"dataset": of_tensors}, "dataset: x_train is a Tensor, not a numpy array; convert it"),
+        "pair": (good | {"dataset": (x, y)}, "dataset is a tuple; give a gossipfl.Dataset"),
+        "inputs": (
+            good | {"model": nn.Linear(13, 3)},
+            "model Linear does not take a batch of float32[32, 12] (RuntimeError: mat1",
+        ),
+        "logits": (
+            good | {"model": nn.Linear(12, 2)},
+            "makes [32, 2] of a batch of float32[32, 12]; give one that makes logits [32, 3]",
+        ),
+        "frozen": (
+            good | {"model": Net().requires_grad_(False)},
+            "model Net cannot be trained on a batch of float32[32, 12] (Run",
+        ),
+        "copy": (
+            good | {"model": knotted},
+            "model Net cannot be copied (RuntimeError: Only Tensors created explicitly by the user",
+        ),
+        "function": (good | {"model": blobs}, "the model is a function; give a torch.nn.Module"),
+        "step": (good | {"step": lambda model: 1}, "step '<lambda>' fails on a batch of float32[32, 12] (TypeError: "),
+        "loss": (good | {"step": lambda model, x, y: 1}, f"'int' object has no attribute 'backward'); {asks}"),
+        "built-in model": ({"step": lambda model, x: 1}, f"takes 2 positional arguments but 3 were given); {asks}"),
+    }
+
+
+@pytest.mark.parametrize("clock", ["local", "virtual"])
+@pytest.mark.parametrize("mistake", own_mistakes())
+def test_what_cannot_be_right_of_a_program_s_own_objects_is_told_before_anything_starts(clock, mistake, tmp_path):
+    objects, told = own_mistakes()[mistake]
+    with pytest.raises(ConfigError) as caught:
+        gossipfl.run({"peers": 3, "rounds": 1}, clock=clock, out=tmp_path / "record", **objects)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_so_is_what_is_wrong_with_functions_that_a_scenario_names(tmp_path, monkeypatch):
+    (tmp_path / "wrong_parts.py").write_text(
+        "import torch\ndef net(shape, classes): return torch.nn.Linear(7, classes)\ndef step(model, x): return 1\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for override, told in (
+        ("model=wrong_parts:net", "model Linear does not take a batch of float32"),
+        ("training.step=wrong_parts:step", "step 'step' fails on a batch of float32"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{told}"):
+            gossipfl.run("quickstart", overrides=[*SMALL, override], clock="virtual")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("clock", ["local", "virtual"])

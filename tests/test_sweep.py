@@ -142,6 +142,21 @@ def test_a_sweep_leaves_a_record_of_each_run_and_a_table_and_goes_on_where_it_st
     assert code == 2 and "holds a run of another scenario; pass --force to replace it, or another --out" in error
 
 
+def test_the_table_of_another_sweep_is_not_replaced_unless_by_force(tmp_path):
+    out = tmp_path / "out"
+    assert sweep("--param", "gossip.segments=1,2", "--out", out, "--jobs", "1")[0] == 0
+    ours = (out / "sweep.csv").read_text()
+    for words in (["gossip.codec=int8"], ["gossip.codec=int8", "--skip-existing"], ["gossip.segments=2", "--skip-existing"]):
+        code, _, error = sweep("--param", *words, "--out", out)
+        assert code == 2 and f"{out}/sweep.csv has runs that are none of this sweep, such as gossip.segments=1; pass" in error
+        assert "--force to replace it, another --out, or --skip-existing with the values of both" in error
+        assert (out / "sweep.csv").read_text() == ours
+    assert sweep("--param", "gossip.segments=1,2,4", "--skip-existing", "--out", out, "--jobs", "1")[0] == 0
+    assert (out / "sweep.csv").read_text().startswith(ours) and len(rows(out)) == 3
+    assert sweep("--param", "gossip.codec=int8", "--force", "--out", out, "--jobs", "1")[0] == 0
+    assert [row["run"] for row in rows(out)] == ["gossip.codec=int8"]
+
+
 def test_a_run_that_fails_does_not_stop_the_others_and_is_told(tmp_path):
     code, shown, error = sweep("--param", "gossip.segmentation=by_layer,even", "--out", tmp_path / "out", "--jobs", "1")
     assert code == 1 and "failed" in shown

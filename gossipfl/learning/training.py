@@ -12,6 +12,7 @@ in its `Learner`. The order in which peers train does not change what they learn
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -272,6 +273,30 @@ class Engine:
                 total += y.numel()
         return correct / total
 
+    def try_batch(self) -> None:
+        """Evaluate and train once on the first samples. ConfigError with what the model or the step raises.
+
+        Afterwards the model has other values: this is for a copy of it.
+        """
+        chosen = slice(self.config.batch_size)
+        x, y = self.tensors(self.dataset.x_train[chosen], self.dataset.y_train[chosen])
+        model, batch = f"model {type(self._model).__name__}", f"a batch of {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+        self._model.eval()
+        remedy = "give one that maps samples of this shape to logits"
+        with _raises_as_config_error(f"{model} does not take {batch}", remedy), torch.no_grad():
+            logits = list(self._model(x).shape)
+        if logits[:-1] != list(y.shape) or logits[-1] < self.dataset.num_classes:
+            wanted = [*y.shape, self.dataset.num_classes]
+            raise ConfigError(f"{model} makes {logits} of {batch}; give one that makes logits {wanted}")
+        self._model.train()
+        if self.step is cross_entropy:
+            what, remedy = f"{model} cannot be trained on {batch}", "give one that can"
+        else:
+            name = getattr(self.step, "__name__", type(self.step).__name__)
+            what, remedy = f"step {name!r} fails on {batch}", "it is called as step(model, x, y) and returns the loss, a scalar"
+        with _raises_as_config_error(what, remedy):
+            self._train_step(x, y, {})
+
     def try_fast_math(self, num_pairs: int = 8) -> bool:
         """Switch fast math on if it wins here: channels_last images and oneDNN's reduced-precision float32 products.
 
@@ -332,6 +357,16 @@ class Engine:
         if self.uses_fast_math and inputs.ndim == 4:
             inputs = inputs.to(memory_format=torch.channels_last)  # contiguous() leaves one-channel images as they are
         return inputs, torch.from_numpy(np.array(y)).to(self.config.device)
+
+
+@contextlib.contextmanager
+def _raises_as_config_error(what: str, remedy: str) -> Iterator[None]:
+    """Around code of the user's, which may raise anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(f"{what} ({reason}); {remedy}") from error
 
 
 def _check_device(device: str) -> None:

@@ -27,6 +27,8 @@ from gossipfl.randomness import generator
 BYTES_PER_MBIT = 125_000.0
 DRAWN_AT_ONCE = 2_000
 """Peers up to which a matrix of drawn values is held whole (f32: 16 MB); of more, each pair is drawn when first used."""
+MIN_PERIOD_S = 1e-3
+"""Of what repeats: more often would keep a run busy with nothing else."""
 
 
 # ------------------------------------------------------------------------------------------------------- distributions
@@ -237,8 +239,11 @@ def build_links(config: LinksConfig, num_peers: int, seed: int) -> Links:
     pair = read_matrix(config.pair_matrix, num_peers, BYTES_PER_MBIT, takes_inf=True) if config.pair_matrix else config.pair
     latency = read_matrix(config.latency_matrix, num_peers, 1e-3) if config.latency_matrix else config.latency
     changes = _read_changes(config.trace, num_peers) if config.trace else []
-    if config.trace_repeat and changes and changes[-1].time_s == 0:
-        raise ConfigError(f"{config.trace} ends at 0 s, so it cannot repeat; give a last row at the time of its period")
+    if config.trace_repeat and changes and changes[-1].time_s < MIN_PERIOD_S:
+        raise ConfigError(
+            f"{config.trace} ends at {changes[-1].time_s:g} s, so it cannot repeat; give a last row at the time of its period, "
+            "of at least 1 ms"
+        )
     for change in itertools.takewhile(lambda change: change.time_s == 0, changes):
         uplink[change.index], downlink[change.index] = change.uplink, change.downlink
     return Links(

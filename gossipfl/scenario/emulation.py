@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from gossipfl.overlay.churn import Change, ChurnConfig, build_churn
 from gossipfl.overlay.churn import Churn as PeerChurn
 from gossipfl.overlay.devices import SAME_SPEED, STEP, Devices, DevicesConfig, build_devices
-from gossipfl.overlay.links import AT_ONCE, UNLIMITED, Links, LinksConfig, build_links
+from gossipfl.overlay.links import AT_ONCE, MIN_PERIOD_S, UNLIMITED, Links, LinksConfig, build_links
 from gossipfl.scenario.problems import Problem
 from gossipfl.scenario.values import (
     DelayS,
@@ -25,6 +25,7 @@ from gossipfl.scenario.values import (
     ExistingFile,
     Factor,
     Factors,
+    Fraction,
     Rate,
     Rates,
     Share,
@@ -33,6 +34,9 @@ from gossipfl.scenario.values import (
     StepTimes,
     Table,
 )
+
+MIN_ONLINE, MAX_ONLINE = 0.01, 0.9999
+"""Of draws: beyond these, millions of periods in which nothing changes are gone through before one in which somebody moves."""
 
 
 class PeerLink(Table):
@@ -146,7 +150,7 @@ class PlannedChange(Table):
 class Churn(Table):
     """[churn] Peers that come and go; times are of the run's clock."""
 
-    online: float = Field(default=1.0, gt=0, le=1, description="chance to be there in a period; in the first, all are")
+    online: Fraction = Field(default=1.0, gt=0, le=1, description="chance to be there in a period; in the first, all are")
     period: DurationS | None = Field(default=None, description="how long that lasts before it is drawn again")
     trace: ExistingFile | None = Field(default=None, description="CSV of time_s,peer,online (0 or 1), instead of `online`")
     kill: list[PlannedChange] = Field(default_factory=list, description="who vanishes when")
@@ -159,12 +163,26 @@ class Churn(Table):
             raise ValueError(f"churn.online = {self.online} needs churn.period, the time between draws, such as '30s'")
         if self.online == 1 and self.period is not None:
             raise ValueError(f"churn.period = {self.period} needs churn.online, the chance to be there, such as 0.9")
+        if self.online < 1 and not MIN_ONLINE <= self.online <= MAX_ONLINE:
+            raise ValueError(
+                f"churn.online = {self.online} must be from {MIN_ONLINE} to {MAX_ONLINE}; "
+                "give such a chance, or leave it and churn.period out"
+            )
+        if self.period is not None and self.period < MIN_PERIOD_S:
+            raise ValueError(
+                f"churn.period = {self.period} must be at least 1 ms; give a longer time between draws, such as '30s'"
+            )
         if self.online < 1:
             _exclude(self, "churn", "online", "trace")
+        at_once: dict[tuple[str, float], str] = {}
+        for at, key, peer in self.planned:
+            if other := at_once.get((peer, at)):
+                raise ValueError(f"churn.{key} of {peer} at {at:g} s is at the same time as its {other}; set one of them later")
+            at_once[peer, at] = key
         last: dict[str, tuple[float, str | None]] = {}
         for at, key, peer in self.planned:
             last_at, last_key = last.get(peer, (0.0, None))
-            if last_key not in _ALLOWED_AFTER[key] or at == last_at:
+            if last_key not in _ALLOWED_AFTER[key]:
                 past = f"its {last_key} at {last_at:g} s" if last_key else "being there from the start"
                 raise ValueError(f"churn.{key} of {peer} at {at:g} s comes after {past}; {_REMEDIES[key]}")
             last[peer] = at, key

@@ -223,14 +223,20 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
     theirs = _closest(plain, CALLED_HERE, cutoff=0.75)
     if theirs and theirs == _closest(plain, [theirs, *(name for name, _ in by_leaf)]):
         return f"; did you mean {theirs!r}, which is called {CALLED_HERE[theirs]!r} here?"
-    for pool in (siblings, dict(reversed(by_leaf))):  # a slip in this table is likelier than a slip and the wrong table
-        if close := _closest(plain, pool):
-            return f"; did you mean {pool[close]!r}?"
+    everywhere = dict(reversed(by_leaf))
+    for pool, find in ((siblings, _closest), (siblings, _begun), (everywhere, _begun), (everywhere, _closest)):
+        if found := find(plain, pool):  # a slip in this table is likelier than a slip and the wrong table
+            return f"; did you mean {pool[found]!r}?"
     return f"; known {f'in [{table}]' if table else 'here'}: {', '.join(siblings)}"
 
 
 def _closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+
+
+def _begun(name: str, known: Iterable[str]) -> str | None:
+    """The shortest that begins so, where that says enough."""
+    return min((other for other in known if len(name) >= 3 and other.startswith(name)), key=len, default=None)
 
 
 def _plain(name: str) -> str:

@@ -78,8 +78,15 @@ def planned_event(change: str, peer: str, time_s: float) -> Event:
 
 
 def check_free(folder: Path, force: bool) -> None:
-    """ConfigError if `folder` holds anything, unless `force` may replace it."""
-    if not _is_free(folder) and not force:
+    """ConfigError if `folder` holds anything, unless `force` may replace it, which it may where that is a run."""
+    if _is_free(folder):
+        return
+    if not (folder / "scenario.toml").exists() and not (folder / "events.jsonl").exists():
+        what = (
+            "is not the folder of a run, so --force does not replace it" if force else "exists and is not the folder of a run"
+        )
+        raise ConfigError(f"--out {folder} {what}; choose another folder")
+    if not force:
         raise ConfigError(f"--out {folder} exists; choose another folder, or pass --force to replace it")
 
 
@@ -163,8 +170,6 @@ def _free_place(name: str, force: bool) -> Path:
 
 def _moved_aside(folder: Path) -> Path:
     """Where the record of a run now is; nothing else is moved."""
-    if not (folder / "scenario.toml").exists() and not (folder / "events.jsonl").exists():
-        raise ConfigError(f"--out {folder} is not the folder of a run, so --force does not replace it; choose another folder")
     try:
         return folder.rename(folder.with_name(f".{folder.name}-replaced-{os.getpid()}"))
     except OSError as error:

@@ -14,8 +14,10 @@ from typing import Any
 
 from gossipfl.learning.datasets import Dataset
 from gossipfl.scenario.config import Scenario, load_scenario
+from gossipfl.scenario.own_objects import take_objects
 from gossipfl.scenario.records import check_free
 from gossipfl.scenario.results import Observer, RunResult
+from gossipfl.scenario.sources import checked_overrides
 
 
 def run(
@@ -36,21 +38,22 @@ def run(
 
     `clock` takes the place of the scenario's: "virtual" runs the machines under virtual time, "local" real processes and
     sockets, "netns" the same with a network namespace for each. `model` (a torch module), `dataset` (a Dataset) and `step`
-    (`f(model, x, y) -> loss`) take the place of the scenario's; all peers then live in this process. ConfigError for what
+    (`f(model, x, y) -> loss`) take the place of the scenario's; all peers then live in this process. A copy of `model` is
+    trained: all peers start from its values, and it keeps them; `result.model()` has what was learned. ConfigError for what
     cannot be right, RunError if no run came about, RunFailed if too few peers finish, and RunInterrupted, a KeyboardInterrupt,
     after Ctrl-C; the last two have what there is of the run as their `result`.
     """
     if clock is not None:
-        overrides = [*overrides, f"clock={clock}"]
+        overrides = [*checked_overrides(overrides), f"clock={clock}"]
     loaded = load_scenario(scenario, overrides)
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_free(folder, force)  # before torch is loaded, which takes most of the time until a run begins
+    objects = take_objects(loaded, model, dataset, step)
     if loaded.network.trace and not loaded.network.trace_after:
         from gossipfl.scenario.planning import check_trace
 
-        check_trace(loaded, dataset, model)
-    objects = {"model": model, "dataset": dataset, "step": step}
+        check_trace(loaded, dataset, objects["model"])
     observer, began = observer or Observer(), began or time.time()
     match loaded.resolved_clock:
         case "virtual":

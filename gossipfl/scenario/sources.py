@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,17 @@ def read_toml(path: Path, what: str = "a scenario") -> tuple[Values, str]:
         raise ConfigError(f"{path} cannot be read: {error}; {what} is a text file in UTF-8") from error
 
 
+def checked_overrides(overrides: Sequence[str]) -> list[str]:
+    """The same. ConfigError where they are anything but a list of texts: a text is a sequence of texts too."""
+    if isinstance(overrides, str | Mapping) or not all(isinstance(override, str) for override in overrides):
+        raise ConfigError(f'overrides = {overrides!r} must be a list of "key=value" texts, such as ["peers=4", "rounds=3"]')
+    return list(overrides)
+
+
 def apply_overrides(values: Values, overrides: Sequence[str]) -> set[str]:
     """Set each `key=value` in `values` (changed in place) and return the keys. Keys are checked later, like a file's."""
     keys = set()
-    for override in overrides:
+    for override in checked_overrides(overrides):
         key, equals, text = override.partition("=")
         key = key.strip()
         *tables, last = key.split(".")

@@ -178,6 +178,8 @@ def run_sweep(
 
     finished = {run.name: finished_summary(run.folder, run.scenario) for run in runs} if skip_existing else {}
     waiting = [run for run in runs if finished.get(run.name) is None]
+    if not force:
+        _check_table(out / "sweep.csv", runs)
     _check_folders(waiting, skip_existing, force)
     _check_writable(out)
     for run in runs:
@@ -190,6 +192,19 @@ def run_sweep(
         if run.scenario.resolved_clock != "virtual":
             ended(run, *_run_one(run.scenario, run.folder))
     return [rows[run.name] for run in runs]
+
+
+def _check_table(table: Path, runs: Sequence[SweepRun]) -> None:
+    """ConfigError where there is the table of another sweep, whose rows would be lost."""
+    if not table.is_file():
+        return
+    with table.open(newline="", encoding="utf-8", errors="replace") as file:
+        others = [row.get("run") for row in csv.DictReader(file) if row.get("run") not in {run.name for run in runs}]
+    if others:
+        raise ConfigError(
+            f"{table} has runs that are none of this sweep, such as {others[0]}; pass --force to replace it, another --out, "
+            "or --skip-existing with the values of both"
+        )
 
 
 def _check_folders(runs: Sequence[SweepRun], skip_existing: bool, force: bool) -> None:

@@ -11,6 +11,7 @@ from gossipfl.scenario.values import (
     Arguments,
     DurationS,
     ExistingPath,
+    Fraction,
     FunctionName,
     Patience,
     Staleness,
@@ -65,10 +66,10 @@ class Data(Table):
 
     kind: Text = Field(default="digits", description="data set: a registered name or package.module:function")
     path: ExistingPath | None = Field(default=None, description="its file or folder, relative to the scenario file")
-    test_fraction: float = Field(
+    test_fraction: Fraction = Field(
         default=0.2, gt=0, lt=1, description="share of the samples held out, where no test set is given"
     )
-    calibration_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of the samples kept for calibration")
+    calibration_fraction: Fraction = Field(default=0.0, ge=0, lt=1, description="share of the samples kept for calibration")
     args: Arguments = Field(default_factory=dict, description="further arguments of the data set")
     partition: Partition = Field(default=Partition(), description="how the samples are dealt to the peers")
 
@@ -131,7 +132,7 @@ class Gossip(Table):
     selection: Literal["uniform", "all", "bandwidth"] = Field(
         default="uniform", description="replicas random neighbours, all of them, or rather those with fast links"
     )
-    exploration: float = Field(
+    exploration: Fraction = Field(
         default=0.5, ge=0, le=1, description="with selection = 'bandwidth': share of the segments whose neighbours are random"
     )
     max_staleness: Staleness = Field(
@@ -193,8 +194,8 @@ class Inference(Table):
     every: int = Field(
         default=1, ge=1, description="rounds between two versions; those that end while one is calibrated are passed over"
     )
-    alpha: float = Field(default=0.02, gt=0, lt=1, description="share of answers that may differ from the full model's")
-    delta: float = Field(default=0.05, gt=0, lt=1, description="probability that more do all the same")
+    alpha: Fraction = Field(default=0.02, gt=0, lt=1, description="share of answers that may differ from the full model's")
+    delta: Fraction = Field(default=0.05, gt=0, lt=1, description="probability that more do all the same")
     max_samples: int = Field(
         default=600, ge=1, description="samples that a version is calibrated on, of those that were trained on and of others"
     )
@@ -206,5 +207,5 @@ class Stop(Table):
     rounds: int | None = Field(
         default=None, ge=1, description="lowers the top-level rounds, or sets them where those are left out"
     )
-    target_accuracy: float | None = Field(default=None, ge=0, le=1, description="mean test accuracy that is enough")
+    target_accuracy: Fraction | None = Field(default=None, ge=0, le=1, description="mean test accuracy that is enough")
     duration: DurationS | None = Field(default=None, description="seconds, or text such as '90s', '10min', '1h'")

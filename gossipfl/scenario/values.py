@@ -173,10 +173,16 @@ def _size(value: Any) -> int:
     return int(size)
 
 
+def _of_percent(value: Any) -> Any:
+    """The number that "2%" means, to the last bit; anything else as it is."""
+    match = re.fullmatch(rf"{_NUMBER} *%", value.strip()) if isinstance(value, str) else None
+    return float(Decimal(match[1]) / 100) if match else value
+
+
 def _share(value: Any) -> float:
     """A share of a whole: 0.02 or "2%"."""
-    match = re.fullmatch(rf"{_NUMBER} *%", value.strip()) if isinstance(value, str) else None
-    share = float(match[1]) / 100 if match else float(value) if _is_number(value) else math.nan
+    number = _of_percent(value)
+    share = float(number) if _is_number(number) else math.nan
     if not 0 <= share < 1:
         raise ValueError("must be a share of at least 0 and below 1 (100 %), such as 0.02 or '2%'")
     return share
@@ -284,6 +290,9 @@ Size = Annotated[int, PlainValidator(_size)]
 Factor = Annotated[float, PlainValidator(_factor)]
 Spread = Annotated[float, PlainValidator(_spread)]
 Share = Annotated[float, PlainValidator(_share)]
+"""From 0, and below 1."""
+Fraction = Annotated[float, BeforeValidator(_of_percent)]
+"""A share within the bounds of its field."""
 ExistingFile = Annotated[str, BeforeValidator(_existing_file)]
 Rates = Annotated[Distribution, PlainValidator(_distribution(_rate)), PlainSerializer(_written(_rate_text))]
 Delays = Annotated[Distribution, PlainValidator(_distribution(_delay)), PlainSerializer(_written(_seconds_text))]

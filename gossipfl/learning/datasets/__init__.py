@@ -10,7 +10,16 @@ A new kind is a function `f(path, test_fraction, seed, **args) -> Dataset` regis
 """
 
 from gossipfl.learning.datasets import arrays, images, text  # noqa: F401 (registers the kinds)
-from gossipfl.learning.datasets.dataset import DATASETS, Dataset, load_dataset, normalise
+from gossipfl.learning.datasets.dataset import DATASETS, Dataset, check_dataset, load_dataset, normalise
 from gossipfl.learning.datasets.store import open_dataset, prepare_dataset, save_dataset
 
-__all__ = ["DATASETS", "Dataset", "load_dataset", "normalise", "open_dataset", "prepare_dataset", "save_dataset"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "check_dataset",
+    "load_dataset",
+    "normalise",
+    "open_dataset",
+    "prepare_dataset",
+    "save_dataset",
+]

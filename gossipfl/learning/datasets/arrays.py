@@ -74,6 +74,8 @@ def _read_npz(path: Path) -> tuple[Any, Any]:
         raise DataError(f"data.path = {str(path.parent)!r} has no {path.name}; write it with np.savez({path.name!r}, x=, y=)")
     try:
         with open(path, "rb") as file:
+            if not file.peek(2).startswith((b"PK", b"\x93NUMPY")):  # numpy would take it for a pickle, and advise to load it
+                raise DataError(f"{path} is no npz file; write it with np.savez(path, x=..., y=...)")
             archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise DataError(f"{path} is one bare array; write it with np.savez(path, x=..., y=...)")

@@ -143,11 +143,11 @@ def check_dataset(dataset: Dataset) -> None:
         x, y = getattr(dataset, f"x_{part}"), getattr(dataset, f"y_{part}")
         for name, array in ((f"x_{part}", x), (f"y_{part}", y)):
             if not isinstance(array, np.ndarray):
-                raise DataError(f"{name} is a {type(array).__name__}, not a numpy array")
+                raise DataError(f"{name} is a {type(array).__name__}, not a numpy array; convert it by numpy.asarray")
             if len(array.shape) == 0 or len(array) == 0:
                 raise DataError(f"{name} is empty; a data set needs training and test samples")
         if len(x) != len(y):
-            raise DataError(f"x_{part} holds {len(x)} samples but y_{part} {len(y)}")
+            raise DataError(f"x_{part} holds {len(x)} samples but y_{part} {len(y)}; give a label for each sample")
         if x.shape[1:] != dataset.x_train.shape[1:] or x.dtype != dataset.x_train.dtype:
             raise DataError(
                 f"x_test is {x.dtype}{list(x.shape[1:])} per sample but x_train "
@@ -179,7 +179,8 @@ def _check_labels(name: str, y: np.ndarray, x: np.ndarray, num_classes: int) -> 
         raise DataError(f"{name} is {y.dtype}{list(y.shape)}; give int64 classes [n], or [n, T] next tokens as x is")
     lowest, highest = int(y.min()), int(y.max())
     if lowest < 0 or highest >= num_classes:
-        raise DataError(f"{name} holds labels {lowest} to {highest}; {num_classes} classes allow 0 to {num_classes - 1}")
+        allowed = f"{num_classes} classes allow 0 to {num_classes - 1}"
+        raise DataError(f"{name} holds labels {lowest} to {highest}; {allowed}: mend the labels or num_classes")
     if y.ndim == 2 and int(x.max()) >= num_classes:
         raise DataError(f"the token {int(x.max())} beside {name} is outside the vocabulary of {num_classes}")
 
