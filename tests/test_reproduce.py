@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import time
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from gossipfl.cli import main
 from gossipfl.errors import ConfigError, DataError
 from gossipfl.learning.models import build_model
 from gossipfl.scenario.config import load_scenario
+from gossipfl.scenario.display import ArmsProgress
 from gossipfl.scenario.reproduce import REPRODUCTIONS, Outcome, Reproduction, Row, Table, bacombo, epidemic, mosaic
 from gossipfl.scenario.reproduce.bacombo import PARAMETERS
 from gossipfl.scenario.reproduce.figures import _share, find_data, finished_scenario, run_arms, run_scenario
@@ -182,6 +185,18 @@ def test_the_share_of_the_work_follows_the_rounds_of_running_arms_and_ends_at_al
     arms = {"found": TINY | {"rounds": 1000}, "run": TINY | {"rounds": 3}}
     run_arms(arms, tmp_path, 1, finished={"found": outcome}, on_share=shares.append)
     assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_of_arms_without_rounds_nobody_says_how_much_is_left(tmp_path, monkeypatch):
+    shares: list[float | None] = []
+    run_arms({"only": {"data": {"path": "x"}}}, tmp_path, 1, run=told, on_share=shares.append)
+    assert shares and set(shares) == {None}
+    monkeypatch.setattr("gossipfl.scenario.display.ARMS_LINE_S", -1.0)
+    console = Console(file=io.StringIO(), width=80)
+    with ArmsProgress(console, 2, 1, tmp_path) as progress:
+        progress.done("only", "well")
+        progress.share(None)
+    assert console.file.getvalue().splitlines()[-1] == "  1/2  after 0:00:00"
 
 
 def test_data_sets_are_found_by_name_and_arms_without_theirs_are_left_out(tmp_path):

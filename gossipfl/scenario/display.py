@@ -187,14 +187,20 @@ class ArmsProgress:
         if not self._console.is_terminal:
             print_line(self._console, f"{self._num_done:3d}/{self._num_arms}  {name}: {outcome}")
 
-    def share(self, share: float) -> None:
-        """How much of the work is done, but for arms found finished. Less is left where targets are reached early."""
+    def share(self, share: float | None) -> None:
+        """How much of the work is done, but for arms found finished. Less is left where targets are reached early.
+
+        None: nobody knows but by the arms that are done, of which one may take longer than all others.
+        """
         now = time.monotonic()
+        so_far = timedelta(seconds=round(now - self._began))
         left = f"at most {timedelta(seconds=round((now - self._began) * (1 - share) / share))} left" if share else ""
-        self._progress.update(self._progress.task_ids[0], completed=share, left=left)
-        if not self._console.is_terminal and now - self._shown_at > ARMS_LINE_S and share < 1:
+        done = f"after {so_far}" if share is None else f"{share:.2%} of the work is done  {left}"
+        completed = self._num_done / self._num_arms if share is None else share
+        self._progress.update(self._progress.task_ids[0], completed=completed, left=left)
+        if not self._console.is_terminal and now - self._shown_at > ARMS_LINE_S and completed < 1:
             self._shown_at = now
-            print_line(self._console, f"{self._num_done:3d}/{self._num_arms}  {share:.2%} of the work is done  {left}".rstrip())
+            print_line(self._console, f"{self._num_done:3d}/{self._num_arms}  {done}".rstrip())
 
 
 def print_tables(console: Console, tables: Sequence[Comparison]) -> None:

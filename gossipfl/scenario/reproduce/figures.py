@@ -140,11 +140,12 @@ def run_arms(
     on_done: Callable[[str, Any], None] = lambda name, outcome: None,
     run: Callable[[str, Arm, Path], Any] = run_scenario,
     finished: Mapping[str, Any] = MappingProxyType({}),
-    on_share: Callable[[float], None] = lambda share: None,
+    on_share: Callable[[float | None], None] = lambda share: None,
 ) -> dict[str, Any]:
     """Run all arms but the `finished` ones, several at once, each in a process of its own, with records under `folder`.
 
-    Outcomes by name, in the order of the arms. `on_share` hears now and then what share of their work has been done.
+    Outcomes by name, in the order of the arms. `on_share` hears now and then what share of their work has been done; None where
+    they do not count it in rounds.
     """
     outcomes = dict(finished)
     waiting = arms.keys() - outcomes.keys()
@@ -158,6 +159,9 @@ def run_arms(
             for done in ended:
                 outcomes[names[done]] = done.result()
                 on_done(names[done], done.result())
+            if not all("rounds" in arms[name] for name in waiting):
+                on_share(None)
+                continue
             shares = {name: 1.0 if name in outcomes else _share(arms[name], folder / name, began) for name in waiting}
             on_share(
                 sum(_work(arms[name]) * share for name, share in shares.items()) / sum(_work(arms[name]) for name in waiting)
