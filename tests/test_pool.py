@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
+
+from gossipfl.scenario.interrupts import interrupts_held, terminate_is_interrupt
 
 WAITS = """
 import os, sys, time
@@ -101,3 +104,25 @@ def test_an_interrupted_reproduction_says_so_and_ends(number, tmp_path):
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(parent.pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupt_that_another_thread_takes_waits_as_well(number):
+    is_over, (told, tell) = threading.Event(), os.pipe()
+    other = threading.Thread(target=is_over.wait)  # which lets it through
+    other.start()
+    os.set_blocking(tell, False)
+    before, has_waited = signal.set_wakeup_fd(tell), False
+    try:
+        with terminate_is_interrupt(), pytest.raises(KeyboardInterrupt), interrupts_held():
+            signal.pthread_kill(other.ident, number)
+            assert os.read(told, 1) == bytes([number]), "it has been taken"
+            has_waited = True
+    finally:
+        signal.set_wakeup_fd(before)
+        is_over.set()
+        other.join()
+        os.close(told)
+        os.close(tell)
+    assert has_waited

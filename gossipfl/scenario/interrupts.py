@@ -67,12 +67,23 @@ def last_interrupt() -> None:
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until afterwards. A process started within never hears of it: a terminal sends it to all."""
+    """Ctrl-C and SIGTERM wait until afterwards. A process started within never hears of Ctrl-C: a terminal sends it to all.
+
+    Blocking a signal here is not enough: any other thread, such as a library's, may take it, and this one then hears of it.
+    """
+    held: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(number)
+
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield
+        with _handled(signal.SIGINT, hold), _handled(signal.SIGTERM, hold):
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number in held[:1]:
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager
