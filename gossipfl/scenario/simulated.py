@@ -133,11 +133,11 @@ class _Simulation(Watcher):
         table = class_table(dataset.y_train, shards, dataset.num_classes) if dataset.num_classes <= 20 else None
         observer.data_ready(scenario, table)
         tell_of_statistics(scenario, self.engine.flat.has_statistics, observer.note, record.warn)
-        self.names = names = scenario.peer_names
+        names = scenario.peer_names
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()
         topology, num_samples = scenario.build_topology(), [len(shard) for shard in shards]
         self.virtual = VirtualPeers(scenario, topology, self.gossip, training, self.layout, num_samples)
-        for line in about_churn(scenario, float(np.median(self.virtual.devices.step_s * self.virtual.num_steps))):
+        for line in about_churn(scenario, float(np.median(self.virtual.usual_train_s))):
             record.warn(line)
         self.learners = {name: Learner(name, shard) for name, shard in zip(names, shards, strict=True)}
         sent_as, aggregate = codec(self.gossip.codec), AGGREGATORS.get(self.gossip.aggregation)

@@ -7,6 +7,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+import numpy as np
+
 from gossipfl.learning.training import TrainingConfig
 from gossipfl.overlay.churn import Change, Churn
 from gossipfl.overlay.graphs import degrees_of
@@ -30,14 +32,19 @@ class VirtualPeers:
         layout: Layout,
         num_samples: Sequence[int],
     ) -> None:
-        self.devices = scenario.build_devices()
-        self.num_steps = [training.num_steps(number) for number in num_samples]
+        self._devices = scenario.build_devices()
+        self._num_steps = [training.num_steps(number) for number in num_samples]
         self.config = gossip.for_peer(layout, 1)
         self._names, self._topology, self._protocol = scenario.peer_names, topology, PROTOCOLS.get(gossip.protocol)
         self._index_of = {name: index for index, name in enumerate(self._names)}
         self._num_samples, self._late = num_samples, frozenset(scenario.late_peers)
         self._requests = count(1)
         self._has_begun = False
+
+    @property
+    def usual_train_s(self) -> np.ndarray:
+        """How long each peer trains in a round, variation aside (f64[N])."""
+        return self._devices.step_s * np.array(self._num_steps)
 
     def machine(self, name: str) -> Any:
         index = self._index_of[name]
@@ -49,7 +56,7 @@ class VirtualPeers:
         return self._protocol(name, degrees, config, self._requests)
 
     def train_s(self, index: int, round_: int) -> float:
-        return self.devices.train_s(index, round_, self.num_steps[index])
+        return self._devices.train_s(index, round_, self._num_steps[index])
 
     def begin(self, simulator: Simulator, churn: Churn, changes: Iterator[Change]) -> None:
         """Have those begin who are there, and the others come and go as these changes of the churn say."""

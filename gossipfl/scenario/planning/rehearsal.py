@@ -143,7 +143,7 @@ class _Rehearsal(Watcher):
             total_bytes=round(float(self._received.sum() if is_whole else most * received.sum())),
             received=received,
             sent=self._sent / max(1.0, float(self._counts.mean())),
-            train_s=self._peers.devices.step_s * np.array(self._peers.num_steps),
+            train_s=self._peers.usual_train_s,
             pair_s=self._pair_s / counts,
             latency_s=self._latency_s / counts,
         )
