@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from gossipfl.errors import ConfigError, LayoutError
 from gossipfl.learning import cohort as cohort_module
 from gossipfl.learning.cohort import CohortTask, LoopCohort, StackedCohort, choose_cohort
 from gossipfl.learning.datasets import Dataset
+from gossipfl.learning.dense import DenseGradients
 from gossipfl.learning.models import build_model
-from gossipfl.learning.training import Engine, Learner, TrainingConfig
+from gossipfl.learning.training import IGNORED, Engine, Learner, TrainingConfig
 
 RAGGED = (8, 3, 12, 9, 16, 1, 4, 7, 9)
 """Samples of each peer: with batches of 4, shards that fill their batches, that do not, and that are smaller than one."""
@@ -137,8 +139,71 @@ def test_the_loop_evaluates_as_the_engine_does():
     ],
     ids=str,
 )
-def test_the_stack_learns_what_the_loop_learns_from_ragged_shards(config):
-    assert_agree(engine_of(**config))
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_the_stack_learns_what_the_loop_learns_from_ragged_shards(activation, config):
+    """With gradients in closed form, and by autograd."""
+    model = perceptron()
+    model.relu1 = activation()
+    assert (DenseGradients.of(model) is not None) == (activation is nn.ReLU)
+    assert_agree(engine_of(model, **config))
+
+
+RELU = nn.ReLU()
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([nn.Linear(5, 3)], (5,)),
+        ([nn.Linear(5, 8), RELU, nn.Linear(8, 8), RELU, RELU, nn.Linear(8, 3)], (5,)),
+        ([nn.Linear(5, 8, bias=False), nn.ReLU(inplace=True), nn.Linear(8, 3, bias=False), nn.ReLU()], (5,)),
+        ([nn.ReLU(), nn.Linear(5, 4), nn.Linear(4, 3)], (5,)),
+        ([nn.Flatten(), nn.Linear(60, 3)], (3, 4, 5)),
+        ([nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)], (4, 5)),
+    ],
+    ids=["regression", "deep", "without biases", "a ReLU first", "images", "sequences"],
+)
+def test_gradients_in_closed_form_are_those_of_autograd(layers, shape):
+    """Of three peers with 7, 2 and 1 samples, one of whose places in a sequence does not count."""
+    model, rng = nn.Sequential(*layers), torch.Generator().manual_seed(0)
+    values = {name: torch.randn((3, *like.shape), generator=rng) for name, like in model.named_parameters()}
+    x = torch.randn((3, 7, *shape), generator=rng)
+    y = torch.randint(3, (3, 7, *shape[:-1])[: 3 if len(shape) == 2 else 2], generator=rng)
+    y[1, 2:] = y[2, 1:] = IGNORED
+    closed = DenseGradients.of(model)
+    for peers in (3, 2):  # memory is used again
+        losses, gradients = closed({name: stacked[:peers] for name, stacked in values.items()}, x[:peers], y[:peers])
+        for peer in range(peers):
+            own = {name: stacked[peer].clone().requires_grad_() for name, stacked in values.items()}
+            logits = functional_call(model, own, (x[peer].clone(),))
+            loss = nn.functional.cross_entropy(logits.flatten(0, -2), y[peer].flatten())
+            torch.testing.assert_close(losses[peer], loss.detach())
+            for name, expected in zip(own, torch.autograd.grad(loss, list(own.values())), strict=True):
+                torch.testing.assert_close(gradients[name][peer], expected)
+
+
+def shared():
+    linear = nn.Linear(5, 5)
+    return nn.Sequential(linear, nn.ReLU(), linear)
+
+
+def frozen():
+    model = perceptron()
+    model.fc1.bias.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model", [shared, frozen, lambda: nn.Sequential(nn.Linear(5, 3), nn.Dropout()), lambda: nn.Linear(5, 3)]
+)
+def test_other_networks_have_no_gradients_in_closed_form(model):
+    assert DenseGradients.of(model()) is None
+
+
+def test_a_hook_of_the_users_is_not_left_out():
+    model = perceptron()
+    model.fc1.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert_agree(engine_of(model))
 
 
 def own_step(model, x, y):

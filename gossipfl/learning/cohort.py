@@ -29,20 +29,28 @@ from torch.func import functional_call, vmap
 
 from gossipfl.errors import ConfigError, LayoutError
 from gossipfl.learning.datasets.dataset import normalise
-from gossipfl.learning.training import EVALUATION_BATCH, MIN_GAIN, Engine, Learner, OptimizerState, TrainingStep, cross_entropy
+from gossipfl.learning.dense import DenseGradients, Stacked
+from gossipfl.learning.training import (
+    EVALUATION_BATCH,
+    IGNORED,
+    MIN_GAIN,
+    Engine,
+    Learner,
+    OptimizerState,
+    TrainingStep,
+    cross_entropy,
+)
 from gossipfl.segments.layout import Layout
 
 BLOCK_BYTES = {"cpu": 5 << 20, "cuda": 256 << 20}
 """Parameters of a block. On a CPU they stay in a third-level cache with their gradients: 128 peers of 9,610 parameters."""
 MAX_BLOCK = {"cpu": 128, "cuda": 4096}
 """Peers of a block, however small their model: beyond this, a step's overhead hardly shows."""
+WAYS = (True, True), (True, False), (False, False)
+"""Whether short batches are padded and gradients are in closed form, the fastest first: samples of a batch may meet, as in
+BatchNorm, and a user's hook may do anything."""
 MAX_DIFFERENCE = 0.01
 """By how much of the greatest change the stack may differ from the loop, which rounding explains: fast math rounds to 2**-8."""
-IGNORED = -100
-"""The label that `F.cross_entropy` leaves out of its mean."""
-
-Stacked = dict[str, torch.Tensor]
-"""By name of a parameter or buffer, the values of n peers: `[n, *shape]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +152,8 @@ class StackedCohort:
         self._num_threads = engine.config.threads if engine.config.device == "cpu" else 1
         self._threads = ThreadPoolExecutor(self._num_threads, initializer=torch.set_num_threads, initargs=(1,))
         reason = None
-        for pads in (True, False) if engine.step is cross_entropy else (False,):  # samples of a batch may meet, as in BatchNorm
-            self._stacks = [_Stack(engine, self.block, pads) for _ in range(self._num_threads)]
+        for pads, is_closed in WAYS if engine.step is cross_entropy else WAYS[-1:]:
+            self._stacks = [_Stack(engine, self.block, pads, is_closed) for _ in range(self._num_threads)]
             reason = self._difference()
             if reason is None:
                 return
@@ -208,14 +216,15 @@ class StackedCohort:
 class _Stack:
     """A block of peers in training: a copy of the model, which the peers' values pass through, and memory for their vectors."""
 
-    def __init__(self, engine: Engine, block: int, pads: bool) -> None:
+    def __init__(self, engine: Engine, block: int, pads: bool, is_closed: bool) -> None:
         self.engine, self.layout, self._pads = engine, engine.layout, pads
         # functional_call puts values into a model while it runs, so that threads need one each.
         self._model = model = copy.deepcopy(engine.flat.model)
         self._step = _Step(model, engine.step)
         trained = {name: values for name, values in model.named_parameters() if values.requires_grad}
         self._trained = list(trained)
-        self._matrices = [name for name, values in trained.items() if values.ndim == 2]
+        self._dense = DenseGradients.of(model) if is_closed else None
+        self._matrices = [name for name, values in trained.items() if values.ndim == 2 and not self._dense]
         travelling = {entry.name for entry in self.layout.entries}
         self._local = [name for name, _ in model.named_buffers() if name not in travelling]
         self._buffers = [name for name, _ in model.named_buffers() if name in travelling]
@@ -243,14 +252,20 @@ class _Stack:
     def _train_step(self, values: Stacked, x: torch.Tensor, y: torch.Tensor, state: OptimizerState) -> torch.Tensor:
         """One local step of n peers, which moves `values` and `state` on. Returns their losses, f32[n]."""
         parameters = [values[name] for name in self._trained]
-        leaves = [stacked.detach().requires_grad_() for stacked in parameters]
-        losses = vmap(self._loss)(values | dict(zip(self._trained, leaves, strict=True)), x, y)
+        with torch.no_grad():
+            losses, gradients = (self._dense or self._by_autograd)(values, x, y)
+            self.engine.update(self.engine.config, parameters, [gradients[name] for name in self._trained], state)
+        return losses
+
+    @torch.enable_grad()
+    def _by_autograd(self, values: Stacked, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Stacked]:
+        """The losses of n peers, f32[n], and their gradients."""
+        leaves = {name: values[name].detach().requires_grad_() for name in self._trained}
+        losses = vmap(self._loss)(values | leaves, x, y)
         # Nobody's loss depends on another's parameters, so that the gradient of the sum is each one's own. torch.func.grad
         # would import torch._dynamo: 0.8 s.
-        gradients = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
-        with torch.no_grad():
-            self.engine.update(self.engine.config, parameters, list(gradients), state)
-        return losses.detach()
+        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+        return losses.detach(), dict(zip(leaves, gradients, strict=True))
 
     def _loss(self, values: Stacked, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return functional_call(self._step, {f"model.{name}": value for name, value in values.items()}, (x, y))

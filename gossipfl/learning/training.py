@@ -42,6 +42,8 @@ STEPS: Registry[TrainingStep] = Registry("training step")
 
 EVALUATION_BATCH = 128
 """Test samples at a time: the activations of a convolutional network take 0.2 MiB for each."""
+IGNORED = -100
+"""The label that `F.cross_entropy` leaves out of its mean."""
 MIN_GAIN = 1.05
 """Fast math is used where it is at least this many times faster: below that the difference is noise."""
 
