@@ -26,6 +26,7 @@ from gossipfl.learning.partition import class_table
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
 from gossipfl.overlay.churn import Change, Churn
 from gossipfl.overlay.links import Links, check_links
+from gossipfl.overlay.topology import Topology
 from gossipfl.protocol.machine import Fault, RoundReport, Traffic
 from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
@@ -64,7 +65,7 @@ def simulate(
     folder = RunFolder(out, scenario.name, force)
     record = folder.record(scenario, observer.warn)
     try:
-        simulation = _Simulation(scenario, record, observer, dataset, objects, began, links)
+        simulation = _Simulation(scenario, record, observer, dataset, objects, began, topology, links)
         simulation.plan_presence()
     except BaseException:
         record.close()
@@ -115,6 +116,7 @@ class _Simulation(Watcher):
         dataset: Dataset,
         objects: Mapping[str, Any],
         began: float,
+        topology: Topology,
         links: Links,
     ) -> None:
         self.scenario, self.record, self.observer, self.dataset, self.began = scenario, record, observer, dataset, began
@@ -135,7 +137,7 @@ class _Simulation(Watcher):
         tell_of_statistics(scenario, self.engine.flat.has_statistics, observer.note, record.warn)
         names = scenario.peer_names
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()
-        topology, num_samples = scenario.build_topology(), [len(shard) for shard in shards]
+        num_samples = [len(shard) for shard in shards]
         self.virtual = VirtualPeers(scenario, topology, self.gossip, training, self.layout, num_samples)
         for line in about_churn(scenario, float(np.median(self.virtual.usual_train_s))):
             record.warn(line)
