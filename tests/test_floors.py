@@ -25,6 +25,7 @@ FLOORS = {
     "randomness": 0,
     "registry": 0,
     "aggregation": 1,
+    "mixing": 1,
     "overlay": 1,
     "segments": 1,
     "protocol": 2,
@@ -39,7 +40,7 @@ FLOORS = {
 PURE = 2
 """Up to this floor nothing has a clock, a socket, a thread or a chance of its own."""
 LIBRARIES_OF_THE_PURE = {
-    "numpy": ("randomness.py", "aggregation.py", "overlay/", "segments/", "inference/planning/"),
+    "numpy": ("randomness.py", "aggregation.py", "mixing.py", "overlay/", "segments/", "inference/planning/"),
     "scipy": ("inference/planning/",),
     "networkx": ("overlay/",),
     "torch": ("segments/",),

@@ -16,11 +16,11 @@ from hypothesis.extra.numpy import arrays
 from gossipfl import aggregation
 from gossipfl.aggregation import AGGREGATORS, mean, median
 from gossipfl.errors import CodecError, LayoutError
+from gossipfl.mixing import SegmentMix, mix, mix_segments
 from gossipfl.segments.assembly import Assembler
 from gossipfl.segments.buffers import Pieces, VectorPool
 from gossipfl.segments.codecs import Decoded, SparseCodec, codec
 from gossipfl.segments.layout import Layout
-from gossipfl.segments.mixing import SegmentMix, mix, mix_segments
 from gossipfl.segments.quantization import tensor
 from gossipfl.segments.store import SegmentStore
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from gossipfl.aggregation import AGGREGATORS, Aggregator
 from gossipfl.errors import CodecError, ConfigError
+from gossipfl.mixing import mix
 from gossipfl.protocol import wire
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.gathering import MAX_SAMPLES
@@ -52,7 +53,6 @@ from gossipfl.segments.assembly import Assembler
 from gossipfl.segments.buffers import VectorPool
 from gossipfl.segments.codecs import Codec, codec
 from gossipfl.segments.layout import Layout, Range
-from gossipfl.segments.mixing import mix
 from gossipfl.segments.store import SegmentStore
 
 logger = logging.getLogger(__name__)

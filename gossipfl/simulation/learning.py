@@ -15,12 +15,12 @@ import numpy as np
 from gossipfl.aggregation import Aggregator
 from gossipfl.learning.cohort import CohortEngine, CohortTask
 from gossipfl.learning.training import Learner
+from gossipfl.mixing import SegmentMix, mix_segments
 from gossipfl.protocol.machine import Merge
 from gossipfl.protocol.messages import PeerId
 from gossipfl.segments.buffers import VectorPool
 from gossipfl.segments.codecs import Codec, Decoded, codec
 from gossipfl.segments.layout import Range
-from gossipfl.segments.mixing import SegmentMix, mix_segments
 from gossipfl.segments.store import SegmentStore
 from gossipfl.simulation.peer import SimulatedPeer, Watcher
 
