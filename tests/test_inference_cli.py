@@ -10,14 +10,16 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from http.client import HTTPConnection
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file
+from sockets import wait_for
 
 import gossipfl
 from gossipfl.cli import main
@@ -469,6 +471,32 @@ def test_http_answers_as_the_model_does_beside_the_sockets(run):
         assert outputs["scores"]["shape"] == [1, 10]
         assert outputs["label"]["data"] == [max(range(10), key=outputs["scores"]["data"].__getitem__)]
         process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def get(url: str, path: str) -> str:
+    with closing(HTTPConnection(url.removeprefix("http://"), timeout=20)) as client:
+        client.request("GET", path)
+        return client.getresponse().read().decode()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_further_signals_do_not_change_how_a_server_ends(number, run):
+    pytest.importorskip("uvicorn", reason="the extra http is not installed")
+    with serving(run, "--http", "127.0.0.1:0") as (process, (_, url)):
+        body = json.dumps({"inputs": [{"name": "input", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.5] * 64}]})
+        with closing(HTTPConnection(url.removeprefix("http://"), timeout=20)) as client:
+            client.putrequest("POST", "/v2/models/digits/infer")
+            client.putheader("Content-Length", str(len(body)))
+            client.endheaders(body[:1].encode())  # in flight until the rest comes
+            assert wait_for(lambda: "gossipfl_in_flight 1.0" in get(url, "/metrics"))
+            process.send_signal(number)
+            assert wait_for(lambda: get(url, "/v2/health/ready") == '{"ready":false}')
+            process.send_signal(number)
+            client.send(body[1:].encode())
+            with client.getresponse() as answer:
+                assert (answer.status, "scores" in answer.read().decode()) == (200, True)
         assert process.wait(20) == 0
 
 
