@@ -500,6 +500,15 @@ def test_further_signals_do_not_change_how_a_server_ends(number, run):
         assert process.wait(20) == 0
 
 
+def test_inputs_of_a_file_and_of_a_scenario_are_not_asked_both(run, free_port, tmp_path):
+    words = ["--server", f"tcp://127.0.0.1:{free_port}", "--inputs", tmp_path / "x.npy", "--config", run / "scenario.toml"]
+    code, stdout, stderr = call("device", *words)
+    assert code == 2 and not stdout
+    assert (
+        f"--inputs {tmp_path / 'x.npy'}" in stderr and f"--config {run / 'scenario.toml'}" in stderr and "one of them" in stderr
+    )
+
+
 def test_a_server_that_is_not_there_is_named(free_port):
     code, _, stderr = call("device", "--server", f"tcp://127.0.0.1:{free_port}", "--timeout", "1")
     assert code == 1 and f"127.0.0.1:{free_port}" in stderr and "running" in stderr
