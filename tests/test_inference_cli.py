@@ -36,7 +36,14 @@ from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.model_list import Architecture, ask_models
 from gossipfl.runtime.served import ServedVersion
 from gossipfl.scenario.inference import latency
-from gossipfl.scenario.inference.calibrate import Certificates, calibrator_like, load_calibration, served_here, timed_here
+from gossipfl.scenario.inference.calibrate import (
+    Certificates,
+    calibrator_like,
+    calibrator_of,
+    load_calibration,
+    served_here,
+    timed_here,
+)
 from gossipfl.scenario.inference.serve import find_architecture, open_device, open_server, read_inputs
 from gossipfl.scenario.inference.trained import load_trained
 
@@ -81,6 +88,13 @@ def test_a_calibration_is_stored_beside_the_model_and_says_what_it_was_made_with
     assert stored["model"] == "average" and stored["made_with"].keys() == {"version", "machine", "kernels", "seed"}
     assert stored["catalogue"]["version"] == 6
     assert {certificate["n"] for certificate in stored["certificates"]} == {360}
+
+
+def test_who_kept_too_few_samples_for_tables_is_told_where_to_keep_more(run):
+    trained = load_trained(run)
+    assert calibrator_of(trained).warning is None
+    trained.__dict__["calibration_samples"] = tuple(part[:100] for part in trained.calibration_samples)
+    assert calibrator_of(trained).warning.endswith("; keep more with data.calibration_fraction")
 
 
 def test_the_model_of_one_peer_has_a_calibration_of_its_own(run):
