@@ -86,6 +86,27 @@ def test_a_killed_peer_stays_away_however_available_it_would_be():
     assert [c for c in changes if c.time_s > 41] == [c for c in alone.changes(60.0) if c.time_s > 41]
 
 
+@pytest.mark.parametrize(
+    ("killed_s", "back_s"), [(20.5, 40.5), (20.0, 40.0), (20.25, 20.75), (20.0, 21.0), (0.5, 3.0), (7.0, 9.5)]
+)
+def test_a_gap_in_which_nobody_is_there_changes_nothing_of_what_follows(killed_s, back_s):
+    """Beside a peer that nobody kills there is no gap."""
+    config = ChurnConfig((Change(killed_s, 0, False), Change(back_s, 0, True)), online=0.5, period_s=1.0)
+    alone, beside = (build_churn(config, num_peers, seed=3).changes(60.0) for num_peers in (1, 2))
+    assert list(alone) == [change for change in beside if change.index == 0]
+
+
+@pytest.mark.parametrize(
+    "planned", [[Change(9e5, 0, True)], [Change(1e-4, 0, False), Change(9e5, 0, True)]], ids=["late", "back"]
+)
+def test_who_is_away_for_long_is_not_drawn_for_all_the_while(planned):
+    """Else it would take hours."""
+    churn = build_churn(ChurnConfig(planned, online=0.5, period_s=1e-3), num_peers=1, seed=0)
+    assert churn.is_ever_online()
+    back = next(change for change in churn.changes(math.inf) if change.online)
+    assert 9e5 <= back.time_s < 9e5 + 0.1
+
+
 def test_when_everybody_is_killed_for_good_the_draws_end_too():
     planned = tuple(Change(2.5, index, False) for index in range(3))
     changes = list(build_churn(ChurnConfig(planned, online=0.9, period_s=1.0), num_peers=3, seed=0).changes(math.inf))

@@ -10,14 +10,16 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from http.client import HTTPConnection
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file
+from sockets import wait_for
 
 import gossipfl
 from gossipfl.cli import main
@@ -34,7 +36,14 @@ from gossipfl.runtime.inference_server import InferenceServer
 from gossipfl.runtime.model_list import Architecture, ask_models
 from gossipfl.runtime.served import ServedVersion
 from gossipfl.scenario.inference import latency
-from gossipfl.scenario.inference.calibrate import Certificates, calibrator_like, load_calibration, served_here, timed_here
+from gossipfl.scenario.inference.calibrate import (
+    Certificates,
+    calibrator_like,
+    calibrator_of,
+    load_calibration,
+    served_here,
+    timed_here,
+)
 from gossipfl.scenario.inference.serve import find_architecture, open_device, open_server, read_inputs
 from gossipfl.scenario.inference.trained import load_trained
 
@@ -79,6 +88,13 @@ def test_a_calibration_is_stored_beside_the_model_and_says_what_it_was_made_with
     assert stored["model"] == "average" and stored["made_with"].keys() == {"version", "machine", "kernels", "seed"}
     assert stored["catalogue"]["version"] == 6
     assert {certificate["n"] for certificate in stored["certificates"]} == {360}
+
+
+def test_who_kept_too_few_samples_for_tables_is_told_where_to_keep_more(run):
+    trained = load_trained(run)
+    assert calibrator_of(trained).warning is None
+    trained.__dict__["calibration_samples"] = tuple(part[:100] for part in trained.calibration_samples)
+    assert calibrator_of(trained).warning.endswith("; keep more with data.calibration_fraction")
 
 
 def test_the_model_of_one_peer_has_a_calibration_of_its_own(run):
@@ -470,6 +486,41 @@ def test_http_answers_as_the_model_does_beside_the_sockets(run):
         assert outputs["label"]["data"] == [max(range(10), key=outputs["scores"]["data"].__getitem__)]
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def get(url: str, path: str) -> str:
+    with closing(HTTPConnection(url.removeprefix("http://"), timeout=20)) as client:
+        client.request("GET", path)
+        return client.getresponse().read().decode()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_further_signals_do_not_change_how_a_server_ends(number, run):
+    pytest.importorskip("uvicorn", reason="the extra http is not installed")
+    with serving(run, "--http", "127.0.0.1:0") as (process, (_, url)):
+        body = json.dumps({"inputs": [{"name": "input", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.5] * 64}]})
+        with closing(HTTPConnection(url.removeprefix("http://"), timeout=20)) as client:
+            client.putrequest("POST", "/v2/models/digits/infer")
+            client.putheader("Content-Length", str(len(body)))
+            client.endheaders(body[:1].encode())  # in flight until the rest comes
+            assert wait_for(lambda: "gossipfl_in_flight 1.0" in get(url, "/metrics"))
+            process.send_signal(number)
+            assert wait_for(lambda: get(url, "/v2/health/ready") == '{"ready":false}')
+            process.send_signal(number)
+            client.send(body[1:].encode())
+            with client.getresponse() as answer:
+                assert (answer.status, "scores" in answer.read().decode()) == (200, True)
+        assert process.wait(20) == 0
+
+
+def test_inputs_of_a_file_and_of_a_scenario_are_not_asked_both(run, free_port, tmp_path):
+    words = ["--server", f"tcp://127.0.0.1:{free_port}", "--inputs", tmp_path / "x.npy", "--config", run / "scenario.toml"]
+    code, stdout, stderr = call("device", *words)
+    assert code == 2 and not stdout
+    assert (
+        f"--inputs {tmp_path / 'x.npy'}" in stderr and f"--config {run / 'scenario.toml'}" in stderr and "one of them" in stderr
+    )
 
 
 def test_a_server_that_is_not_there_is_named(free_port):

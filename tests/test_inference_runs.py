@@ -464,6 +464,28 @@ def test_a_certificate_for_another_plan_is_not_offered(servers, devices):
         devices(servers(certificate=of_another_engine)).predict(X, DEADLINE_S)
 
 
+def test_a_certifier_that_raises_is_logged_once_of_each_plan_and_every_device_hears_why(servers, devices, caplog):
+    asked = []
+
+    def certificate(plan) -> Certificate:
+        asked.append(plan)
+        raise ValueError("no samples for today")
+
+    server, whole = servers(version=0), catalogue(cut=LAYERS)
+    server.publish("m", 1, vector_of(1), replace(whole, levels={2 * LOSS: {2: ((6,) * 2, 8)}} | whole.levels), certificate)
+    for loss in (LOSS, 2 * LOSS):
+        before = len(asked)
+        with devices(server, max_accuracy_loss=loss) as device:
+            assert wait_for(lambda before=before: len(asked) >= before + 3), "it asks again and again"
+            with pytest.raises(
+                RunError, match="a plan of version 1 of 'm' cannot be certified: ValueError: no samples for today"
+            ):
+                device.predict(X, 0.1)
+    assert len({plan.cut for plan in asked}) == 2
+    told = [record for record in caplog.records if record.exc_info]
+    assert [record.getMessage() for record in told] == ["a plan of version 1 of 'm' cannot be certified"] * 2
+
+
 @pytest.fixture
 def certifying(servers) -> Iterator[tuple[InferenceServer, threading.Event]]:
     """A server that certifies plans when the event is set, but for those of the cut after two layers: they are certified."""

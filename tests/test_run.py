@@ -424,6 +424,20 @@ def test_a_worker_that_is_killed_takes_only_its_peer_with_it(victim, launch, gat
 
 
 @pytest.mark.processes
+def test_a_run_whose_peers_fail_in_code_of_its_user_says_what_that_raised(launch, tmp_path):
+    net = "class Net(torch.nn.Linear):\n    def forward(self, x):\n        raise ValueError('the moon is full')"
+    (tmp_path / "mine.py").write_text(f"import torch\n{net}\ndef net(shape, classes): return Net(7, classes)\n")
+    run = launch("quickstart", *settings(*SMALL, "model=mine:net", "peers_per_process=2"))
+    code, _, stderr = run.ended()
+    assert code == 1 and "Traceback" not in stderr
+    reason = "its process failed: ValueError: the moon is full"
+    assert f"gossipfl: the run failed, for 0 of 4 peers finished; p0, p1, p2 ...: {reason}\n" in stderr
+    assert {event["peer"]: event["error"] for event in events_of(run.folder, "finished")} == {
+        f"p{index}": reason for index in range(4)
+    }
+
+
+@pytest.mark.processes
 def test_a_run_whose_majority_is_killed_has_failed_with_a_readable_summary(launch, gate):
     run = launch("quickstart", *settings(*GATED))
     run.await_round(3)

@@ -225,6 +225,17 @@ def test_a_late_joiner_is_not_there_before_its_time(tmp_path):
     assert {event["peer"] for event in events(result, "finished") if event["error"] is None} == {f"p{i}" for i in range(5)}
 
 
+@pytest.mark.processes
+def test_the_first_consensus_distance_is_of_those_who_were_in_the_first_round(tmp_path):
+    """p4 comes too late to be waited for: the others are in the tenth or later."""
+    late = {"peers_per_process": 1, "rounds": 20, "churn": {"join": [{"peer": "p4", "at": "2s"}]}}
+    virtual, local = (run(tmp_path / clock, clock, compute={"step_time": "50ms"}, **late) for clock in ("virtual", "local"))
+    rounds = [event["round"] for event in events(local, "round") if event["peer"] == "p4"]
+    assert 1 < min(rounds) <= max(rounds) == 20
+    firsts = [result.summary["consensus_distance"]["first"] for result in (virtual, local)]
+    assert firsts[0] == pytest.approx(firsts[1], abs=1e-9)
+
+
 def test_a_straggler_slows_nobody_who_need_not_wait(tmp_path):
     compute = {"step_time": "100ms", "stragglers": {"peers": ["p2"], "slowdown": 10}}
     together = run(tmp_path / "together", compute=compute)

@@ -341,6 +341,14 @@ def test_certificates_get_half_of_few_samples_and_it_is_said_where_that_certifie
     assert caplog.messages == ([said] if num_kept < 149 else [])
 
 
+def test_who_gives_too_few_samples_for_tables_is_told_how_many_to_give():
+    model, dataset = build_model("mlp", (1, 8, 8), 10), load_dataset("digits", None, 0.5, 0)
+    few, enough, of_data = (calibrate(model, data, engines=["fp32"]).warning for data in (digits(853), digits(854), dataset))
+    assert few.startswith("597 unseen samples are too few for tables and certificates, which take 598: ")
+    assert few.endswith("; give 854 samples") and enough is None
+    assert of_data.startswith("449 unseen samples are too few") and of_data.endswith("; give 1196 test samples")
+
+
 def test_without_samples_for_certificates_nothing_is_accepted(trained):
     chain, vector, fit, _ = trained
     none = Calibrator(chain, fit, (fit[:0], None), data="digits", vector=vector, engines=["fp32"])

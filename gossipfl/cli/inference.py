@@ -259,6 +259,7 @@ def device(
     gossipfl device --server tcp://127.0.0.1:5800 --device scenarios/devices/phone.toml --config quickstart
     gossipfl device --server tcp://127.0.0.1:5800 --inputs x.npy --cache cache --json | jq .receipt.tiers
     """
+    from gossipfl.errors import ConfigError
     from gossipfl.inference.planning.profile import DeviceProfile, check_loss
     from gossipfl.scenario import load_scenario
     from gossipfl.scenario.device_file import read_device
@@ -266,6 +267,8 @@ def device(
     from gossipfl.scenario.inference.serve import answer_all, find_architecture, open_device, read_inputs
 
     check_loss(max_accuracy_loss)
+    if inputs and scenario:
+        raise ConfigError(f"--inputs {inputs} and --config {scenario} are two sources of inputs; give one of them")
     profile = read_device(device_file) if device_file else DeviceProfile()
     found = find_architecture(servers, model, min(timeout_s, 10.0))
     asked = read_inputs(inputs, load_scenario(scenario) if scenario else None, samples, found.input_shape)

@@ -108,9 +108,12 @@ class Churn:
 
     def _redraws(self) -> Iterator[Change]:
         """The availability of every peer in each period, by a generator of its own, so that no query shifts a later one."""
-        for period in itertools.count(1) if self.is_endless else ():
+        gaps, period = _gaps(self.planned, self.num_peers), 1
+        while self.is_endless:
             available = generator(self._seed, "online", round=period).random(self.num_peers) < self.online
             yield from (Change(period * self.period_s, index, online) for index, online in enumerate(available.tolist()))
+            after_gap = [int(end_s / self.period_s) - 1 for begin_s, end_s in gaps if begin_s <= period * self.period_s < end_s]
+            period = max([period + 1, *after_gap])  # what would be drawn in between concerns nobody
 
 
 def build_churn(config: ChurnConfig, num_peers: int, seed: int) -> Churn:
@@ -135,6 +138,19 @@ def _before_all(changes: Sequence[Change], num_peers: int) -> np.ndarray:
     for change in reversed(changes):  # the first of a peer's changes decides
         online[change.index] = change.online if change.time_s == 0 else not change.online
     return online
+
+
+def _gaps(changes: Sequence[Change], num_peers: int) -> list[tuple[float, float]]:
+    """From when to when nobody is there but somebody will be again."""
+    online, gaps, gone_s = _before_all(changes, num_peers), [], 0.0
+    for change in changes:
+        was_anybody = online.any()
+        online[change.index] = change.online
+        if was_anybody and not online.any():
+            gone_s = change.time_s
+        elif online.any() and not was_anybody:
+            gaps.append((gone_s, change.time_s))
+    return gaps
 
 
 def _after_all(changes: Sequence[Change], num_peers: int) -> np.ndarray:

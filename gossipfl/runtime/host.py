@@ -227,7 +227,6 @@ class PeerHost:
         hosted.done = None
         if self._serving is not None:
             self._serving.take(hosted.node.name, report.round, mixed, hosted.learner.local_buffers)
-        is_first = not hosted.events
         accuracy = self._accuracy(hosted, mixed) if self._is_evaluated(report.round) else None
         event = round_event(
             hosted.node.name,
@@ -242,7 +241,7 @@ class PeerHost:
         if self.emulation is not None and self.emulation.devices is not None:
             event["overrun_s"] = round(hosted.overrun_s, 6) if not report.adopted else 0.0
         hosted.events.append(event)
-        if is_first:
+        if report.round == 1:  # else the peer has come late, or back, to others that are nearer to each other by then
             self._keep_first(hosted.node.name, mixed)
         on_event(event)
 
@@ -258,7 +257,7 @@ class PeerHost:
         on_event(event)
 
     def _keep_first(self, name: PeerId, mixed: np.ndarray) -> None:
-        """Keep the first mixed vector, for the consensus distance at the start."""
+        """Keep what came of the first round, for the consensus distance at the start."""
         path = self._first_file(name)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -302,7 +301,8 @@ class PeerHost:
             case "events":
                 return "".join(json.dumps(event) + "\n" for event in hosted.events).encode()
             case "first":
-                return self._first_file(name).read_bytes()
+                path = self._first_file(name)
+                return path.read_bytes() if path.exists() else b""
             case "model" if hosted.model_file is not None:
                 return hosted.model_file.read_bytes()
         return None

@@ -350,6 +350,8 @@ class InferenceServer:
                 return offered(request, served.offer(plan, ask))
         except ConfigError as error:
             return Failed(request, Failure.PLAN, clipped(error))
+        except RunError as error:
+            return Failed(request, Failure.COMPUTE, clipped(error))
         self._submit(self._certifying, planned, lambda: self._certify(planned, served, plan, ask))
         return None
 
@@ -358,6 +360,8 @@ class InferenceServer:
             served.certify(plan)
         except ConfigError as error:
             return Failed(planned.request, Failure.PLAN, clipped(error))
+        except RunError as error:
+            return Failed(planned.request, Failure.COMPUTE, clipped(error))
         self._submit(self._library, planned, lambda: offered(planned.request, served.offer(plan, ask)))
         return None
 

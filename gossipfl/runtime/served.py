@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from gossipfl.errors import CodecError, ConfigError, LayoutError
+from gossipfl.errors import CodecError, ConfigError, LayoutError, RunError
 from gossipfl.inference.execution.activations import samples_to_text
 from gossipfl.inference.planning.cascade import cheapest
 from gossipfl.inference.planning.catalogue import Catalogue
@@ -22,11 +23,16 @@ from gossipfl.runtime.stages import ModelChain, RunnableStage, check_inputs
 from gossipfl.segments.codecs import all_finite, codec
 from gossipfl.segments.codecs.planes import MAX_PLANES, Planes, PlaneSet
 
+logger = logging.getLogger(__name__)
+
 SERVED_CODECS = ("float32", "float16", "planes")
 CACHE_BYTES = 64 * 1024 * 1024
 """Of encoded ranges that are no layer's, by version."""
 Certifier = Callable[[Plan], Certificate | None]
 """Of the plan with its fallback; None where nothing is certified. With `Plan.continued` it is asked for both fallbacks."""
+
+
+_Key = tuple[tuple[Stage, ...], int, Fallback]
 
 
 def nothing_certified(plan: Plan) -> None:
@@ -53,7 +59,8 @@ class ServedVersion:
     _digests: dict[tuple[Range, str], str] = field(default_factory=dict)
     _same: dict[int, tuple[bool, ...]] = field(default_factory=dict)
     _encoded: OrderedDict[tuple[Range, str], memoryview] = field(default_factory=OrderedDict)
-    _certificates: dict[tuple[tuple[Stage, ...], int, Fallback], tuple[Certificate, ...]] = field(default_factory=dict)
+    _certificates: dict[_Key, tuple[Certificate, ...]] = field(default_factory=dict)
+    _failed: set[_Key] = field(default_factory=set)  # of which a certifier has raised, which is logged once of each
 
     def __post_init__(self) -> None:
         size, profile = self.chain.layout.size, self.chain.profile
@@ -149,7 +156,7 @@ class ServedVersion:
         return ask.samples == self._samples_digest
 
     def is_certified(self, plan: Plan) -> bool:
-        """Whether no certificates have to be made before it is offered; ConfigError as of `certify`."""
+        """Whether no certificates have to be made before it is offered; errors as of `certify`."""
         if _key(plan) not in self._certificates:
             found = self._certificates_of(plan, self.known)
             if len(found) == len(_fallbacks(plan)):
@@ -157,7 +164,7 @@ class ServedVersion:
         return _key(plan) in self._certificates
 
     def certify(self, plan: Plan) -> None:
-        """Have certificates made, which may take many seconds. ConfigError for one of another plan."""
+        """Have certificates made, which may take many seconds. ConfigError for one of another plan, RunError if that failed."""
         if not self.is_certified(plan):
             self._certificates[_key(plan)] = self._certificates_of(plan, self.certificate)
 
@@ -204,11 +211,23 @@ class ServedVersion:
         """With the full model to fall back on, and where that is cheaper also with continuing, if it is certified."""
         found = []
         for fallback in _fallbacks(plan):
-            certificate = certifier(replace(plan, fallback=fallback))
+            certificate = self._certificate_of(replace(plan, fallback=fallback), certifier)
             if certificate is not None and certificate.basis.fallback == fallback:
                 self._check_certificate(certificate, plan)
                 found.append(certificate)
         return tuple(found)
+
+    def _certificate_of(self, plan: Plan, certifier: Certifier) -> Certificate | None:
+        try:
+            return certifier(plan)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a user's own code raises: devices ask again and again, and are told each time
+            what = f"a plan of version {self.version} of {self.model!r} cannot be certified"
+            if _key(plan) not in self._failed:
+                self._failed.add(_key(plan))
+                logger.exception(what)
+            raise RunError(f"{what}: {type(error).__name__}: {error}") from error
 
     def _check_certificate(self, certificate: Certificate, plan: Plan) -> None:
         basis = certificate.basis
@@ -224,6 +243,6 @@ def _fallbacks(plan: Plan) -> tuple[Fallback, ...]:
     return (FULL,) if plan.fallback == FULL else (FULL, plan.fallback)
 
 
-def _key(plan: Plan) -> tuple[tuple[Stage, ...], int, Fallback]:
+def _key(plan: Plan) -> _Key:
     """What its certificates hang on."""
     return plan.stages, plan.activation_bits, plan.fallback

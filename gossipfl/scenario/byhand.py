@@ -229,7 +229,8 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
     for name, items in gathered.items():
         write_atomically(folder / "models" / f"{name}.safetensors", items["model"])
         load_model(folder / "models" / f"{name}.safetensors")
-        write_atomically(folder / "first" / f"{name}.npy", items["first"])
+        if items["first"]:
+            write_atomically(folder / "first" / f"{name}.npy", items["first"])
     well = sorted(gathered, key=scenario.peer_names.index)
     figures = final_models(folder, well)
     remove_files(folder / "first")

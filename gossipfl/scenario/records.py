@@ -179,7 +179,7 @@ def _moved_aside(folder: Path) -> Path:
 def final_models(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """The figures made from the peers' final vectors; writes their mean to models/average.safetensors.
 
-    These are the consensus distances of the first and the last merge and the digest of all vectors.
+    These are the consensus distances after the first round, of those who were in it, and after the last; and the digest of all.
     """
     vectors: dict[str, np.ndarray] = {}
     layout = None

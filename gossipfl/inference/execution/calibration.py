@@ -61,6 +61,8 @@ COMMON_LEVEL = 0.01
 """Tables are made from unseen samples if those can vouch for this loss of accuracy."""
 MAX_SAMPLES = 2000
 """Of the unseen ones, for the tables: one forward pass of all of them for each row that is tried."""
+UNSEEN = 2 * samples_needed(COMMON_LEVEL)
+"""So many are enough for tables and certificates."""
 SEEN = 256
 NUM_SAMPLES = 16
 """Inputs that engines are compiled with, here and on the device, so that both compute the same."""
@@ -147,14 +149,16 @@ def calibrate(
     if isinstance(data, Dataset):
         seen = normalise(np.asarray(data.x_train[:SEEN]), data)
         unseen = normalise(np.asarray(data.x_test[::2]), data), np.asarray(data.y_test[::2])
+        remedy = f"give {2 * UNSEEN} test samples"
     else:
         inputs, labels = _checked(*data)
         num_seen = min(SEEN, len(inputs) // 2)
         seen, unseen = inputs[:num_seen], (inputs[num_seen:], None if labels is None else labels[num_seen:])
+        remedy = f"give {SEEN + UNSEEN} samples"
     chain = Chain.of(model, tuple(seen.shape[1:]))
     if unseen[1] is not None and unseen[1].max() >= chain.profile.num_classes:
         raise ConfigError(f"label {unseen[1].max()}, but the model has {chain.profile.num_classes} classes, counted from 0")
-    calibrator = Calibrator(chain, seen, unseen, data=name, version=version, **options)
+    calibrator = Calibrator(chain, seen, unseen, data=name, version=version, remedy=remedy, **options)
     if (needed := samples_needed(calibrator.alpha, calibrator.delta)) > len(unseen[0]):
         logger.warning("%d samples for certificates, and it takes %d: every request falls back", len(unseen[0]), needed)
     calibrator.catalogue(progress)
@@ -216,8 +220,12 @@ class Calibrator:
         alpha: float = ALPHA,
         delta: float = DELTA,
         scale: Scale = "softmax",
+        remedy: str = "give more of them",
     ) -> None:
-        """`seen` f32[n, *input_shape]; `vector` f32[P], by default the chain's own; `engines` by default all that work here."""
+        """`seen` f32[n, *input_shape]; `vector` f32[P], by default the chain's own; `engines` by default all that work here.
+
+        `remedy` is what the caller may do about too few unseen samples.
+        """
         self.chain, self.version, self.data = chain, version, data
         self.vector = chain.vector() if vector is None else vector
         self.digest = hashlib.blake2b(self.vector.tobytes(), digest_size=16).hexdigest()
@@ -226,16 +234,15 @@ class Calibrator:
         self.alpha, self.delta, self.scale = alpha, delta, scale
         inputs, labels = unseen
         self.warning: str | None = None
-        needed = 2 * samples_needed(COMMON_LEVEL)
-        if len(inputs) >= needed:
+        if len(inputs) >= UNSEEN:
             half = min(len(inputs) // 2, MAX_SAMPLES)
             self._tried: Samples = inputs[:half], None if labels is None else labels[:half]
             self._kept = inputs[half:]
         else:
             self._tried, self._kept = (seen, None), inputs
             self.warning = (
-                f"{len(inputs)} unseen samples are too few for tables and certificates: the tables are made from samples that "
-                f"the model was trained on, of which fewer fall back; keep {needed} with data.calibration_fraction"
+                f"{len(inputs)} unseen samples are too few for tables and certificates, which take {UNSEEN}: the tables are "
+                f"made from other samples, of which fewer fall back if the model was trained on them; {remedy}"
             )
         self._full: np.ndarray | None = None
         self._known: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}

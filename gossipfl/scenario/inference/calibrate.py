@@ -39,6 +39,7 @@ def calibrator_of(trained: Trained, alpha: float = ALPHA, delta: float = DELTA) 
         version=trained.version,
         alpha=alpha,
         delta=delta,
+        remedy="keep more with data.calibration_fraction",
     )
 
 

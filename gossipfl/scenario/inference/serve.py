@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from gossipfl.runtime.model_list import Architecture, ask_models
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.inference.calibrate import Certificates, calibrator_like, load_calibration, served_here, timed_here
 from gossipfl.scenario.inference.trained import Trained
+from gossipfl.scenario.interrupts import OneInterrupt
 from gossipfl.scenario.preparation import prepare
 
 Say = Callable[[str], None]
@@ -67,19 +67,24 @@ def architecture_of(trained: Trained) -> Architecture:
 def serve(
     trained: Trained, bind: str, advertise: str | None, http: str | None, insecure: bool, drain_s: float, say: Say
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what has been asked."""
+    """Serve until SIGTERM or SIGINT, then finish what has been asked; more signals do not change how that ends."""
     host, port = host_and_port(http) if http is not None else ("", 0)
     with ExitStack() as stack:
         server = open_server(trained, bind, advertise, insecure, say)
+        interrupt = stack.enter_context(OneInterrupt())
         stack.callback(server.close, drain_s)
-        say(f"serving {', '.join(model.name for model in server.models())} for devices at {server.address}")
-        if http is not None:
-            from gossipfl.runtime.http import run_http
+        try:
+            say(f"serving {', '.join(model.name for model in server.models())} for devices at {server.address}")
+            if http is not None:
+                from gossipfl.runtime.http import serve_http
 
-            run_http(server, host, port, insecure=insecure, drain_s=drain_s, told=lambda address: say(f"HTTP at {address}"))
-        else:
-            _wait_for_signal()
-        say("ending")
+                with interrupt.deferred():
+                    web = serve_http(server, host, port, insecure=insecure)
+                    stack.callback(web.close, drain_s)
+                say(f"HTTP at {web.address}")
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            say("ending")
 
 
 def host_and_port(text: str) -> tuple[str, int]:
@@ -87,16 +92,6 @@ def host_and_port(text: str) -> tuple[str, int]:
     if not colon or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"--http {text} is no host:port; write 127.0.0.1:8080, or 127.0.0.1:0 for any free port")
     return host.strip("[]"), int(port)
-
-
-def _wait_for_signal() -> None:
-    ended = threading.Event()
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        ended.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- the device -------------------------------------------------------------------------------------------------------
