@@ -832,6 +832,15 @@ def test_a_name_that_no_registry_knows_is_refused_with_a_suggestion(override, me
     assert message in str(caught.value)
 
 
+def test_what_a_program_has_registered_is_known_without_naming_a_module(monkeypatch):
+    from gossipfl.learning.models import MODELS
+    from gossipfl.segments.codecs import CODECS
+
+    for table, name, like in ((MODELS, "mine", "mlp"), (CODECS, "sign", "int8")):
+        monkeypatch.setitem(table._functions, name, table.get(like))
+    check_names(load_scenario({"model": "mine", "gossip": {"codec": "sign"}}))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -758,6 +758,19 @@ def test_so_is_what_is_wrong_with_functions_that_a_scenario_names(tmp_path, monk
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_a_step_raises_in_the_middle_of_a_run_is_why_it_failed(tmp_path, monkeypatch):
+    (tmp_path / "late_mistake.py").write_text(
+        "steps = []\n"
+        "def step(model, x, y):\n"
+        "    steps.append(1)\n"
+        "    if len(steps) > 2: raise ValueError('no more of this')\n"
+        "    return model(x).sum()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(gossipfl.RunFailed, match="its process failed: ValueError: no more of this"):
+        gossipfl.run("quickstart", overrides=[*SMALL, "training.step=late_mistake:step"], clock="local")
+
+
 @pytest.mark.parametrize("clock", ["local", "virtual"])
 @pytest.mark.parametrize(
     ("codec", "buffers", "is_warned"),

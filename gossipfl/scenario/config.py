@@ -18,7 +18,8 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -245,11 +246,12 @@ def check_names(scenario: Scenario) -> None:
     """ConfigError, with a suggestion, for names that no registry knows: data set, partition, aggregation.
 
     The tables of models and codecs live in modules that import torch, which takes most of a second; the names that come with
-    gossipfl are known here too. A scenario that names a module of the user's may have others registered there.
+    gossipfl are known here too. Others may be registered by the program, or by a module of the user's that the scenario names.
     """
     from gossipfl.aggregation import AGGREGATORS
     from gossipfl.learning.datasets import DATASETS
     from gossipfl.learning.partition import PARTITIONERS
+    from gossipfl.overlay.selection import SELECTORS
     from gossipfl.protocol.baselines import PROTOCOLS
 
     gossip = scenario.gossip
@@ -257,6 +259,7 @@ def check_names(scenario: Scenario) -> None:
         ("data.kind", DATASETS, scenario.data.kind),
         ("data.partition.kind", PARTITIONERS, scenario.data.partition.kind),
         ("gossip.aggregation", AGGREGATORS, gossip.aggregation),
+        ("gossip.selection", SELECTORS, gossip.selection),
         ("gossip.protocol", PROTOCOLS, gossip.protocol),
     ]
     for key, table, name in tables:
@@ -270,12 +273,19 @@ def check_names(scenario: Scenario) -> None:
                 "handle(event, now) and next_deadline, as gossipfl.Gossip does"
             )
     names_own_module = any(":" in name for name in (scenario.model, scenario.data.kind, scenario.training.step or ""))
-    for key, kind, name, known in (
-        ("model", "model", scenario.model, BUILT_IN_MODELS),
-        ("gossip.codec", "codec", gossip.codec.partition(":")[0], BUILT_IN_CODECS),
+    for key, kind, name, known, registered in (
+        ("model", "model", scenario.model, BUILT_IN_MODELS, _if_loaded("gossipfl.learning.models", "MODELS")),
+        (
+            *("gossip.codec", "codec", gossip.codec.partition(":")[0], BUILT_IN_CODECS),
+            _if_loaded("gossipfl.segments.codecs", "CODECS"),
+        ),
     ):
-        if name not in known and not names_own_module:
+        if name not in known and name not in registered and not names_own_module:
             raise ConfigError(f"{key}: unknown {kind} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+
+
+def _if_loaded(module: str, table: str) -> Container[str]:
+    return getattr(sys.modules.get(module), table, ())
 
 
 def _is_machine(protocol: Any) -> bool:

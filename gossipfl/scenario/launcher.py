@@ -246,8 +246,9 @@ class Launcher:
                 case "failed":
                     record.add(event | {"peers": worker.peers})
                     self.observer.note(f"the process of {', '.join(worker.peers)} failed: {event['message']}")
+                    self._bury(worker, record, f"its process failed: {event['message']}")
                 case "ended":
-                    self._bury(worker, record)
+                    self._bury(worker, record, "its process ended")
             self.presence.follow(self.finished)
             if self.namespaces is not None:
                 self.namespaces.follow()
@@ -272,13 +273,13 @@ class Launcher:
     def _num_alive(self) -> int:
         return len(self._present()) + sum(error is None for error in self.finished.values())
 
-    def _bury(self, worker: WorkerHandle, record: RunRecord) -> None:
-        """A worker has ended before its peers had finished: they are dead."""
+    def _bury(self, worker: WorkerHandle, record: RunRecord, why: str) -> None:
+        """A worker ends, or has, before its peers had finished: they are dead."""
         if self.presence.was_killed(worker):
             return
         for peer in worker.peers:
             if peer not in self.finished:
-                self.finished[peer] = "its process ended"
+                self.finished[peer] = why
                 event = finished_event(peer, None, time.monotonic() - self.started_at, self.finished[peer])
                 record.add(event)
                 self.observer.event(event, self._num_alive())
