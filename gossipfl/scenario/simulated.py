@@ -316,7 +316,7 @@ class _Simulation(Watcher):
             "consensus_distance": distance,
             "average_accuracy": accuracy,
         }
-        self.record.add(state)
+        self._add(state)
         target, are_enough = self.scenario.stop.target_accuracy, len(sums.accuracies) >= self.scenario.min_peers
         if target is not None and are_enough and float(np.mean(sums.accuracies)) >= target:
             self._stop_soon()
