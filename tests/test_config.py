@@ -301,6 +301,11 @@ def test_overrides_that_are_no_list_of_texts_are_refused(overrides):
         ({"model_args": 3}, "model_args = 3 must be a table"),
         ({"model_args": {"x": [None]}}, "model_args = {'x': [None]} holds None; use numbers, text"),
         ({"evaluate_every": -1}, "evaluate_every = -1 must be at least 0"),
+        (
+            {"evaluate_every": 0, "stop": {"target_accuracy": 0.9}},
+            "evaluate_every = 0 with stop.target_accuracy = 0.9: nobody is evaluated before the last round; "
+            "set evaluate_every = 1, or give no target",
+        ),
         ({"seed": "x"}, "seed = 'x' must be a whole number, or a table of data, model and protocol"),
         ({"seed": -1}, "seed = -1 must be at least 0"),
         ({"seed": {"modle": 1}}, "unknown key 'seed.modle'; did you mean 'seed.model'?"),

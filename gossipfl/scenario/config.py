@@ -86,7 +86,7 @@ class Scenario(Table):
             super().__init__(**values)
         except ValidationError as error:
             raise ScenarioError(problems_of(error, Scenario)) from None
-        if problems := [*unknown_peers(self._emulated, self.peers), *self._unreachable()]:
+        if problems := [*unknown_peers(self._emulated, self.peers), *self._unreachable(), *self._unseen()]:
             raise ScenarioError(problems)
 
     @field_validator("name")
@@ -146,6 +146,15 @@ class Scenario(Table):
             yield Problem(
                 "inference.serve",
                 f"inference.serve = True with clock = {self.clock!r}{given}: {where}; set clock = 'local', or serve = false",
+            )
+
+    def _unseen(self) -> Iterator[Problem]:
+        """A target that nobody would see reached, while the record would say that it was in the last round."""
+        if self.stop.target_accuracy is not None and self.evaluate_every == 0:
+            yield Problem(
+                "evaluate_every",
+                f"evaluate_every = 0 with stop.target_accuracy = {self.stop.target_accuracy}: nobody is evaluated before the "
+                "last round; set evaluate_every = 1, or give no target",
             )
 
     @property
