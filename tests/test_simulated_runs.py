@@ -324,6 +324,17 @@ def test_runs_in_threads_come_to_what_each_comes_to_alone_and_leave_the_process_
     assert (gc.get_threshold(), torch.random.get_rng_state().tolist()) == before
 
 
+def test_the_record_of_an_earlier_run_is_read_from_its_folder(tmp_path):
+    result = run(tmp_path / "run")
+    again = RunResult.load(tmp_path / "run")
+    assert again.summary == result.summary and again.model("p1").keys() == result.model("p1").keys()
+    assert again.events("round") == events(result, "round") and {"round", "state"} < {
+        event["event"] for event in again.events()
+    }
+    with pytest.raises(ConfigError, match="nothing holds no record of a run that has ended"):
+        RunResult.load(tmp_path / "nothing")
+
+
 OWN_RULES = """
 import numpy as np
 def selection(candidates, replicas, links, rng):
