@@ -297,6 +297,15 @@ def test_each_evaluated_round_tells_how_far_apart_the_peers_are_and_how_good_the
     assert states[-1]["consensus_distance"] == pytest.approx(result.summary["consensus_distance"]["last"])
 
 
+def test_peers_that_agree_have_no_distance_and_those_that_hardly_differ_have_theirs(tmp_path):
+    agreed = run(tmp_path / "agreed", gossip={"protocol": "fedavg", "segments": 1})
+    assert [state["consensus_distance"] for state in events(agreed, "state")] == [0.0, 0.0]
+    near = run(tmp_path / "near", training={"learning_rate": 1e-6})
+    vectors = [load_model(path)[1].astype(float) for path in sorted((near.folder / "models").glob("p*.safetensors"))]
+    distance = np.mean([np.sum((vector - np.mean(vectors, axis=0)) ** 2) for vector in vectors])
+    assert near.summary["consensus_distance"]["last"] == pytest.approx(distance, rel=1e-6, abs=0)
+
+
 def test_an_observer_hears_of_all_that_is_written_down_of_rounds(tmp_path):
     heard: list[dict[str, Any]] = []
 
