@@ -829,6 +829,8 @@ def test_the_quickstart_names_only_what_exists():
         ("data.partition.kind=dirichelt", "unknown partition 'dirichelt'; did you mean 'dirichlet'?"),
         ("gossip.aggregation=mediam", "gossip.aggregation: unknown aggregation rule 'mediam'; did you mean 'median'?"),
         ("gossip.protocol=gosip", "gossip.protocol: unknown protocol 'gosip'; did you mean 'gossip'?"),
+        ("gossip.protocol=D-PSGD", "; D-PSGD is protocol = 'gossip', selection = 'all', mixing = 'metropolis_hastings' here"),
+        ("gossip.selection=unifrom", "gossip.selection: unknown selection 'unifrom'; did you mean 'uniform'?"),
     ],
 )
 def test_a_name_that_no_registry_knows_is_refused_with_a_suggestion(override, message):

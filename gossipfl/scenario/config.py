@@ -35,7 +35,7 @@ from gossipfl.overlay.links import Links, check_links
 from gossipfl.overlay.topology import build_topology, redrawn_topology
 from gossipfl.registry import Registry, did_you_mean
 from gossipfl.scenario.emulation import Churn, Compute, Network, unknown_peers
-from gossipfl.scenario.problems import Problem, ScenarioError, problems_of
+from gossipfl.scenario.problems import PROTOCOLS_HERE, Problem, ScenarioError, problems_of
 from gossipfl.scenario.sources import apply_overrides, line_of, read_toml, resolve_paths, scenario_file
 from gossipfl.scenario.tables import Data, Gossip, Inference, Seeds, Stop, Topology, Training, Transport
 from gossipfl.scenario.values import Arguments, Table, Text, three_seeds
@@ -275,7 +275,8 @@ def check_names(scenario: Scenario) -> None:
         try:
             found = table.get(name)
         except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from error
+            ours = PROTOCOLS_HERE.get(re.sub("[-_]", "", name.lower())) if table is PROTOCOLS else None
+            raise ConfigError(f"{key}: {error}{f'; {name} is {ours} here' if ours else ''}") from error
         if table is PROTOCOLS and not _is_machine(found):
             raise ConfigError(
                 f"{key} = {name!r} is no protocol: it must be called as (name, degrees, config, numbers) and have "
