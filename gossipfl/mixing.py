@@ -35,7 +35,9 @@ def mix(
         return
     rows = [own, *(decoded.values for decoded, _ in copies)]
     weights = [weight if decoded.present is None else np.float32(weight) * decoded.present for decoded, weight in copies]
-    aggregate(rows, [own_weight, *weights], out=out)
+    mixed = aggregate(rows, [own_weight, *weights], out=out)
+    if mixed is not out and mixed is not None:  # a user's rule that leaves `out` alone
+        out[:] = mixed
 
 
 class SegmentMix(NamedTuple):

@@ -301,6 +301,11 @@ def test_overrides_that_are_no_list_of_texts_are_refused(overrides):
         ({"model_args": 3}, "model_args = 3 must be a table"),
         ({"model_args": {"x": [None]}}, "model_args = {'x': [None]} holds None; use numbers, text"),
         ({"evaluate_every": -1}, "evaluate_every = -1 must be at least 0"),
+        (
+            {"evaluate_every": 0, "stop": {"target_accuracy": 0.9}},
+            "evaluate_every = 0 with stop.target_accuracy = 0.9: nobody is evaluated before the last round; "
+            "set evaluate_every = 1, or give no target",
+        ),
         ({"seed": "x"}, "seed = 'x' must be a whole number, or a table of data, model and protocol"),
         ({"seed": -1}, "seed = -1 must be at least 0"),
         ({"seed": {"modle": 1}}, "unknown key 'seed.modle'; did you mean 'seed.model'?"),
@@ -824,12 +829,23 @@ def test_the_quickstart_names_only_what_exists():
         ("data.partition.kind=dirichelt", "unknown partition 'dirichelt'; did you mean 'dirichlet'?"),
         ("gossip.aggregation=mediam", "gossip.aggregation: unknown aggregation rule 'mediam'; did you mean 'median'?"),
         ("gossip.protocol=gosip", "gossip.protocol: unknown protocol 'gosip'; did you mean 'gossip'?"),
+        ("gossip.protocol=D-PSGD", "; D-PSGD is protocol = 'gossip', selection = 'all', mixing = 'metropolis_hastings' here"),
+        ("gossip.selection=unifrom", "gossip.selection: unknown selection 'unifrom'; did you mean 'uniform'?"),
     ],
 )
 def test_a_name_that_no_registry_knows_is_refused_with_a_suggestion(override, message):
     with pytest.raises(ConfigError) as caught:
         check_names(load_scenario("quickstart", [override]))
     assert message in str(caught.value)
+
+
+def test_what_a_program_has_registered_is_known_without_naming_a_module(monkeypatch):
+    from gossipfl.learning.models import MODELS
+    from gossipfl.segments.codecs import CODECS
+
+    for table, name, like in ((MODELS, "mine", "mlp"), (CODECS, "sign", "int8")):
+        monkeypatch.setitem(table._functions, name, table.get(like))
+    check_names(load_scenario({"model": "mine", "gossip": {"codec": "sign"}}))
 
 
 @pytest.mark.parametrize(

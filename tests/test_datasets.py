@@ -2,8 +2,10 @@
 
 import contextlib
 import gzip
+import importlib
 import io
 import json
+import linecache
 import os
 import re
 import subprocess
@@ -523,11 +525,27 @@ def test_a_data_set_is_converted_once_and_again_when_its_source_or_a_setting_cha
     assert len(others | {first}) == 5
 
 
-def test_a_changed_function_of_the_user_is_a_changed_source(users_module, tmp_path):
-    first = prepare_dataset(f"{users_module}:pair", None, 0.2, 0, {}, tmp_path / "cache")
-    file = Path(sys.modules[users_module].__file__)
-    file.write_text(file.read_text() + "# changed\n")
-    assert prepare_dataset(f"{users_module}:pair", None, 0.2, 0, {}, tmp_path / "cache") != first
+def test_a_changed_function_of_the_user_is_a_changed_source_once_it_is_loaded(users_module, tmp_path):
+    def prepare():
+        return prepare_dataset(f"{users_module}:pair", None, 0.2, 0, {}, tmp_path / "cache")
+
+    first, file = prepare(), Path(sys.modules[users_module].__file__)
+    file.write_text(file.read_text().replace("np.zeros((n, 3))", "np.ones((n, 3))"))
+    assert prepare() == first  # else what the old function returns would be kept in the new one's name
+    del sys.modules[users_module]  # as in another process
+    importlib.invalidate_caches()
+    assert open_dataset(prepare()).x_train.all()
+
+
+def test_a_function_without_a_file_is_known_by_its_text(tmp_path, monkeypatch):
+    """As in a notebook, whose cells are no files."""
+    for value in (0, 1):
+        text = f"def own(path, test_fraction, seed):\n    return np.full((10, 3), {value}.0), np.arange(10) % 2\n"
+        names = {"np": np, "__name__": "__main__"}
+        exec(compile(text, f"<cell {value}>", "exec"), names)
+        linecache.cache[f"<cell {value}>"] = (len(text), None, text.splitlines(keepends=True), f"<cell {value}>")
+        monkeypatch.setitem(DATASETS._functions, "own", names["own"])
+        assert (open_dataset(prepare_dataset("own", None, 0.2, 0, {}, tmp_path / "cache")).x_train == value).all()
 
 
 def test_a_failed_conversion_leaves_no_folder(tmp_path, monkeypatch):

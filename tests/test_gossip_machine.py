@@ -208,6 +208,17 @@ def test_without_a_quorum_joining_fails_and_names_the_missing():
     assert isinstance(finish, Finish) and "c, d, e" in finish.error
 
 
+def test_with_too_few_neighbours_left_to_begin_with_joining_fails_and_names_those_gone():
+    a = machine(quorum=3)
+    a.handle(Start(), 0.0)
+    for other in "bcd":
+        a.handle(Received(other, Hello("L", 0, False)), 0.0)
+    for other in "bc":
+        a.handle(PeerDown(other), 0.1)
+    (finish,) = a.handle(Received("e", Hello("L", 0, False)), 0.2)
+    assert finish == Finish("a: too few neighbours are left to begin with; gone: b, c")
+
+
 def test_a_neighbour_with_another_layout_is_reported_and_never_drawn():
     a = machine(replicas=3)
     a.handle(Start(), 0.0)

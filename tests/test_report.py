@@ -308,7 +308,8 @@ def test_staleness_is_the_mean_over_segments(tmp_path):
         a_round("p1", 1, segments_mixed=1),
     ]
     rows = rows_of(write_report([write_record(tmp_path / "stale", events, {})]).with_suffix(".csv") / "staleness.csv")
-    assert rows == [{"run": "stale", "round": "1", "staleness_mean": "0.75", "staleness_max": "2", "segments": "4"}]
+    figures = {"staleness_mean": "0.75", "staleness_max": "2", "segments": "4"}
+    assert rows == [{"run": "stale", "round": "1", "time_s": "2", **figures}]
 
 
 def test_staleness_is_told_for_each_segment_and_adds_up_to_that_of_the_round(tmp_path):
@@ -469,6 +470,7 @@ def test_curves_go_to_tensorboard_by_round(folder, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     board = str(tmp_path / "board" / "small")
     assert written[board, "accuracy/worst", 1] == (0.2, 2.0) and written[board, "accuracy/mean", 2] == (0.7, 4.0)
+    assert written[board, "staleness_max", 2][1] == written[board, "accuracy/mean", 2][1]  # at the time of the round
     assert (board, "accuracy/average_model", 1) not in written
 
 

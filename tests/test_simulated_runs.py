@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import math
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
 import gossipfl
-from gossipfl.errors import ConfigError
+from gossipfl.errors import ConfigError, GossipflError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario.display import print_summary
 from gossipfl.scenario.results import Observer, RunResult
@@ -301,6 +306,92 @@ def test_each_evaluated_round_tells_how_far_apart_the_peers_are_and_how_good_the
     assert [state["round"] for state in states] == [2, 4]
     assert states[-1]["average_accuracy"] == pytest.approx(result.summary["accuracy"]["average_model"], abs=1e-6)
     assert states[-1]["consensus_distance"] == pytest.approx(result.summary["consensus_distance"]["last"])
+
+
+def test_peers_that_agree_have_no_distance_and_those_that_hardly_differ_have_theirs(tmp_path):
+    agreed = run(tmp_path / "agreed", gossip={"protocol": "fedavg", "segments": 1})
+    assert [state["consensus_distance"] for state in events(agreed, "state")] == [0.0, 0.0]
+    near = run(tmp_path / "near", training={"learning_rate": 1e-6})
+    vectors = [load_model(path)[1].astype(float) for path in sorted((near.folder / "models").glob("p*.safetensors"))]
+    distance = np.mean([np.sum((vector - np.mean(vectors, axis=0)) ** 2) for vector in vectors])
+    assert near.summary["consensus_distance"]["last"] == pytest.approx(distance, rel=1e-6, abs=0)
+
+
+def test_an_observer_hears_of_all_that_is_written_down_of_rounds(tmp_path):
+    heard: list[dict[str, Any]] = []
+
+    class Hears(Observer):
+        def event(self, event: dict[str, Any], alive: int) -> None:
+            heard.append(event)
+
+    result = gossipfl.run(SMALL, clock="virtual", out=tmp_path / "run", observer=Hears())
+    assert [event for event in heard if event["event"] == "state"] == events(result, "state") != []
+
+
+def dropping(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(math.prod(input_shape), num_classes))
+
+
+def test_runs_in_threads_come_to_what_each_comes_to_alone_and_leave_the_process_as_it_was(tmp_path):
+    before = gc.get_threshold(), torch.random.get_rng_state().tolist()
+
+    def digest(name: str, seed: int) -> str:
+        return run(tmp_path / f"{name}{seed}", seed=seed, model=f"{__name__}:dropping").summary["models_sha256"]
+
+    alone = [digest("alone", seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(lambda seed: digest("thread", seed), range(6))) == alone
+    assert (gc.get_threshold(), torch.random.get_rng_state().tolist()) == before
+
+
+def test_the_record_of_an_earlier_run_is_read_from_its_folder(tmp_path):
+    result = run(tmp_path / "run")
+    again = RunResult.load(tmp_path / "run")
+    assert again.summary == result.summary and again.model("p1").keys() == result.model("p1").keys()
+    assert again.events("round") == events(result, "round") and {"round", "state"} < {
+        event["event"] for event in again.events()
+    }
+    with pytest.raises(ConfigError, match="nothing holds no record of a run that has ended"):
+        RunResult.load(tmp_path / "nothing")
+
+
+OWN_RULES = """
+import numpy as np
+def selection(candidates, replicas, links, rng):
+    return candidates[:replicas]
+def wrong_selection(candidates, replicas, links, rng):
+    return candidates[:1] * replicas
+def aggregation(rows, weights, out=None):
+    return np.mean(rows, axis=0)
+"""
+
+
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+def test_rules_of_ones_own_are_named_like_a_model_of_ones_own(clock, tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(OWN_RULES)
+    monkeypatch.chdir(tmp_path)
+    chosen = run(tmp_path / "selection", clock, gossip={"selection": "own_rules:selection"})
+    assert {peer for event in events(chosen, "round") for peer in event["received_from"]} == {"p0", "p1", "p2"}
+    mixed = run(tmp_path / "aggregation", clock, gossip={"aggregation": "own_rules:aggregation"})  # which leaves `out` alone
+    known = run(tmp_path / "known", clock, gossip={"mixing": "uniform"})
+    for name, values in mixed.model().items():
+        np.testing.assert_allclose(values, known.model()[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+def test_a_selection_that_no_round_would_end_with_is_an_error(clock, tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(OWN_RULES)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        GossipflError, match=r"is to pull a segment from p., p., as gossip.selection = 'own_rules:wrong_selection'"
+    ):
+        run(tmp_path / "run", clock, gossip={"selection": "own_rules:wrong_selection"})
+
+
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+def test_rules_for_whole_copies_are_refused_parts_on_either_clock(clock, tmp_path):
+    with pytest.raises(ConfigError, match=r"gossip.aggregation = 'median' needs whole copies"):
+        run(tmp_path / "run", clock, gossip={"aggregation": "median", "codec": "topk:0.2"})
 
 
 @pytest.mark.parametrize(

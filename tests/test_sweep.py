@@ -234,3 +234,13 @@ def test_an_interrupt_stops_the_processes_and_leaves_what_has_finished(tmp_path)
     assert [row["run"] for row in rows(tmp_path / "out")] == ["rounds=1"]
     assert (tmp_path / "out" / "rounds=1" / "summary.json").exists()
     assert not (tmp_path / "out" / "rounds=100000" / "summary.json").exists()
+
+
+def test_what_a_target_took_is_in_the_table(tmp_path):
+    words = ["--set", "rounds=10", "--set", "stop.target_accuracy=0.3", "--param", "gossip.replicas=1,2"]
+    code, _, stderr = sweep(*words, "--out", tmp_path / "sweep", "--quiet")
+    assert code == 0, stderr
+    for row in rows(tmp_path / "sweep"):
+        target = json.loads((tmp_path / "sweep" / row["run"] / "summary.json").read_text())["to_target"]
+        found = int(row["to_target_round"]), float(row["to_target_s"]), int(row["to_target_bytes"])
+        assert found == (target["round"], target["seconds"], target["payload_bytes"])

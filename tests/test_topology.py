@@ -265,6 +265,14 @@ def test_graphml_is_read_with_nodes_in_the_order_of_their_numbers(tmp_path):
     assert links(build("file", 4, path=str(tmp_path / "graph.graphml"))) == {(1, 3), (0, 1), (0, 2)}
 
 
+@pytest.mark.parametrize("name", ["graph.graphml", "graph.edges", "graph.adjlist"])
+def test_nodes_may_be_named_as_the_peers_are_in_any_order(tmp_path, name):
+    graph = networkx.Graph([("p3", "p1"), ("p1", "p0"), ("p0", "p2")])
+    write = {"graphml": networkx.write_graphml, "edges": networkx.write_edgelist, "adjlist": networkx.write_adjlist}
+    write[name.partition(".")[2]](graph, tmp_path / name)  # of a link, networkx writes a dictionary besides
+    assert links(build("file", 4, path=str(tmp_path / name))) == {(1, 3), (0, 1), (0, 2)}
+
+
 def test_a_file_may_hold_a_lone_peer(tmp_path):
     assert degrees(file_topology(tmp_path, "one.edges", "1\n", 1)) == [0]
     assert degrees(file_topology(tmp_path, "one.txt", "0\n", 1)) == [0]

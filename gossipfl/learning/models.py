@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gossipfl.errors import ConfigError
 from gossipfl.learning.datasets.arguments import call_with, whole_number
+from gossipfl.learning.draws import own_draws
 from gossipfl.randomness import derived_seed
 from gossipfl.registry import Registry
 
@@ -37,7 +38,7 @@ def build_model(
     what = f"model {name!r}"
     whole_number(what, "num_classes", num_classes)
     shape = tuple(whole_number(what, "input_shape", size) for size in input_shape)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with own_draws(), torch.device("cpu"):
         torch.default_generator.manual_seed(derived_seed(seed, "model"))  # torch.manual_seed would reseed GPUs too
         model = call_with(what, function, (shape, num_classes), args or {})
     if not isinstance(model, nn.Module):

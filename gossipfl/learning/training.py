@@ -28,6 +28,7 @@ from torch.optim.sgd import sgd as sgd_step
 
 from gossipfl.errors import ConfigError, LayoutError
 from gossipfl.learning.datasets import Dataset, normalise
+from gossipfl.learning.draws import own_draws
 from gossipfl.learning.flatten import layout_of, travelling_tensors
 from gossipfl.randomness import derived_seed, generator
 from gossipfl.registry import Registry
@@ -250,13 +251,14 @@ class Engine:
         written into `out` (f32[P], may be `vector`) where that is given.
         """
         began = time.perf_counter()
-        torch.manual_seed(derived_seed(self.config.seed, "training", learner.name, round))
         self.flat.write(vector)
         self._load_buffers(learner)
         if self.config.reset_optimizer:
             learner.optimizer_state.clear()
         self._model.train()
-        losses = [self._train_step(x, y, learner.optimizer_state) for x, y in self._batches(learner, round, times)]
+        with own_draws():
+            torch.manual_seed(derived_seed(self.config.seed, "training", learner.name, round))
+            losses = [self._train_step(x, y, learner.optimizer_state) for x, y in self._batches(learner, round, times)]
         learner.local_buffers = [values.clone() for values in self.flat.local_buffers]
         loss = float(torch.stack(losses).mean())
         return TrainResult(self.flat.read(out), loss, len(losses), time.perf_counter() - began)
@@ -296,7 +298,7 @@ class Engine:
         else:
             name = getattr(self.step, "__name__", type(self.step).__name__)
             what, remedy = f"step {name!r} fails on {batch}", "it is called as step(model, x, y) and returns the loss, a scalar"
-        with _raises_as_config_error(what, remedy):
+        with _raises_as_config_error(what, remedy), own_draws():
             self._train_step(x, y, {})
 
     def try_fast_math(self, num_pairs: int = 8) -> bool:
@@ -311,7 +313,8 @@ class Engine:
             for fast in times:
                 self.set_fast_math(fast)
                 began = time.perf_counter()
-                self._train_step(*self.tensors(*batch), {})
+                with own_draws():
+                    self._train_step(*self.tensors(*batch), {})
                 times[fast].append(time.perf_counter() - began)
         self.flat.flat.copy_(before)
         plain_s, fast_s = (statistics.median(times[fast][1:]) for fast in (False, True))

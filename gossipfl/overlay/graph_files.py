@@ -7,12 +7,13 @@
 | matrix | as many rows as columns of numbers; not 0 = linked |
 | graphml | what networkx, Gephi and yEd write |
 
-Peers are numbered from 0. Links count for both ends, may be given once or twice, and carry no weight. In text, what
-follows a `#` is a comment, and commas are spaces.
+Peers are numbered from 0, or named p0, p1, ... Links count for both ends, may be given once or twice, and carry no weight. In
+text, what follows a `#` is a comment, so is `{...}`, where networkx writes what it knows of a link, and commas are spaces.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,11 +64,12 @@ def read_graph(path: str | Path, format: str | None = None) -> tuple[int, list[L
 
 
 def numbered(graph: networkx.Graph) -> networkx.Graph:
-    """The graph with nodes named 0..n-1: their own numbers where they have such (also as text), else their order."""
+    """The graph with nodes named 0..n-1: their own numbers where they have such (also as text, or as p0), else their order."""
     import networkx
 
-    if {str(node) for node in graph} == {str(index) for index in range(len(graph))}:
-        return networkx.relabel_nodes(graph, {node: int(node) for node in graph})
+    numbers = {node: str(node).removeprefix("p") for node in graph}
+    if set(numbers.values()) == {str(index) for index in range(len(graph))}:
+        return networkx.relabel_nodes(graph, {node: int(number) for node, number in numbers.items()})
     return networkx.convert_node_labels_to_integers(graph)
 
 
@@ -147,10 +149,11 @@ def _from_matrix(source: Path, rows: _Rows) -> tuple[int, list[Link]]:
 
 
 def _words(line: str) -> list[str]:
-    return line.partition("#")[0].replace(",", " ").split()
+    return re.split("[#{]", line, maxsplit=1)[0].replace(",", " ").split()
 
 
 def _peer_number(source: Path, line: int, word: str) -> int:
-    if not word.isdecimal():
+    number = word.removeprefix("p")
+    if not number.isdecimal():
         raise ConfigError(f"{source} line {line}: {word!r} is not the number of a peer; peers are numbered from 0")
-    return int(word)
+    return int(number)

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+from gossipfl.errors import ConfigError
 from gossipfl.protocol.machine import Action, Contribution, Fault, Forget, Report, RoundReport, Send
 from gossipfl.protocol.membership import MIN_ANSWER_S, Neighbour
 from gossipfl.protocol.messages import MAX_RANGES, NEWEST, Data, PeerId, Pull, Range
@@ -118,8 +119,14 @@ class Gatherer(Participant):
         return actions
 
     def _ask(self, chosen: Sequence[Sequence[PeerId]], now: float) -> list[Action]:
-        """Pull segment i from each of `chosen[i]`."""
+        """Pull segment i from each of `chosen[i]`. ConfigError where a user's rule has chosen what would never be complete."""
         self._segments = [_Segment(wanted=len(peers), tried=set(peers)) for peers in chosen]
+        for segment, peers in zip(self._segments, chosen, strict=True):
+            if len(segment.tried) < segment.wanted or not segment.tried <= self.membership.neighbours.keys():
+                raise ConfigError(
+                    f"{self.name} is to pull a segment from {', '.join(map(str, peers))}, as gossip.selection = "
+                    f"{self.config.selection!r} or the protocol has it; choose different ones of its neighbours"
+                )
         self._num_merged = 0
         ranges: dict[PeerId, list[Range]] = {}
         for range_, peers in zip(self.config.segments, chosen, strict=True):

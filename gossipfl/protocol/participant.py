@@ -125,6 +125,9 @@ class Participant(ABC):
     def _begin(self, now: float) -> list[Action]:
         if not self.membership.has_quorum:
             foreign = ", ".join(n.name for n in self.membership.neighbours.values() if n.foreign)
+            if not foreign:
+                gone = ", ".join(n.name for n in self.membership.neighbours.values() if not n.is_live)
+                return self._finish(f"{self.name}: too few neighbours are left to begin with; gone: {gone}")
             return self._finish(f"{self.name}: too few neighbours share its model's layout; another one has {foreign}")
         for name in self.membership.unanswered:
             self.membership.neighbours[name].away = True

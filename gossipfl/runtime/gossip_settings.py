@@ -55,7 +55,12 @@ class GossipSettings:
             value = getattr(self, key)
             if value is not None and not least <= value <= most:  # NaN fails every comparison
                 raise ConfigError(f"{key} = {value!r} is out of bounds; give {least:g} to {most:g}")
-        PROTOCOLS.get(self.protocol), AGGREGATORS.get(self.aggregation), SELECTORS.get(self.selection), codec(self.codec)
+        PROTOCOLS.get(self.protocol), AGGREGATORS.get(self.aggregation), SELECTORS.get(self.selection)
+        if codec(self.codec).sparse and self.aggregation != "mean":
+            raise ConfigError(
+                f"gossip.aggregation = {self.aggregation!r} needs whole copies, gossip.codec = {self.codec!r} sends parts; "
+                "use aggregation = 'mean' or a dense codec"
+            )
 
     def for_peer(
         self,

@@ -344,11 +344,6 @@ def build_node(
         raise ConfigError(f"num_samples = {num_samples} of {name}; give its number of training samples, 1 to 2^40")
     config = settings.for_peer(layout, num_samples, schedule, late)
     values = codec(settings.codec)
-    if values.sparse and settings.aggregation != "mean":
-        raise ConfigError(
-            f"gossip.aggregation = {settings.aggregation!r} needs whole copies, gossip.codec = {settings.codec!r} sends parts; "
-            "use aggregation = 'mean' or a dense codec"
-        )
     store = SegmentStore(initial, config.segments, values, settings.seed, name)
     numbers = iter(lambda: 1 + secrets.randbelow(2**61), None)
     machine = PROTOCOLS.get(settings.protocol)(name, degrees, config, numbers)

@@ -18,7 +18,8 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -34,7 +35,7 @@ from gossipfl.overlay.links import Links, check_links
 from gossipfl.overlay.topology import build_topology, redrawn_topology
 from gossipfl.registry import Registry, did_you_mean
 from gossipfl.scenario.emulation import Churn, Compute, Network, unknown_peers
-from gossipfl.scenario.problems import Problem, ScenarioError, problems_of
+from gossipfl.scenario.problems import PROTOCOLS_HERE, Problem, ScenarioError, problems_of
 from gossipfl.scenario.sources import apply_overrides, line_of, read_toml, resolve_paths, scenario_file
 from gossipfl.scenario.tables import Data, Gossip, Inference, Seeds, Stop, Topology, Training, Transport
 from gossipfl.scenario.values import Arguments, Table, Text, three_seeds
@@ -85,7 +86,7 @@ class Scenario(Table):
             super().__init__(**values)
         except ValidationError as error:
             raise ScenarioError(problems_of(error, Scenario)) from None
-        if problems := [*unknown_peers(self._emulated, self.peers), *self._unreachable()]:
+        if problems := [*unknown_peers(self._emulated, self.peers), *self._unreachable(), *self._unseen()]:
             raise ScenarioError(problems)
 
     @field_validator("name")
@@ -145,6 +146,15 @@ class Scenario(Table):
             yield Problem(
                 "inference.serve",
                 f"inference.serve = True with clock = {self.clock!r}{given}: {where}; set clock = 'local', or serve = false",
+            )
+
+    def _unseen(self) -> Iterator[Problem]:
+        """A target that nobody would see reached, while the record would say that it was in the last round."""
+        if self.stop.target_accuracy is not None and self.evaluate_every == 0:
+            yield Problem(
+                "evaluate_every",
+                f"evaluate_every = 0 with stop.target_accuracy = {self.stop.target_accuracy}: nobody is evaluated before the "
+                "last round; set evaluate_every = 1, or give no target",
             )
 
     @property
@@ -245,11 +255,12 @@ def check_names(scenario: Scenario) -> None:
     """ConfigError, with a suggestion, for names that no registry knows: data set, partition, aggregation.
 
     The tables of models and codecs live in modules that import torch, which takes most of a second; the names that come with
-    gossipfl are known here too. A scenario that names a module of the user's may have others registered there.
+    gossipfl are known here too. Others may be registered by the program, or by a module of the user's that the scenario names.
     """
     from gossipfl.aggregation import AGGREGATORS
     from gossipfl.learning.datasets import DATASETS
     from gossipfl.learning.partition import PARTITIONERS
+    from gossipfl.overlay.selection import SELECTORS
     from gossipfl.protocol.baselines import PROTOCOLS
 
     gossip = scenario.gossip
@@ -257,25 +268,32 @@ def check_names(scenario: Scenario) -> None:
         ("data.kind", DATASETS, scenario.data.kind),
         ("data.partition.kind", PARTITIONERS, scenario.data.partition.kind),
         ("gossip.aggregation", AGGREGATORS, gossip.aggregation),
+        ("gossip.selection", SELECTORS, gossip.selection),
         ("gossip.protocol", PROTOCOLS, gossip.protocol),
     ]
     for key, table, name in tables:
         try:
             found = table.get(name)
         except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from error
+            ours = PROTOCOLS_HERE.get(re.sub("[-_]", "", name.lower())) if table is PROTOCOLS else None
+            raise ConfigError(f"{key}: {error}{f'; {name} is {ours} here' if ours else ''}") from error
         if table is PROTOCOLS and not _is_machine(found):
             raise ConfigError(
                 f"{key} = {name!r} is no protocol: it must be called as (name, degrees, config, numbers) and have "
                 "handle(event, now) and next_deadline, as gossipfl.Gossip does"
             )
+    codec_name = gossip.codec.partition(":")[0]
     names_own_module = any(":" in name for name in (scenario.model, scenario.data.kind, scenario.training.step or ""))
-    for key, kind, name, known in (
-        ("model", "model", scenario.model, BUILT_IN_MODELS),
-        ("gossip.codec", "codec", gossip.codec.partition(":")[0], BUILT_IN_CODECS),
+    for key, kind, name, known, registered in (
+        ("model", "model", scenario.model, BUILT_IN_MODELS, _if_loaded("gossipfl.learning.models", "MODELS")),
+        ("gossip.codec", "codec", codec_name, BUILT_IN_CODECS, _if_loaded("gossipfl.segments.codecs", "CODECS")),
     ):
-        if name not in known and not names_own_module:
+        if name not in known and name not in registered and not names_own_module:
             raise ConfigError(f"{key}: unknown {kind} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+
+
+def _if_loaded(module: str, table: str) -> Container[str]:
+    return getattr(sys.modules.get(module), table, ())
 
 
 def _is_machine(protocol: Any) -> bool:

@@ -183,7 +183,12 @@ def tell_of_statistics(
         return
     note(f"the model has BatchNorm: its statistics are {_BUFFERS[scenario.training.buffers]}")
     codec = scenario.gossip.codec
-    if scenario.training.buffers == "average" and codec.partition(":")[0] not in _FINE_CODECS:
+    if scenario.training.buffers == "local":
+        warn(
+            "training.buffers = 'local': the files of the models are without these statistics, and the average model is "
+            "evaluated with those of an untrained one"
+        )
+    elif codec.partition(":")[0] not in _FINE_CODECS:
         warn(
             f"gossip.codec = {codec!r} blurs these statistics, which may cost accuracy: "
             "set training.buffers = 'local', or a finer codec, such as 'int8'"

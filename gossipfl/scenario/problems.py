@@ -120,6 +120,16 @@ CALLED_HERE = {
     "late_join": "churn.join",
 }
 """What decentralizepy, FedML, Flower, GossipFL, p2pfl and the papers call our keys: a suggestion, not a second name."""
+PROTOCOLS_HERE = {
+    "dpsgd": "protocol = 'gossip', selection = 'all', mixing = 'metropolis_hastings'",
+    "bacombo": "protocol = 'gossip', selection = 'bandwidth'",
+    "combo": "protocol = 'gossip'",
+    "el": "protocol = 'epidemic'",
+    "mosaic": "protocol = 'epidemic'",
+    "divshare": "protocol = 'fragments'",
+    "gossipfl": "protocol = 'pairs'",
+}
+"""By names of papers, without `-` and `_`."""
 
 # Keys of the open tables that everyone expects, so that a suggestion can name them.
 _OPEN_KEYS = ("data.partition.alpha", "topology.degree", "topology.path")

@@ -52,10 +52,18 @@ class NamedObserver(Observer):
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to: its summary (summary.json) and its folder."""
+    """What a run came to: its summary (summary.json) and its folder, which also has its events and models."""
 
     summary: dict[str, Any]
     folder: Path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RunResult:
+        """That of an earlier run. ConfigError if there is none in `folder`."""
+        try:
+            return cls(json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8")), Path(folder))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder} holds no record of a run that has ended ({error})") from error
 
     @property
     def exit_code(self) -> int:
@@ -81,8 +89,7 @@ class RunResult:
     def _reasons(self) -> dict[str, str]:
         """Of each peer that did not finish, by the record."""
         reasons = dict.fromkeys(self.summary["faults"]["dead_peers"], "was not done when the run ended")
-        for line in (self.folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
-            event = json.loads(line)
+        for event in self.events():
             if event.get("peer") not in reasons:
                 continue
             if event["event"] == "finished" and event["error"]:
@@ -91,6 +98,11 @@ class RunResult:
                 is_gone = event["change"] in ("kill", "away")
                 reasons[event["peer"]] = "was away, as [churn] has it" if is_gone else "had come too late to be done"
         return reasons
+
+    def events(self, kind: str | None = None) -> list[Event]:
+        """The lines of events.jsonl, or those of one kind: "round" is a line per peer and round, "state" one per round."""
+        lines = (self.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        return [event for event in map(json.loads, lines) if kind in (None, event["event"])]
 
     def model(self, name: str = "average") -> dict[str, np.ndarray]:
         """The final tensors of a peer, or of the average model. ConfigError, with those that there are, for any other."""

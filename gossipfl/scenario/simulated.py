@@ -80,29 +80,38 @@ def simulate(
 
 @dataclass
 class _Sums:
-    """Over the vectors (f32[P]) of several peers: enough for their mean and their consensus distance."""
+    """Over the vectors (f32[P]) of several peers: enough for their mean and their consensus distance.
+
+    What is summed are differences from the first vector: rounding would hide how near to each other vectors are that are long.
+    """
 
     total: np.ndarray
+    first: np.ndarray | None = None
     squares: float = 0.0
     num_peers: int = 0
     time_s: float = 0.0  # of the last of them
     accuracies: list[float] = field(default_factory=list)
 
     def add(self, vector: np.ndarray) -> None:
+        if self.first is None:
+            self.first = vector.copy()
         for start in range(0, vector.size, SUMMED_AT_ONCE):
             exact = vector[start : start + SUMMED_AT_ONCE].astype(np.float64)
-            self.total[start : start + SUMMED_AT_ONCE] += exact
-            self.squares += float(exact @ exact)
+            difference = exact - self.first[start : start + SUMMED_AT_ONCE]
+            self.total[start : start + SUMMED_AT_ONCE] += difference
+            self.squares += float(difference @ difference)
         self.num_peers += 1
 
     @property
     def mean(self) -> np.ndarray:
-        return self.total / self.num_peers
+        assert self.first is not None
+        return self.first + self.total / self.num_peers
 
     @property
     def consensus_distance(self) -> float:
         """mean ||x_i - x_bar||^2 as mean ||x_i||^2 - ||x_bar||^2, which needs no second look at the vectors."""
-        return max(0.0, self.squares / self.num_peers - float(self.mean @ self.mean))
+        centre = self.total / self.num_peers
+        return max(0.0, self.squares / self.num_peers - float(centre @ centre))
 
 
 class _Simulation(Watcher):
@@ -318,7 +327,7 @@ class _Simulation(Watcher):
             "consensus_distance": distance,
             "average_accuracy": accuracy,
         }
-        self.record.add(state)
+        self._add(state)
         target, are_enough = self.scenario.stop.target_accuracy, len(sums.accuracies) >= self.scenario.min_peers
         if target is not None and are_enough and float(np.mean(sums.accuracies)) >= target:
             self._stop_soon()

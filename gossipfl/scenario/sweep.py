@@ -43,6 +43,9 @@ FIGURES = {
     "virtual_s": ("virtual_seconds",),
     "wall_s": ("seconds", "wall"),
     "payload_bytes": ("bytes", "payload"),
+    "to_target_round": ("to_target", "round"),
+    "to_target_s": ("to_target", "seconds"),
+    "to_target_bytes": ("to_target", "payload_bytes"),
     "consensus_distance": ("consensus_distance", "last"),
     "models_sha256": ("models_sha256",),
 }

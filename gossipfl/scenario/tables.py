@@ -129,8 +129,9 @@ class Gossip(Table):
         default="data_size", description="weights of the copies"
     )
     aggregation: Text = Field(default="mean", description="rule that makes one of the copies of a segment")
-    selection: Literal["uniform", "all", "bandwidth"] = Field(
-        default="uniform", description="replicas random neighbours, all of them, or rather those with fast links"
+    selection: Text = Field(
+        default="uniform",
+        description="uniform: replicas random neighbours; all of them; bandwidth: rather those with fast links; or a function",
     )
     exploration: Fraction = Field(
         default=0.5, ge=0, le=1, description="with selection = 'bandwidth': share of the segments whose neighbours are random"

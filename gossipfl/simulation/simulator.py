@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -313,14 +314,24 @@ def _chunks(size: int, resumed: int, chunk_bytes: int) -> Iterable[tuple[int, in
     return [(max(start, first), min(start + chunk_bytes, size)) for start in starts]
 
 
+_usual_thresholds: list[tuple[int, int, int]] = []
+"""Of the collector of garbage, once for each simulator that runs, for a program may run several in threads."""
+_thresholds_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def _rare_collections() -> Iterator[None]:
     """Messages make no cycles; looking for some among all that lives takes a third of the time."""
-    thresholds = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(1000 * thresholds[0], *thresholds[1:])
+    with _thresholds_lock:
+        usual = _usual_thresholds[0] if _usual_thresholds else gc.get_threshold()
+        _usual_thresholds.append(usual)
+        gc.freeze()
+        gc.set_threshold(min(1000 * usual[0], 2**31 - 1), *usual[1:])
     try:
         yield
     finally:
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
+        with _thresholds_lock:
+            _usual_thresholds.pop()
+            if not _usual_thresholds:
+                gc.set_threshold(*usual)
+                gc.unfreeze()

@@ -16,7 +16,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,25 @@ def _digest(kind: str, path: Path | str | None, test_fraction: float, seed: int,
     """16 hexadecimal digits over all that decides the content of a prepared folder."""
     source = None if path is None else Path(path).expanduser().resolve()
     files = [] if source is None else _stamps(source)
-    if ":" in kind:  # the user's own function is a source too
-        with contextlib.suppress(TypeError):
-            files += _stamps(Path(inspect.getsourcefile(DATASETS.get(kind)) or os.devnull))
-    basis = [_FORMAT, kind, str(source), files, test_fraction, seed, args]
+    basis = [_FORMAT, kind, str(source), [*files, *_stamps_of(DATASETS.get(kind))], test_fraction, seed, args]
     text = json.dumps(basis, sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _stamps_of(function: Callable[..., Any]) -> list[Any]:
+    """A function of the user's is a source too, by its file, or by its text where there is none, as in a notebook."""
+    if getattr(function, "__module__", "").startswith("gossipfl."):
+        return []
+    with contextlib.suppress(TypeError, OSError):
+        return _first_stamps(function)
+    return []
+
+
+@lru_cache
+def _first_stamps(function: Callable[..., Any]) -> list[Any]:
+    """As the file was when it was first asked for: what it is changed to later is not what has been loaded."""
+    file = inspect.getsourcefile(function)
+    return _stamps(Path(file or os.devnull)) or [inspect.getsource(function)]
 
 
 def _stamps(path: Path) -> list[tuple[str, int, int]]:

@@ -276,6 +276,7 @@ def staleness_by_round(run: Run) -> Columns:
     segments = _per_round(mixed, inverse, len(rounds))
     return {
         "round": rounds,
+        "time_s": _round_means(run.rounds["time_s"], inverse, len(rounds)),
         "staleness_mean": behind / np.maximum(segments, 1),
         "staleness_max": greatest,
         "segments": segments,

@@ -54,4 +54,4 @@ def _series(run: Run) -> Iterator[Series]:
         yield tag, curve.round, values, curve.time_s
     yield "consensus_distance", states["round"], states["consensus_distance"], states["time_s"]
     for tag in ("staleness_mean", "staleness_max"):
-        yield tag, staleness["round"], staleness[tag], np.zeros(len(staleness["round"]))
+        yield tag, staleness["round"], staleness[tag], staleness["time_s"]

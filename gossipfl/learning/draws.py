@@ -1,0 +1,18 @@
+"""torch's own random numbers, by which models get their first values and dropout chooses."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def own_draws() -> Iterator[None]:
+    """Seed torch within, and nobody else's draws come between: all threads have one generator. Afterwards it is as it was."""
+    with _lock, torch.random.fork_rng(devices=[]):
+        yield
