@@ -68,6 +68,36 @@ def test_a_record_that_cannot_be_moved_away_is_not_replaced(small_disk):
     assert code == 2 and lines[0].startswith(f"gossipfl: --out {out} cannot be replaced: ") and len(lines) == 1
 
 
+@pytest.mark.parametrize("clock", ["virtual", pytest.param("local", marks=pytest.mark.processes)])
+def test_where_something_is_mounted_a_run_that_does_not_come_about_leaves_nothing(clock, small_disk):
+    out = small_disk("1m")
+    words = ["--clock", clock, "--quiet", "--set", "data.partition.alpah=3", "--out", out]
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, *words)
+    assert code == 2 and len(lines) == 1 and "did you mean 'alpha'?" in lines[0]
+    assert not list(out.iterdir())
+
+
+def test_a_link_to_a_folder_stays_one_and_force_replaces_what_is_there(tmp_path):
+    out, there = tmp_path / "run", tmp_path / "large disk" / "run"
+    out.symlink_to(there)
+    words = ["run", "quickstart", *SMALL, "--clock", "virtual", "--quiet", "--out", out]
+    assert gossipfl_says(*words) == (0, [])  # also where nothing is there yet
+    assert gossipfl_says(*words)[0] == 2
+    (there / "of the first").touch()
+    assert gossipfl_says(*words, "--force") == (0, [])
+    assert out.is_symlink() and (there / "summary.json").exists() and not (there / "of the first").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large disk", "run"] and len(list(there.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("variables", [{"GOSSIPFL_CACHE": "/proc/cache"}, {"GOSSIPFL_CACHE": "", "HOME": "/proc"}], ids=str)
+def test_where_no_data_can_be_kept_the_variable_to_set_is_named(variables, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, "--clock", "virtual", "--quiet", "--out", tmp_path / "run")
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("gossipfl: /proc/"), lines
+    assert lines[0].endswith("cannot be written: No such file or directory; mend that, or set GOSSIPFL_CACHE")
+
+
 def test_a_sweep_that_cannot_keep_its_table_does_not_begin(tmp_path):
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "sweep"
