@@ -455,7 +455,7 @@ def test_a_worker_that_is_stopped_for_the_rest_of_the_run_is_named_and_the_other
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_ends_within_3_s_and_leaves_a_summary_but_no_process(number, launch):
     run = launch("quickstart", *settings(*SMALL, "rounds=100000"))
     run.await_round(2)
