@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -158,6 +159,33 @@ def test_a_run_in_which_nobody_is_ever_there_is_refused(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------------- progress
+
+
+def shell_says(redirections: str, *words: str | Path) -> tuple[int, str]:
+    """The exit code of the command with these redirections of a shell, and what it writes besides."""
+    command = f"{shlex.join([sys.executable, '-m', 'gossipfl.cli', *map(str, words)])} {redirections}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+@pytest.mark.parametrize("redirections", ["2> >(true)", "2> /dev/full", "2>&-", "<&- >&- 2>&-"], ids=str)
+def test_a_run_goes_on_where_nobody_hears_of_it_any_more(redirections, clock, tmp_path):
+    out = tmp_path / "run"
+    code, said = shell_says(redirections, "run", "quickstart", *SMALL, "--clock", clock, "--out", out)
+    assert code == 0 and "Traceback" not in said, said
+    assert json.loads((out / "summary.json").read_text())["exit_code"] == 0
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("words", [["--json"], []], ids=str)
+def test_a_result_that_cannot_be_written_is_a_message(words, tmp_path):
+    words = ["run", "quickstart", *SMALL, "--clock", "virtual", "--quiet", "--out", tmp_path / "run", *words]
+    code, said = shell_says("> /dev/full", *words)
+    assert code == 1
+    assert said == "gossipfl: the system says: No space left on device; mend that, and give the command again\n"
 
 
 def test_a_terminal_of_80_columns_shows_round_accuracy_rate_and_time_left():
