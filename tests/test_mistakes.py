@@ -62,6 +62,13 @@ def test_a_full_disk_ends_a_run_with_the_file_that_could_not_be_written(clock, s
     assert not (out / "first").exists() and not (out / "shards").exists()
 
 
+def test_a_page_that_a_disk_has_no_room_for_is_named(small_disk, tmp_path):
+    (tmp_path / "events.jsonl").touch()
+    page = small_disk("40k") / "page.html"
+    code, lines = gossipfl_says("report", tmp_path, "--out", page)
+    assert (code, lines) == (2, [f"gossipfl: {page} cannot be written: No space left on device; give another place with --out"])
+
+
 def test_a_record_that_cannot_be_moved_away_is_not_replaced(small_disk):
     out = small_disk("1m")  # where something is mounted, nothing can be renamed
     (out / "events.jsonl").touch()

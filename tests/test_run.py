@@ -506,6 +506,25 @@ def test_workers_whose_launcher_is_killed_end_within_5_s(launch):
 
 
 @pytest.mark.processes
+def test_a_worker_ends_also_where_its_launcher_died_in_the_middle_of_a_command(tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        commands, ours = os.pipe()
+        events, theirs = os.pipe()
+        numbers = commands, theirs, log.fileno()
+        process = subprocess.Popen([sys.executable, "-m", "gossipfl.runtime.worker", *map(str, numbers)], pass_fds=numbers)
+    os.close(commands)
+    os.close(theirs)
+    os.write(ours, b'{"do": "sta')
+    os.close(ours)
+    try:
+        process.wait(30)
+    finally:
+        process.kill()
+        os.close(events)
+    assert (tmp_path / "log").read_text() == ""
+
+
+@pytest.mark.processes
 def test_a_worker_that_is_told_a_bad_model_ends_the_run_with_its_message(launch):
     run = launch("quickstart", *settings(*SMALL, "model_args.hiden=3"))
     code, stdout, stderr = run.ended()
