@@ -28,23 +28,23 @@ def errors_are_messages(command: F) -> F:
         from gossipfl.scenario.interrupts import last_interrupt, terminate_is_interrupt
 
         _open_standard_files()
-        try:
-            with terminate_is_interrupt():
+        with terminate_is_interrupt():
+            try:
                 return command(*args, **kwargs)
-        except GossipflError as error:
-            tell(f"gossipfl: {error}")
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            last_interrupt()
-            tell("gossipfl: interrupted")
-            sys.exit(130)
-        except BrokenPipeError:
-            raise  # whoever read stdout has read enough: click ends without a word
-        except OSError as error:
-            _Lasting(sys.stdout).flush()  # if it is that, Python is not to try again
-            where = f": {error.filename}" if error.filename else ""
-            tell(f"gossipfl: the system says: {error.strerror or error}{where}; mend that, and give the command again")
-            sys.exit(1)
+            except GossipflError as error:
+                tell(f"gossipfl: {error}")
+                sys.exit(error.exit_code)
+            except KeyboardInterrupt:
+                last_interrupt()
+                tell("gossipfl: interrupted")
+                sys.exit(130)
+            except BrokenPipeError:
+                raise  # whoever read stdout has read enough: click ends without a word
+            except OSError as error:
+                _Lasting(sys.stdout).flush()  # if it is that, Python is not to try again
+                where = f": {error.filename}" if error.filename else ""
+                tell(f"gossipfl: the system says: {error.strerror or error}{where}; mend that, and give the command again")
+                sys.exit(1)
 
     return wrapped
 
