@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -61,11 +62,48 @@ def test_a_full_disk_ends_a_run_with_the_file_that_could_not_be_written(clock, s
     assert not (out / "first").exists() and not (out / "shards").exists()
 
 
+def test_a_page_that_a_disk_has_no_room_for_is_named(small_disk, tmp_path):
+    (tmp_path / "events.jsonl").touch()
+    page = small_disk("40k") / "page.html"
+    code, lines = gossipfl_says("report", tmp_path, "--out", page)
+    assert (code, lines) == (2, [f"gossipfl: {page} cannot be written: No space left on device; give another place with --out"])
+
+
 def test_a_record_that_cannot_be_moved_away_is_not_replaced(small_disk):
     out = small_disk("1m")  # where something is mounted, nothing can be renamed
     (out / "events.jsonl").touch()
     code, lines = gossipfl_says("run", "quickstart", *SMALL, "--clock", "virtual", "--quiet", "--force", "--out", out)
     assert code == 2 and lines[0].startswith(f"gossipfl: --out {out} cannot be replaced: ") and len(lines) == 1
+
+
+@pytest.mark.parametrize("clock", ["virtual", pytest.param("local", marks=pytest.mark.processes)])
+def test_where_something_is_mounted_a_run_that_does_not_come_about_leaves_nothing(clock, small_disk):
+    out = small_disk("1m")
+    words = ["--clock", clock, "--quiet", "--set", "data.partition.alpah=3", "--out", out]
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, *words)
+    assert code == 2 and len(lines) == 1 and "did you mean 'alpha'?" in lines[0]
+    assert not list(out.iterdir())
+
+
+def test_a_link_to_a_folder_stays_one_and_force_replaces_what_is_there(tmp_path):
+    out, there = tmp_path / "run", tmp_path / "large disk" / "run"
+    out.symlink_to(there)
+    words = ["run", "quickstart", *SMALL, "--clock", "virtual", "--quiet", "--out", out]
+    assert gossipfl_says(*words) == (0, [])  # also where nothing is there yet
+    assert gossipfl_says(*words)[0] == 2
+    (there / "of the first").touch()
+    assert gossipfl_says(*words, "--force") == (0, [])
+    assert out.is_symlink() and (there / "summary.json").exists() and not (there / "of the first").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large disk", "run"] and len(list(there.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("variables", [{"GOSSIPFL_CACHE": "/proc/cache"}, {"GOSSIPFL_CACHE": "", "HOME": "/proc"}], ids=str)
+def test_where_no_data_can_be_kept_the_variable_to_set_is_named(variables, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, lines = gossipfl_says("run", "quickstart", *SMALL, "--clock", "virtual", "--quiet", "--out", tmp_path / "run")
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("gossipfl: /proc/"), lines
+    assert lines[0].endswith("cannot be written: No such file or directory; mend that, or set GOSSIPFL_CACHE")
 
 
 def test_a_sweep_that_cannot_keep_its_table_does_not_begin(tmp_path):
@@ -128,6 +166,33 @@ def test_a_run_in_which_nobody_is_ever_there_is_refused(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------------- progress
+
+
+def shell_says(redirections: str, *words: str | Path) -> tuple[int, str]:
+    """The exit code of the command with these redirections of a shell, and what it writes besides."""
+    command = f"{shlex.join([sys.executable, '-m', 'gossipfl.cli', *map(str, words)])} {redirections}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+@pytest.mark.parametrize("redirections", ["2> >(true)", "2> /dev/full", "2>&-", "<&- >&- 2>&-"], ids=str)
+def test_a_run_goes_on_where_nobody_hears_of_it_any_more(redirections, clock, tmp_path):
+    out = tmp_path / "run"
+    code, said = shell_says(redirections, "run", "quickstart", *SMALL, "--clock", clock, "--out", out)
+    assert code == 0 and "Traceback" not in said, said
+    assert json.loads((out / "summary.json").read_text())["exit_code"] == 0
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("words", [["--json"], []], ids=str)
+def test_a_result_that_cannot_be_written_is_a_message(words, tmp_path):
+    words = ["run", "quickstart", *SMALL, "--clock", "virtual", "--quiet", "--out", tmp_path / "run", *words]
+    code, said = shell_says("> /dev/full", *words)
+    assert code == 1
+    assert said == "gossipfl: the system says: No space left on device; mend that, and give the command again\n"
 
 
 def test_a_terminal_of_80_columns_shows_round_accuracy_rate_and_time_left():

@@ -69,7 +69,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_runs_of_a_pool_end_with_a_signal_to_all_as_a_terminal_sends_it(number, tmp_path):
     script = tmp_path / "runs.py"
     script.write_text(RUNS)
@@ -89,7 +89,7 @@ def test_runs_of_a_pool_end_with_a_signal_to_all_as_a_terminal_sends_it(number, 
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_an_interrupted_reproduction_says_so_and_ends(number, tmp_path):
     command = [sys.executable, "-m", "gossipfl.cli", "reproduce", "epidemic", "--jobs", "2", "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "GOSSIPFL_CACHE": str(tmp_path / "cache")}
@@ -107,7 +107,7 @@ def test_an_interrupted_reproduction_says_so_and_ends(number, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_an_interrupt_that_another_thread_takes_waits_as_well(number):
     is_over, (told, tell) = threading.Event(), os.pipe()
     other = threading.Thread(target=is_over.wait)  # which lets it through

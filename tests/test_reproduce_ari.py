@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gossipfl.errors import ConfigError
+from gossipfl.errors import ConfigError, RunError
 from gossipfl.inference.execution.chain import Chain
 from gossipfl.inference.planning.cascade import Cost
 from gossipfl.inference.planning.certificates import samples_needed
@@ -30,6 +30,7 @@ from gossipfl.scenario.reproduce.ari import (
     measure_cascades,
 )
 from gossipfl.scenario.reproduce.figures import find_data
+from gossipfl.scenario.reproduce.trained_arm import write_record
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,12 @@ def digits(tmp_path_factory) -> tuple[Measured, dict]:
     folder = tmp_path_factory.mktemp("records")
     measured = measure("mlp-digits", ari().arms(False)["mlp-digits"], folder)
     return measured, json.loads((folder / "mlp-digits.json").read_text())
+
+
+def test_a_record_that_cannot_be_kept_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"/file/mlp-digits.json cannot be written: (File exists|Not a directory)"):
+        write_record(tmp_path / "file", "mlp-digits", {}, Cost(1.0, 0.5))
 
 
 def test_the_arms_are_two_models_on_every_data_set_that_is_there(tmp_path):

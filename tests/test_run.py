@@ -469,7 +469,7 @@ def test_a_worker_that_is_stopped_for_the_rest_of_the_run_is_named_and_the_other
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_ends_within_3_s_and_leaves_a_summary_but_no_process(number, launch):
     run = launch("quickstart", *settings(*SMALL, "rounds=100000"))
     run.await_round(2)
@@ -517,6 +517,25 @@ def test_workers_whose_launcher_is_killed_end_within_5_s(launch):
     assert len(run.workers()) == 4
     run.process.kill()
     assert wait_for(lambda: not run.workers(), 5.0)
+
+
+@pytest.mark.processes
+def test_a_worker_ends_also_where_its_launcher_died_in_the_middle_of_a_command(tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        commands, ours = os.pipe()
+        events, theirs = os.pipe()
+        numbers = commands, theirs, log.fileno()
+        process = subprocess.Popen([sys.executable, "-m", "gossipfl.runtime.worker", *map(str, numbers)], pass_fds=numbers)
+    os.close(commands)
+    os.close(theirs)
+    os.write(ours, b'{"do": "sta')
+    os.close(ours)
+    try:
+        process.wait(30)
+    finally:
+        process.kill()
+        os.close(events)
+    assert (tmp_path / "log").read_text() == ""
 
 
 @pytest.mark.processes

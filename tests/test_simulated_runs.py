@@ -222,6 +222,20 @@ def test_a_run_that_is_interrupted_does_not_return_and_has_left_its_record(clock
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_code"] == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_interrupted_when_its_peers_are_done_has_left_what_they_came_to(number, tmp_path):
+    class Interrupts(Observer):
+        def note(self, text: str) -> None:
+            if text.startswith("training one model"):
+                os.kill(os.getpid(), number)
+
+    with pytest.raises(gossipfl.RunInterrupted) as caught:
+        gossipfl.run(SMALL, overrides=["central=true"], clock="virtual", out=tmp_path / "run", observer=Interrupts())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary == caught.value.result.summary and summary["exit_code"] == 130
+    assert summary["models_sha256"] and summary["accuracy"]["average_model"] and summary["accuracy"]["central"] is None
+
+
 def test_a_late_joiner_is_not_there_before_its_time(tmp_path):
     churn = {"join": [{"peer": "p4", "at": "1s"}]}
     result = run(tmp_path / "run", rounds=10, churn=churn, compute={"step_time": "100ms"})

@@ -200,18 +200,18 @@ def _ended(process):
 
 
 @pytest.mark.processes
-def test_a_second_interrupt_changes_nothing_about_the_last_words_of_a_sweep(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_second_interrupt_changes_nothing_about_the_last_words_of_a_sweep(number, tmp_path):
     words = ["--clock", "virtual", "--param", "rounds=1,100000,1000000", "--jobs", "1", "--out", "out"]
     command = [sys.executable, "-m", "gossipfl.cli", "sweep", "quickstart", *words]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     with _ended(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("1/3  rounds=1 ")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.stderr.readline().startswith("interrupted: 1 of 3 runs is done; the same command with --skip-existing")
-        for _ in range(20):
-            process.send_signal(signal.SIGINT)
-            process.poll()
+        while process.poll() is None:
+            process.send_signal(number)
         assert process.stderr.read() == "" and process.wait(timeout=30) == 130
 
 

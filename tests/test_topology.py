@@ -222,6 +222,10 @@ def test_pairs_without_a_count_are_links(tmp_path):
     assert links(file_topology(tmp_path, "graph.txt", "0 1\n1 2\n2 3\n", 4)) == {(0, 1), (1, 2), (2, 3)}
 
 
+def test_a_byte_order_mark_and_line_ends_of_windows_are_none_of_the_graph(tmp_path):
+    assert links(file_topology(tmp_path, "graph.edges", "\ufeff3\r\n0 1\r\n1 2\r\n", 3)) == {(0, 1), (1, 2)}
+
+
 def test_two_links_are_not_taken_for_a_matrix(tmp_path):
     assert links(file_topology(tmp_path, "graph.txt", "0 1\n1 2\n", 3)) == {(0, 1), (1, 2)}
 

@@ -494,6 +494,13 @@ def test_an_address_in_use_is_an_error_that_says_what_to_do(kind, ends):
     assert wait_for(lambda: open_files() <= before, 5), "a failed attempt leaves nothing open"
 
 
+def test_a_socket_file_of_too_long_a_path_says_how_long_it_may_be(ends):
+    with pytest.raises(
+        RunError, match=r"is longer than the \d+ characters that the path of a socket may have; choose a shorter"
+    ):
+        ends(f"ipc:///tmp/{'x' * 200}")
+
+
 def test_an_address_of_another_machine_is_an_error_that_says_what_to_do(ends):
     with pytest.raises(RunError, match=r"tcp://192\.0\.2\.1:0 is no address of this machine; .*advertise"):
         ends("tcp://192.0.2.1:0", insecure=True)  # RFC 5737: nobody's

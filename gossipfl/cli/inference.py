@@ -9,7 +9,15 @@ from typing import Literal
 
 import click
 
-from gossipfl.cli.options import EPILOG, Number, errors_are_messages, insecure_option, quiet_option, stdout_console
+from gossipfl.cli.options import (
+    EPILOG,
+    Number,
+    errors_are_messages,
+    insecure_option,
+    quiet_option,
+    stdout_console,
+    tell,
+)
 
 run_argument = click.argument("run", type=click.Path(path_type=Path))
 model_option = click.option("--model", default="average", show_default=True, help="The run's average model, or a peer's: p3.")
@@ -146,7 +154,7 @@ def bench_inference(run: Path, model: str, device_files: tuple[Path, ...], as_js
     trained = load_trained(run, model)
     calibration = load_calibration(trained)
     calibrator, samples = calibrator_like(trained, calibration), trained.test_samples
-    catalogue = timed_here(calibration, calibrator, lambda text: click.echo(text, err=True))
+    catalogue = timed_here(calibration, calibrator, tell)
     plans = list(plan_rows(calibrator, catalogue, calibration.harm, devices, *samples))
     thresholds = list(threshold_rows(calibrator, catalogue, *samples))
     with progress(quiet) as told:
@@ -205,9 +213,7 @@ def serve(run: Path, model: str, bind: str, advertise: str | None, http: str | N
     from gossipfl.scenario.inference.serve import serve as serve_until_signal
     from gossipfl.scenario.inference.trained import load_trained
 
-    serve_until_signal(
-        load_trained(run, model), bind, advertise, http, insecure, drain_s, lambda text: click.echo(text, err=True)
-    )
+    serve_until_signal(load_trained(run, model), bind, advertise, http, insecure, drain_s, tell)
 
 
 @click.command(epilog=EPILOG)
@@ -274,7 +280,7 @@ def device(
     asked = read_inputs(inputs, load_scenario(scenario) if scenario else None, samples, found.input_shape)
     answers = Answers(asked.y, as_json)
     with open_device(servers, found, profile, max_accuracy_loss, on_no_server, cache, audit_share) as edge:
-        answer_all(edge, asked, timeout_s, answers.take, lambda text: click.echo(text, err=True))
+        answer_all(edge, asked, timeout_s, answers.take, tell)
         answers.finish(edge)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 from rich.console import Console
@@ -26,18 +27,71 @@ def errors_are_messages(command: F) -> F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         from gossipfl.scenario.interrupts import last_interrupt, terminate_is_interrupt
 
-        try:
-            with terminate_is_interrupt():
+        _open_standard_files()
+        with terminate_is_interrupt():
+            try:
                 return command(*args, **kwargs)
-        except GossipflError as error:
-            click.echo(f"gossipfl: {error}", err=True)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            last_interrupt()
-            click.echo("gossipfl: interrupted", err=True)
-            sys.exit(130)
+            except GossipflError as error:
+                tell(f"gossipfl: {error}")
+                sys.exit(error.exit_code)
+            except KeyboardInterrupt:
+                last_interrupt()
+                tell("gossipfl: interrupted")
+                sys.exit(130)
+            except BrokenPipeError:
+                raise  # whoever read stdout has read enough: click ends without a word
+            except OSError as error:
+                _Lasting(sys.stdout).flush()  # if it is that, Python is not to try again
+                where = f": {error.filename}" if error.filename else ""
+                tell(f"gossipfl: the system says: {error.strerror or error}{where}; mend that, and give the command again")
+                sys.exit(1)
 
     return wrapped
+
+
+class _Lasting:
+    """A text file that may end before the program does, as a terminal that is closed or a full disk: the rest is lost."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with self._lasting():
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lasting():
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._file.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _open_standard_files() -> None:
+    """Those that were closed lead nowhere, lest a file that is opened gets their numbers, and what is meant for them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def tell(text: str) -> None:
+    """A line on stderr, which no command fails for want of."""
+    click.echo(text, file=cast(TextIO, _Lasting(sys.stderr)))
+
+
+def stderr_console() -> Console:
+    """Progress on stderr, which no command fails for want of."""
+    return Console(file=cast(TextIO, _Lasting(sys.stderr)))
 
 
 class Number(click.FloatRange):

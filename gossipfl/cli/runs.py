@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
-from rich.console import Console
 
-from gossipfl.cli.options import EPILOG, errors_are_messages, insecure_option, quiet_option, set_option, stdout_console
+from gossipfl.cli.options import (
+    EPILOG,
+    errors_are_messages,
+    insecure_option,
+    quiet_option,
+    set_option,
+    stderr_console,
+    stdout_console,
+    tell,
+)
 from gossipfl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +66,7 @@ def run(
     from gossipfl.scenario.results import Observer, RunFailed, RunInterrupted
     from gossipfl.scenario.runner import run as run_scenario
 
-    display = Display(Console(stderr=True))
+    display = Display(stderr_console())
     observer = Observer() if quiet else display
     try:
         result = run_scenario(
@@ -131,9 +139,7 @@ def peer(
     """
     from gossipfl.scenario.byhand import run_peer
 
-    folder = run_peer(
-        name, scenario, roster, overrides, bind, out, force, keep_s, insecure, lambda text: click.echo(text, err=True)
-    )
+    folder = run_peer(name, scenario, roster, overrides, bind, out, force, keep_s, insecure, tell)
     click.echo(folder)
 
 
@@ -156,7 +162,7 @@ def collect(roster: Path, out: Path | None, force: bool, timeout_s: float, as_js
     """
     from gossipfl.scenario.byhand import collect_run
 
-    result = collect_run(roster, out, force, timeout_s, lambda text: click.echo(text, err=True))
+    result = collect_run(roster, out, force, timeout_s, tell)
     _end(result, as_json)
 
 
@@ -223,11 +229,11 @@ def reproduce(name: str, full: bool, out: Path | None, force: bool, jobs: int | 
     reproduction = REPRODUCTIONS.get(name)()
     arms, missing = find_data(reproduction.arms(full), data)
     if missing:
-        click.echo(f"left out, for want of them in {data}/: {', '.join(missing)}", err=True)
+        tell(f"left out, for want of them in {data}/: {', '.join(missing)}")
     folder = out or Path("runs") / f"reproduce-{name}{'-full' if full else ''}"
     finished = {} if force else reproduction.find_finished(arms, folder)
     jobs = max(1, min(jobs or num_cores(), len(arms) - len(finished)))
-    progress = ArmsProgress(Console(stderr=True), len(arms), jobs, folder, len(finished))
+    progress = ArmsProgress(stderr_console(), len(arms), jobs, folder, len(finished))
     try:
         with progress:
             outcomes = run_arms(arms, folder, jobs, progress.done, reproduction.run, finished, progress.share)
@@ -275,7 +281,7 @@ def topology(scenario: str, overrides: tuple[str, ...], out: Path | None, as_jso
     else:
         print_topology(stdout_console(), loaded, graph, figures)
     if refusal is not None:
-        click.echo(f"a run on it would be refused: {refusal}", err=True)
+        tell(f"a run on it would be refused: {refusal}")
 
 
 @click.command(epilog=EPILOG)
@@ -299,7 +305,7 @@ def plan(scenario: str, overrides: tuple[str, ...], clock: str | None, as_json: 
     from gossipfl.scenario.planning.view import print_plan
 
     loaded = load_scenario(scenario, [*overrides, *([f"clock={clock}"] if clock else [])])
-    with Console(stderr=True).status("rehearsing"):  # seconds, and half a minute with ten thousand peers
+    with stderr_console().status("rehearsing"):  # seconds, and half a minute with ten thousand peers
         made = make_plan(loaded)
     if as_json:
         click.echo(json.dumps(asdict(made)))
@@ -350,7 +356,7 @@ def sweep(
         overrides = (*overrides, f"clock={clock}")
     runs = sweep_runs(scenario, params, parse_seeds(seeds), out, overrides)
     folder = runs[0].folder.parent
-    display = SweepDisplay(Console(stderr=True), len(runs), quiet)
+    display = SweepDisplay(stderr_console(), len(runs), quiet)
     try:
         with display:
             rows = run_sweep(runs, folder, jobs=jobs, skip_existing=skip_existing, force=force, told=display.told)
@@ -372,7 +378,7 @@ def _end(result: RunResult, as_json: bool) -> NoReturn:
     else:
         print_summary(stdout_console(), result)
     if result.ending is not None:
-        click.echo(f"gossipfl: {result.ending}", err=True)
+        tell(f"gossipfl: {result.ending}")
     sys.exit(result.exit_code)
 
 

@@ -47,7 +47,7 @@ def read_graph(path: str | Path, format: str | None = None) -> tuple[int, list[L
     try:
         if format == "graphml":
             return _from_graphml(source)
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"topology.path = {str(path)!r} does not exist; give the path of a graph file") from None
     except (OSError, SyntaxError, ValueError, KeyError) as error:  # SyntaxError: the XML parser's errors are such

@@ -70,4 +70,9 @@ def bind_failure(address: str, error: zmq.ZMQError | OSError) -> str:
         return in_use(address)
     if error.errno in (errno.ENODEV, errno.EADDRNOTAVAIL):
         return f"{address} is no address of this machine; bind to one that is, and advertise the other"
+    if error.errno == errno.ENAMETOOLONG:
+        return (
+            f"{address} is longer than the {zmq.IPC_PATH_MAX_LEN} characters that the path of a socket may have; choose a "
+            "shorter one (in a run, set TMPDIR to a folder of a shorter path), or tcp"
+        )
     return f"cannot bind to {address}: {error}"

@@ -147,7 +147,7 @@ def serve(commands: int, events: int, log: int) -> None:
     worker = Worker(emit)
 
     def read() -> None:
-        with os.fdopen(commands, encoding="utf-8") as lines:
+        with os.fdopen(commands, encoding="utf-8") as lines, contextlib.suppress(ValueError):  # a launcher died in mid-command
             for line in lines:
                 worker.command(json.loads(line))
         worker.command(None)

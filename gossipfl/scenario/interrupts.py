@@ -1,33 +1,37 @@
-"""Signals that ask a program to stop: SIGTERM is taken like Ctrl-C, and processes of ours leave Ctrl-C to who started them."""
+"""Signals that ask a program to stop, all taken like Ctrl-C; processes of ours leave Ctrl-C to who started them.
+
+SIGTERM is one, and SIGHUP, which comes when the terminal or the connection is gone; under nohup, nobody hears of it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 EXIT_INTERRUPTED = 130
 """128 and the number of SIGINT, as shells have it."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def terminate_is_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, also where Ctrl-C is ignored; does nothing outside of the main thread."""
-    with _handled(signal.SIGTERM, signal.default_int_handler):
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, also where Ctrl-C is ignored; nothing outside of the main thread."""
+    with handled(signal.default_int_handler, SIGNALS[1:]):
         yield
 
 
 @contextlib.contextmanager
 def not_interrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM are ignored, for what is short and must be done; does nothing outside of the main thread."""
-    with _handled(signal.SIGINT, signal.SIG_IGN), _handled(signal.SIGTERM, signal.SIG_IGN):
+    """Ctrl-C and the like are ignored, for what is short and must be done; does nothing outside of the main thread."""
+    with handled(signal.SIG_IGN):
         yield
 
 
 class OneInterrupt:
-    """While entered, the first Ctrl-C or SIGTERM raises KeyboardInterrupt, and further ones are ignored: cleaning up goes on.
+    """While entered, the first of the signals raises KeyboardInterrupt, and further ones are ignored: cleaning up goes on.
 
     Does nothing outside of the main thread.
     """
@@ -37,8 +41,7 @@ class OneInterrupt:
         self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> OneInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers.enter_context(_handled(number, self._hear))
+        self._handlers.enter_context(handled(self._hear))
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -61,13 +64,13 @@ class OneInterrupt:
 
 def last_interrupt() -> None:
     """Further ones are ignored for good: the program has its last words to say, and to end. Only for its main thread."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until afterwards. A process started within never hears of Ctrl-C: a terminal sends it to all.
+    """The signals wait until afterwards. A process started within never hears of Ctrl-C: a terminal sends it to all.
 
     Blocking a signal here is not enough: any other thread, such as a library's, may take it, and this one then hears of it.
     """
@@ -78,7 +81,7 @@ def interrupts_held() -> Iterator[None]:
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with _handled(signal.SIGINT, hold), _handled(signal.SIGTERM, hold):
+        with handled(hold):
             yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -87,12 +90,16 @@ def interrupts_held() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _handled(number: signal.Signals, handler: signal._HANDLER) -> Iterator[None]:
+def handled(handler: signal._HANDLER, numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """`handler` has these signals, until the end or `last_interrupt`; does nothing outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(number, handler)
+    taken = [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in taken}
     try:
         yield
     finally:
-        signal.signal(number, before or signal.SIG_DFL)  # None: one that was not set in Python
+        for number, its in before.items():
+            if signal.getsignal(number) == handler:
+                signal.signal(number, its or signal.SIG_DFL)  # None: one that was not set in Python

@@ -7,11 +7,11 @@ and the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ from gossipfl.scenario.hosting import (
     tcp_address,
     tell_of_statistics,
 )
-from gossipfl.scenario.interrupts import EXIT_INTERRUPTED
+from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, handled
 from gossipfl.scenario.memory import check_memory, check_processes
 from gossipfl.scenario.preparation import deal_to_files
 from gossipfl.scenario.presence import Presence, check_churn
@@ -94,25 +94,26 @@ class Launcher:
         allow_file_descriptors(self.scenario.peers)
         folder = RunFolder(out, self.scenario.name, force)
         record = folder.record(self.scenario, self.observer.warn)
-        handlers = self._catch_signals()
-        try:
-            with temporary_folder() as self.sockets:
-                try:
-                    return self._run(folder, record, groups, in_process, objects)
-                finally:
-                    self.crew.stop()  # while the folder is there: nobody is to come and listen in what is left of it
-        except (ConfigError, KeyboardInterrupt):
-            folder.give_up()
-            raise
-        finally:
-            folder.keep()
-            for leftover in ("first", "shards"):
-                remove_files(folder.path / leftover)
-            if self.namespaces is not None:
-                self.namespaces.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            record.close()
+
+        def interrupt(number: int, frame: FrameType | None) -> None:  # the run ends in order
+            self.is_interrupted = True
+
+        with contextlib.closing(record), handled(interrupt):
+            try:
+                with temporary_folder() as self.sockets:
+                    try:
+                        return self._run(folder, record, groups, in_process, objects)
+                    finally:
+                        self.crew.stop()  # while the folder is there: nobody is to come and listen in what is left of it
+            except (ConfigError, KeyboardInterrupt):
+                folder.give_up()
+                raise
+            finally:
+                folder.keep()
+                for leftover in ("first", "shards"):
+                    remove_files(folder.path / leftover)
+                if self.namespaces is not None:
+                    self.namespaces.close()
 
     def _run(
         self, place: RunFolder, record: RunRecord, groups: list[list[str]], in_process: bool, objects: dict[str, Any]
@@ -341,20 +342,6 @@ class Launcher:
         summary |= emulated
         record.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return RunResult(summary, record.folder)
-
-    def _catch_signals(self) -> dict[int, Any]:
-        """Ctrl-C and SIGTERM end the run in order; only the main thread may ask for them."""
-
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            self.is_interrupted = True
-
-        handlers: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                handlers[number] = signal.signal(number, interrupt)
-            except ValueError:
-                break  # not the main thread
-        return handlers
 
 
 def _roster(run_number: int, addresses: Mapping[str, str]) -> dict[str, Any]:

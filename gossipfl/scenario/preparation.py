@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gossipfl.errors import DataError
 from gossipfl.learning.checkpoint import writing
 from gossipfl.learning.datasets import Dataset, open_dataset, prepare_dataset, save_dataset
 from gossipfl.learning.partition import class_table, partition
@@ -79,4 +80,7 @@ def data_name(scenario: Scenario, dataset: Dataset) -> str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("GOSSIPFL_CACHE") or Path.home() / ".cache" / "gossipfl")
+    try:
+        return Path(os.environ.get("GOSSIPFL_CACHE") or Path.home() / ".cache" / "gossipfl")
+    except RuntimeError as error:  # a user whom the system does not know, as in a container
+        raise DataError("there is no home folder to keep data sets in; set GOSSIPFL_CACHE to a folder") from error

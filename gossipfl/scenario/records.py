@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from gossipfl._version import __version__
-from gossipfl.errors import ConfigError, GossipflError
+from gossipfl.errors import ConfigError
 from gossipfl.learning.checkpoint import load_model, save_model, write_atomically, writing
 from gossipfl.scenario.config import Scenario
 
@@ -126,9 +126,10 @@ class RunFolder:
     """
 
     def __init__(self, out: Path | None, name: str, force: bool) -> None:
-        self.path = folder = _free_place(name, force) if out is None else out
-        self.is_kept = False
+        folder = _free_place(name, force) if out is None else out
         check_free(folder, force)
+        self.path = folder = Path(os.path.realpath(folder)) if folder.is_symlink() else folder  # the link stays what it is
+        self.is_kept = False
         self._replaced = None if _is_free(folder) else _moved_aside(folder)
         self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         try:
@@ -140,7 +141,7 @@ class RunFolder:
         """The record of the run, begun; `tell` hears its warnings. RunError where it cannot be written; all is as it was."""
         try:
             return RunRecord(self.path, scenario, tell)
-        except GossipflError:
+        except BaseException:
             self.give_up()
             raise
 
@@ -157,7 +158,7 @@ class RunFolder:
         if self._replaced is not None:
             self._replaced.rename(self.path)
         elif not self._made:
-            self.path.mkdir()  # it was there, and empty
+            self.path.mkdir(exist_ok=True)  # it was there, and empty; a mounted one still is
         with contextlib.suppress(OSError):  # somebody else has put something there
             for parent in self._made[1:]:
                 parent.rmdir()

@@ -32,7 +32,7 @@ from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.hosting import about_churn, about_trace, peer_settings, tell_of_statistics
-from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, terminate_is_interrupt
+from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, not_interrupted, terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, planned_event, summarize
@@ -171,6 +171,9 @@ class _Simulation(Watcher):
         self._last_round = self.gossip.rounds
         self._first_distance: float | None = None
         self._is_stopping = False
+        self._figures: dict[str, Any] = {"last": None, "models_sha256": None}
+        self._average_accuracy: float | None = None
+        self._central_accuracy: float | None = None
 
     def _engine_kind(self) -> str:
         """Few peers are trained as they would be on sockets, to the last bit, unless the scenario says otherwise."""
@@ -203,7 +206,15 @@ class _Simulation(Watcher):
             is_interrupted = True
         for line in about_trace(scenario, simulator.clock.now):
             self.record.warn(line)
-        result = self._conclude(startup_s, time.monotonic() - started, engine, is_interrupted)
+        wall_s = time.monotonic() - started
+        try:
+            if not is_interrupted:
+                with terminate_is_interrupt():
+                    self._take_figures()
+        except KeyboardInterrupt:
+            is_interrupted = True
+        with not_interrupted():
+            result = self._conclude(startup_s, wall_s, engine, is_interrupted)
         self.observer.ended(result)
         return result
 
@@ -334,39 +345,41 @@ class _Simulation(Watcher):
 
     # --- after --------------------------------------------------------------------------------------------------------
 
-    def _conclude(self, startup_s: float, wall_s: float, engine: dict[str, Any], is_interrupted: bool) -> RunResult:
+    def _take_figures(self) -> None:
+        """What the models have come to; they are saved."""
         scenario = self.scenario
+        peers = [peer for peer in self.simulator.peers.values() if peer.is_finished and peer.error is None]
+        if not peers:
+            return
+        vectors = [self.learning.vector(peer) for peer in peers]
+        sums = _Sums(np.zeros(self.initial.size))
+        for vector in vectors:
+            sums.add(vector)
+        average = sums.mean.astype(np.float32)
+        self._figures = {"last": sums.consensus_distance, "models_sha256": models_sha256(vectors)}
+        self._save("average", average)
+        if sum(vector.nbytes for vector in vectors) <= MAX_MODELS_BYTES:
+            with ThreadPoolExecutor(SAVED_AT_ONCE) as pool:
+                saved = [pool.submit(self._save, peer.name, vector) for peer, vector in zip(peers, vectors, strict=True)]
+                for future in saved:
+                    future.result()
+        self._average_accuracy = self.engine.evaluate(average)
+        if scenario.central:
+            self.observer.note("training one model on all the data, for comparison")
+            num_rounds = max((event["round"] for event in self.record.events if event["event"] == "round"), default=0)
+            self._central_accuracy = train_centrally(self.engine, self.initial, num_rounds, scenario.peers)
+
+    def _conclude(self, startup_s: float, wall_s: float, engine: dict[str, Any], is_interrupted: bool) -> RunResult:
         for peer in self.simulator.peers.values():
             if not peer.is_finished and peer.traffic.received_from:
                 self.record.add({"event": "unfinished", "peer": peer.name, "received_from": peer.traffic.received_from})
-        peers = [peer for peer in self.simulator.peers.values() if peer.is_finished and peer.error is None]
-        figures: dict[str, Any] = {"first": self._first_distance, "last": None, "models_sha256": None}
-        average_accuracy = central = None
-        if peers and not is_interrupted:
-            vectors = [self.learning.vector(peer) for peer in peers]
-            sums = _Sums(np.zeros(self.initial.size))
-            for vector in vectors:
-                sums.add(vector)
-            average = sums.mean.astype(np.float32)
-            figures |= {"last": sums.consensus_distance, "models_sha256": models_sha256(vectors)}
-            self._save("average", average)
-            if sum(vector.nbytes for vector in vectors) <= MAX_MODELS_BYTES:
-                with ThreadPoolExecutor(SAVED_AT_ONCE) as pool:
-                    saved = [pool.submit(self._save, peer.name, vector) for peer, vector in zip(peers, vectors, strict=True)]
-                    for future in saved:
-                        future.result()
-            average_accuracy = self.engine.evaluate(average)
-            if scenario.central:
-                self.observer.note("training one model on all the data, for comparison")
-                num_rounds = max((event["round"] for event in self.record.events if event["event"] == "round"), default=0)
-                central = train_centrally(self.engine, self.initial, num_rounds, scenario.peers)
         summary = summarize(
             self.record.events,
-            scenario,
+            self.scenario,
             parameters=self.initial.size,
-            figures=figures,
-            average_accuracy=average_accuracy,
-            central_accuracy=central,
+            figures={"first": self._first_distance} | self._figures,
+            average_accuracy=self._average_accuracy,
+            central_accuracy=self._central_accuracy,
             startup_s=startup_s,
             wall_s=wall_s,
             peak_memory_mib=_peak_mib(),

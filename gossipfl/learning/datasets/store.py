@@ -46,7 +46,8 @@ def prepare_dataset(
     changed source is converted anew. Processes that ask at once wait for the first one. Errors of `load_dataset`.
     """
     args = dict(args or {})
-    cache.mkdir(parents=True, exist_ok=True)
+    with _keeping(cache):
+        cache.mkdir(parents=True, exist_ok=True)
     name = f"{re.sub(r'[^A-Za-z0-9]+', '-', kind)}-{_digest(kind, path, test_fraction, seed, args)}"
     folder = cache / name
     if _problem(folder) is None:
@@ -58,11 +59,8 @@ def prepare_dataset(
         if folder.exists():  # damaged: our own writes appear complete
             shutil.rmtree(folder)
         log.info("converting data set %s into %s", kind, folder)
-        try:
+        with _keeping(folder):
             _write(dataset, folder)
-        except OSError as error:
-            reason = error.strerror or error
-            raise DataError(f"{folder} cannot be written: {reason}; mend that, or set GOSSIPFL_CACHE") from error
     return folder
 
 
@@ -173,7 +171,19 @@ def _write(dataset: Dataset, folder: Path) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path`; the system drops it when the process dies."""
+    with _keeping(path):
+        path.touch()
     with open(path, "w") as file:
         with contextlib.suppress(OSError):  # a file system without locks: both convert, the rename decides
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _keeping(path: Path) -> Iterator[None]:
+    """What fails within to be written to `path` is a DataError that tells where else to keep data sets."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{path} cannot be written: {reason}; mend that, or set GOSSIPFL_CACHE") from error

@@ -39,7 +39,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         out.write_text(_page(template, plotly, runs, shared, own), encoding="utf-8")
         _write_tables(out.with_suffix(".csv"), runs, shared, own)
     except OSError as error:
-        raise ConfigError(f"{error.filename} cannot be written: {error.strerror}; give another place with --out") from error
+        raise ConfigError(
+            f"{error.filename or out} cannot be written: {error.strerror}; give another place with --out"
+        ) from error
     return out
 
 

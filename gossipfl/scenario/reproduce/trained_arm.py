@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from gossipfl._version import __version__
-from gossipfl.learning.checkpoint import write_atomically
+from gossipfl.learning.checkpoint import write_atomically, writing
 from gossipfl.learning.datasets import Dataset, normalise, open_dataset
 from gossipfl.learning.models import build_model
 from gossipfl.learning.training import Engine, Learner, TrainingConfig
@@ -59,7 +59,9 @@ def train_arm(arm: Arm, prepared: Callable[[Dataset], Dataset] = lambda dataset:
 def write_record(folder: Path, name: str, arm: Arm, measured: Any) -> None:
     """`measured` (a dataclass of plain data) as `folder / name.json`, with what it was measured of and by."""
     about = {"arm": arm, "version": __version__}
-    write_atomically(folder / f"{name}.json", json.dumps(asdict(measured) | about, indent=1).encode())
+    path = folder / f"{name}.json"
+    with writing(path):
+        write_atomically(path, json.dumps(asdict(measured) | about, indent=1).encode())
 
 
 def read_record(kind: type[M], name: str, arm: Arm, folder: Path) -> M | None:
