@@ -331,6 +331,25 @@ def test_peers_that_agree_have_no_distance_and_those_that_hardly_differ_have_the
     assert near.summary["consensus_distance"]["last"] == pytest.approx(distance, rel=1e-6, abs=0)
 
 
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+@pytest.mark.parametrize("force", [True, False])
+def test_a_record_that_a_run_is_writing_is_not_replaced(clock, force, tmp_path):
+    told: list[str] = []
+
+    class RunsAnother(Observer):
+        def event(self, event: dict[str, Any], alive: int) -> None:
+            if event["event"] == "round" and not told:
+                with pytest.raises(ConfigError) as caught:
+                    gossipfl.run(SMALL, clock="virtual", out=tmp_path / "run", force=force)
+                told.append(str(caught.value))
+
+    overrides = ["transport.kind=inproc"]
+    result = gossipfl.run(SMALL, overrides=overrides, clock=clock, out=tmp_path / "run", observer=RunsAnother())
+    assert told == [f"--out {tmp_path}/run is being written to by a run; choose another folder, or wait until it has ended"]
+    assert [event["peer"] for event in events(result, "finished")] and result.exit_code == 0
+    assert gossipfl.run(SMALL, clock="virtual", out=tmp_path / "run", force=True).exit_code == 0
+
+
 def test_an_observer_hears_of_all_that_is_written_down_of_rounds(tmp_path):
     heard: list[dict[str, Any]] = []
 

@@ -12,6 +12,7 @@ runs/<name>/scenario.toml   resolved: every default, and the engine, memory layo
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -45,6 +46,8 @@ class RunRecord:
         with writing(folder / "events.jsonl"):
             (folder / "log").mkdir(parents=True, exist_ok=True)
             self._file = (folder / "events.jsonl").open("w", encoding="utf-8")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def add(self, event: Event) -> None:
         self.events.append(event)
@@ -86,8 +89,21 @@ def check_free(folder: Path, force: bool) -> None:
             "is not the folder of a run, so --force does not replace it" if force else "exists and is not the folder of a run"
         )
         raise ConfigError(f"--out {folder} {what}; choose another folder")
+    if _is_being_written(folder / "events.jsonl"):
+        raise ConfigError(f"--out {folder} is being written to by a run; choose another folder, or wait until it has ended")
     if not force:
         raise ConfigError(f"--out {folder} exists; choose another folder, or pass --force to replace it")
+
+
+def _is_being_written(events: Path) -> bool:
+    try:
+        with events.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # none there, or a file system without locks
+        return False
+    return False
 
 
 def _is_free(folder: Path) -> bool:
