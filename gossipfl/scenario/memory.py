@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import psutil
 
 from gossipfl.errors import ConfigError
@@ -11,6 +13,17 @@ from gossipfl.segments.codecs import SparseCodec, codec
 
 PROCESS_BYTES = 250 * 2**20
 """What Python and torch take in each process, beside the peers."""
+MMAP_THRESHOLD_BYTES, TRIM_THRESHOLD_BYTES = 32 * 2**20, 256 * 2**20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory() -> None:
+    """Have this process use again what it frees, up to `TRIM_THRESHOLD_BYTES`, rather than hand it back: a training step of a
+    large model costs a page fault for each 4 KiB of its gradients otherwise. Only where the C library is glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
 
 
 def needed_bytes(scenario: Scenario, parameters: int) -> int:

@@ -33,7 +33,7 @@ from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.hosting import about_churn, about_trace, peer_settings, tell_of_statistics
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, not_interrupted, terminate_is_interrupt
-from gossipfl.scenario.memory import check_memory
+from gossipfl.scenario.memory import check_memory, keep_freed_memory
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, planned_event, summarize
 from gossipfl.scenario.results import Observer, RunResult
@@ -61,6 +61,7 @@ def simulate(
     check_names(scenario)
     topology, links = scenario.build_topology(), scenario.build_links()
     check_links(links, topology)
+    keep_freed_memory()
     dataset = objects["dataset"] or open_dataset(prepare(scenario))
     folder = RunFolder(out, scenario.name, force)
     record = folder.record(scenario, observer.warn)
@@ -92,15 +93,21 @@ class _Sums:
     time_s: float = 0.0  # of the last of them
     accuracies: list[float] = field(default_factory=list)
 
-    def add(self, vector: np.ndarray) -> None:
+    def add(self, vectors: Sequence[np.ndarray]) -> None:
+        """Run by run, for the sums of a run then stay in the cache while all vectors are added to it."""
         if self.first is None:
-            self.first = vector.copy()
-        for start in range(0, vector.size, SUMMED_AT_ONCE):
-            exact = vector[start : start + SUMMED_AT_ONCE].astype(np.float64)
-            difference = exact - self.first[start : start + SUMMED_AT_ONCE]
-            self.total[start : start + SUMMED_AT_ONCE] += difference
-            self.squares += float(difference @ difference)
-        self.num_peers += 1
+            self.first = vectors[0].copy()
+        buffer = np.empty(SUMMED_AT_ONCE)
+        for start in range(0, self.first.size, SUMMED_AT_ONCE):
+            run = slice(start, start + SUMMED_AT_ONCE)
+            first, total = self.first[run].astype(np.float64), self.total[run]
+            difference = buffer[: total.size]
+            for vector in vectors:
+                difference[:] = vector[run]
+                difference -= first
+                total += difference
+                self.squares += float(difference @ difference)
+        self.num_peers += len(vectors)
 
     @property
     def mean(self) -> np.ndarray:
@@ -288,10 +295,13 @@ class _Simulation(Watcher):
             )
             for (_, event, _), accuracy in zip(due, accuracies, strict=True):
                 event["accuracy_after"] = accuracy
+        ended: dict[int, list[tuple[Event, np.ndarray]]] = {}
         for _, event, vector in done:
             self._add(event)
             if event["accuracy_after"] is not None or self._first_distance is None:
-                self._add_to_round(event, vector)
+                ended.setdefault(event["round"], []).append((event, vector))
+        for round_, those in ended.items():
+            self._add_to_round(round_, [event for event, _ in those], [vector for _, vector in those])
         self._close(self._past_rounds())
 
     def _add(self, event: Event) -> None:
@@ -300,14 +310,13 @@ class _Simulation(Watcher):
             del event["received_from"]  # it is written; kept, a million of them would take a gigabyte
         self.observer.event(event, self.simulator.num_alive)
 
-    def _add_to_round(self, event: Event, vector: np.ndarray) -> None:
-        if event["round"] in self._closed:
+    def _add_to_round(self, round_: int, events: list[Event], vectors: list[np.ndarray]) -> None:
+        if round_ in self._closed:
             return
-        sums = self._rounds.setdefault(event["round"], _Sums(np.zeros(vector.size)))
-        sums.add(vector)
-        sums.time_s = event["time_s"]
-        if event["accuracy_after"] is not None:
-            sums.accuracies.append(event["accuracy_after"])
+        sums = self._rounds.setdefault(round_, _Sums(np.zeros(self.initial.size)))
+        sums.add(vectors)
+        sums.time_s = events[-1]["time_s"]
+        sums.accuracies += [event["accuracy_after"] for event in events if event["accuracy_after"] is not None]
 
     def _past_rounds(self) -> set[int]:
         """Those that all who are there have reported, or got past, for some skip rounds."""
@@ -353,8 +362,7 @@ class _Simulation(Watcher):
             return
         vectors = [self.learning.vector(peer) for peer in peers]
         sums = _Sums(np.zeros(self.initial.size))
-        for vector in vectors:
-            sums.add(vector)
+        sums.add(vectors)
         average = sums.mean.astype(np.float32)
         self._figures = {"last": sums.consensus_distance, "models_sha256": models_sha256(vectors)}
         self._save("average", average)
