@@ -47,8 +47,8 @@ BLOCK_BYTES = {"cpu": 5 << 20, "cuda": 256 << 20}
 MAX_BLOCK = {"cpu": 128, "cuda": 4096}
 """Peers of a block, however small their model: beyond this, a step's overhead hardly shows."""
 WAYS = (True, True), (True, False), (False, False)
-"""Whether short batches are padded and gradients are in closed form, the fastest first: samples of a batch may meet, as in
-BatchNorm, and a user's hook may do anything."""
+"""To train a stack with the cross entropy, the fastest first: whether short batches are padded, and whether gradients are in
+closed form. Samples of a batch may meet, as in BatchNorm, and a user's hook may do anything, so each is tried."""
 MAX_DIFFERENCE = 0.01
 """By how much of the greatest change the stack may differ from the loop, which rounding explains: fast math rounds to 2**-8."""
 

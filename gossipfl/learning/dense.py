@@ -4,8 +4,8 @@
     losses, by_name = gradients(values, x, y)       # f32[n], and of each parameter [n, *shape]
 
 Backpropagation as in Rumelhart, Hinton and Williams, "Learning representations by back-propagating errors" (Nature 1986). What
-autograd comes to, to rounding, in less than half the time where layers are small: gradients go into memory that stays, and no
-graph is made of them.
+autograd comes to, to rounding, in 0.6 of the time where layers are small: gradients go into memory that stays, matrices lie as
+the products take them best, and no graph is made.
 """
 
 from __future__ import annotations

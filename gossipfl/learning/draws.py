@@ -13,6 +13,6 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def own_draws() -> Iterator[None]:
-    """Seed torch within, and nobody else's draws come between: all threads have one generator. Afterwards it is as it was."""
+    """To seed torch within: nobody else's draws come between, for threads share a generator. Then the CPU's is as it was."""
     with _lock, torch.random.fork_rng(devices=[]):
         yield

@@ -9,11 +9,13 @@ import psutil
 from gossipfl.errors import ConfigError
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.hosting import groups_of
+from gossipfl.scenario.workers import MMAP_THRESHOLD_BYTES
 from gossipfl.segments.codecs import SparseCodec, codec
 
 PROCESS_BYTES = 250 * 2**20
 """What Python and torch take in each process, beside the peers."""
-MMAP_THRESHOLD_BYTES, TRIM_THRESHOLD_BYTES = 32 * 2**20, 256 * 2**20
+TRIM_THRESHOLD_BYTES = 256 * 2**20
+"""What a process with all peers in it may keep of what it has freed; worker processes, which may be many, keep less."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 

@@ -25,10 +25,12 @@ Inbox = SimpleQueue[tuple["WorkerHandle", Event]]
 """What all workers of a run say; `{"event": "ended"}` is the last of each."""
 
 
+MMAP_THRESHOLD_BYTES = 32 * 2**20
+"""Of malloc: what is larger has a mapping of its own and is handed back when freed. glibc takes no more."""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",  # memory that one thread frees serves the others: 100 MiB less with 16 models of 6 MiB
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # else what comes in costs a page fault for each 20 KiB
+    "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES),  # else what comes in costs a page fault for each 20 KiB
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
 }
 
