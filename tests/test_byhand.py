@@ -251,7 +251,7 @@ def test_a_peer_that_is_terminated_leaves_no_socket_behind(moment, start, tmp_pa
             alone.process.send_signal(signal.SIGTERM)
             alone.process.poll()
         code, _ = alone.ended(20.0)
-        assert code == 130 and "Traceback" not in alone.stderr and list(Path(short).iterdir()) == []
+        assert (code, list(Path(short).iterdir())) == (130, []) and "Traceback" not in alone.stderr, alone.stderr
 
 
 @pytest.mark.processes

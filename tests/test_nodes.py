@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -493,6 +495,32 @@ def test_a_loop_that_dies_says_of_what_and_leaves_no_socket_behind(ends):
     assert isinstance(crashed.get(), ZeroDivisionError) and not loop.is_running
     assert wait_for(lambda: not Path(address.removeprefix("ipc://")).exists())
     loop.stop()
+
+
+def test_a_loop_whose_start_is_interrupted_closes_its_sockets_once():
+    """Ctrl-C, or SIGTERM, while the new thread is awaited: whoever stops the loop may do so before the thread runs."""
+    closed: SimpleQueue = SimpleQueue()
+
+    class Counted(ZmqTransport):
+        def close(self, flush_s: float = 0.0) -> None:
+            closed.put(threading.current_thread().name)
+            super().close(flush_s)
+
+    def interrupt(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code is threading.Event.wait.__code__:
+            raise KeyboardInterrupt
+
+    for number in range(50):
+        loop = MessageLoop(Counted(f"inproc://interrupted-{number}", run=RUN), Endpoint(), "gossipfl-interrupted")
+        sys.setprofile(interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                loop.start()
+        finally:
+            sys.setprofile(None)
+        loop.stop()
+        assert wait_for(lambda: "gossipfl-interrupted" not in {thread.name for thread in threading.enumerate()})
+        assert loop.transport._router.closed and closed.qsize() == number + 1
 
 
 def test_a_round_that_ends_without_mix_is_an_error(peers):

@@ -42,6 +42,7 @@ class MessageLoop:
         self._tickets = count()
         self._is_stopping = False
         self._flush_s = 0.0
+        self._closing = threading.Lock()  # who has it closes the sockets: the thread, or whoever stops it before it runs
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -58,11 +59,14 @@ class MessageLoop:
         self.post(lambda: heappush(self._planned, (time_s, next(self._tickets), call)))
 
     def stop(self, flush_s: float = 1.0, timeout_s: float = 5.0) -> None:
-        """Send what is queued, for at most `flush_s`, close the sockets and end the thread. Stopping twice is allowed."""
+        """Send what is queued, for at most `flush_s`, close the sockets and end the thread. Stopping twice is allowed.
+
+        Also where `start` was interrupted, and the thread may be about to run.
+        """
         self._flush_s, self._is_stopping = flush_s, True
-        if not self._thread.ident:
+        if self._closing.acquire(blocking=False):
             self.transport.close()
-        elif threading.current_thread() is not self._thread:
+        elif self._thread.is_alive() and threading.current_thread() is not self._thread:
             self.transport.wake()
             self._thread.join(timeout_s)
 
@@ -71,6 +75,8 @@ class MessageLoop:
         return self._thread.is_alive() and not self._is_stopping
 
     def _run(self) -> None:
+        if not self._closing.acquire(blocking=False):
+            return
         try:
             while not self._is_stopping:
                 self._turn()
