@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -400,6 +403,18 @@ stack.evaluate([engine.initial_vector()], [None])
 print("torch._dynamo" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.processes
+def test_what_an_accelerator_computes_meets_nothing_of_the_cpu():
+    """On a device that is not there but takes no tensor of the CPU, as a GPU does not: every engine, to the CPU's values."""
+    command = [sys.executable, str(Path(__file__).with_name("foreign_device.py"))]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "a tensor of the CPU among those of another device" in found.pop("refusal")
+    assert len(found) == 21 and [what for what, is_equal in found.items() if not is_equal] == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

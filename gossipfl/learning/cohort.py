@@ -39,6 +39,7 @@ from gossipfl.learning.training import (
     OptimizerState,
     TrainingStep,
     cross_entropy,
+    kind_of,
 )
 from gossipfl.segments.layout import Layout
 
@@ -149,7 +150,7 @@ class StackedCohort:
         self.block = _block(engine)
         # Blocks on threads of their own: torch's threads wait for each other after each operation, and on a machine that has
         # other work to do two of them were up to ten times slower than one.
-        self._num_threads = engine.config.threads if engine.config.device == "cpu" else 1
+        self._num_threads = engine.config.threads if kind_of(engine.config.device) == "cpu" else 1
         self._threads = ThreadPoolExecutor(self._num_threads, initializer=torch.set_num_threads, initargs=(1,))
         reason = None
         for pads, is_closed in WAYS if engine.step is cross_entropy else WAYS[-1:]:
@@ -373,7 +374,7 @@ class _Step(nn.Module):
 
 def _block(engine: Engine) -> int:
     """How many peers are trained at a time."""
-    kind = "cpu" if engine.config.device == "cpu" else "cuda"
+    kind = "cpu" if kind_of(engine.config.device) == "cpu" else "cuda"
     return max(1, min(MAX_BLOCK[kind], BLOCK_BYTES[kind] // engine.layout.num_bytes))
 
 

@@ -13,6 +13,7 @@ in its `Learner`. The order in which peers train does not change what they learn
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -217,7 +218,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: TrainingConfig, dataset: Dataset, step: TrainingStep | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
-        _check_device(config.device)
+        _prepare_device(config.device)
         torch.set_num_threads(config.threads)
         self.config, self.dataset = config, dataset
         self.flat = FlatModel(model, config.buffers, config.device)
@@ -302,7 +303,7 @@ class Engine:
             self._train_step(x, y, {})
 
     def try_fast_math(self, num_pairs: int = 8) -> bool:
-        """Switch fast math on if it wins here: channels_last images and oneDNN's reduced-precision float32 products.
+        """Switch fast math on if it wins here: channels_last images and reduced-precision float32 products.
 
         Times training steps with and without it in turn, so that a busy machine slows both, and leaves the model as it was.
         """
@@ -314,7 +315,7 @@ class Engine:
                 self.set_fast_math(fast)
                 began = time.perf_counter()
                 with own_draws():
-                    self._train_step(*self.tensors(*batch), {})
+                    float(self._train_step(*self.tensors(*batch), {}))  # waits for an accelerator
                 times[fast].append(time.perf_counter() - began)
         self.flat.flat.copy_(before)
         plain_s, fast_s = (statistics.median(times[fast][1:]) for fast in (False, True))
@@ -324,6 +325,8 @@ class Engine:
     def set_fast_math(self, use: bool) -> None:
         self.uses_fast_math = use
         torch.set_float32_matmul_precision("medium" if use else "highest")
+        if kind_of(self.config.device) == "cuda":
+            torch.backends.cudnn.allow_tf32 = use
 
     def _load_buffers(self, learner: Learner | None) -> None:
         values = (learner.local_buffers if learner else []) or self.initial_buffers
@@ -374,9 +377,23 @@ def _raises_as_config_error(what: str, remedy: str) -> Iterator[None]:
         raise ConfigError(f"{what} ({reason}); {remedy}") from error
 
 
-def _check_device(device: str) -> None:
+def kind_of(device: str) -> str:
+    """cuda of cuda:1."""
+    return device.partition(":")[0]
+
+
+def _prepare_device(device: str) -> None:
+    """ConfigError if it is not to be had. CUDA is told to come to the same values each time, which costs it some speed.
+
+    What it has no such kernel for, torch warns of when it is used.
+    """
+    if kind_of(device) == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"training.device = {device!r} is not to be had here ({reason}); use 'cpu'") from error
+    if kind_of(device) == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.allow_tf32 = False
