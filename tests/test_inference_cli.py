@@ -455,7 +455,7 @@ def test_a_device_that_knows_nothing_but_an_address_answers_and_the_server_ends_
         assert code == 0 and "20 answers of digits" in stdout
         assert re.search(r"first [\d.]+, then median [\d.]+, slowest [\d.]+ ms", stdout)
         np.save(tmp_path / "noise.npy", 5 * np.random.default_rng(0).standard_normal((300, 1, 8, 8)))
-        code, stdout, _ = call("device", *words, "--inputs", tmp_path / "noise.npy", "--audit", "1")
+        code, stdout, _ = call("device", *words, "--inputs", tmp_path / "noise.npy", "--samples", "300", "--audit", "1")
         assert code == 0 and "alarm: version 6 differs from the full model more often than alpha" in " ".join(stdout.split())
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -562,6 +562,13 @@ def test_a_file_that_holds_no_inputs_is_refused(values, says, tmp_path):
     np.save(tmp_path / "x.npy", values)
     with pytest.raises(ConfigError, match=says):
         read_inputs(tmp_path / "x.npy", None, 1, (1, 8, 8))
+
+
+@pytest.mark.parametrize(("count", "num_read"), [(2, 2), (9, 5), (None, 5)])
+def test_of_a_file_of_inputs_all_are_asked_or_the_first_of_them(count, num_read, tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(5 * 64.0).reshape(5, 1, 8, 8))
+    assert read_inputs(tmp_path / "x.npy", None, count, (1, 8, 8)).x[:, 0, 0, 0].tolist() == [0, 64, 128, 192, 256][:num_read]
+    assert len(read_inputs(None, None, count, (1, 8, 8)).x) == (count or 100)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x"])

@@ -227,7 +227,7 @@ def serve(run: Path, model: str, bind: str, advertise: str | None, http: str | N
 @click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Folder that keeps the pieces of the model.")
 @click.option("--inputs", type=click.Path(path_type=Path), help="A .npy file of inputs, f32[n, ...] (default: see --config).")
 @click.option("--config", "scenario", help="A scenario whose test samples are asked (default: noise).")
-@click.option("--samples", default=100, show_default=True, type=click.IntRange(1), help="Of the scenario's data, or of noise.")
+@click.option("--samples", type=click.IntRange(1), help="How many inputs (default: all of --inputs, or 100).")
 @click.option(
     "--timeout", "timeout_s", type=Number(0, 1e9, True), default=30.0, show_default=True, help="Seconds for each answer."
 )
@@ -250,7 +250,7 @@ def device(
     cache: Path | None,
     inputs: Path | None,
     scenario: str | None,
-    samples: int,
+    samples: int | None,
     timeout_s: float,
     audit_share: float,
     as_json: bool,

@@ -33,6 +33,8 @@ from gossipfl.scenario.interrupts import OneInterrupt
 from gossipfl.scenario.preparation import prepare
 
 Say = Callable[[str], None]
+NUM_SAMPLES = 100
+"""That a device asks, unless it is told how many."""
 SAY_S = 1.0
 """After it, and again after as long, a device says what it waits for, if that is another thing."""
 
@@ -139,8 +141,8 @@ def chain_of(architecture: Architecture) -> Chain:
     return Chain.of(model, architecture.input_shape)
 
 
-def read_inputs(path: Path | None, scenario: Scenario | None, count: int, input_shape: tuple[int, ...]) -> Inputs:
-    """Samples of a .npy file, or test samples of a scenario's data; noise where there are neither."""
+def read_inputs(path: Path | None, scenario: Scenario | None, count: int | None, input_shape: tuple[int, ...]) -> Inputs:
+    """The first `count` samples of a .npy file (None: all), or of a scenario's test data (None: NUM_SAMPLES); else noise."""
     if path is not None:
         try:
             with open(path, "rb") as file:
@@ -159,7 +161,8 @@ def read_inputs(path: Path | None, scenario: Scenario | None, count: int, input_
             x = x.astype(np.float32)
         if not np.isfinite(x).all():
             raise ConfigError(f"{path} holds values that are not finite as 32-bit floats; remove them")
-        return Inputs(x, None)
+        return Inputs(x[:count], None)
+    count = count or NUM_SAMPLES
     if scenario is not None:
         dataset = open_dataset(prepare(scenario))
         return Inputs(normalise(np.asarray(dataset.x_test[:count]), dataset), np.asarray(dataset.y_test[:count]))
