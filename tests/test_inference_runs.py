@@ -1299,7 +1299,9 @@ LIES = {
 def test_who_lies_about_plans_is_passed_over(lie, liars, servers, devices):
     device = devices(liar := liars(LIES[lie]), servers(cut=2), patience_s=0.3)
     assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X))
-    assert {fault.source for fault in device.faults} == {liar.address}
+    assert liar.address in {fault.source for fault in device.faults}
+    # who is honest may be slower than 0.3 s on a busy machine
+    assert {fault.source for fault in device.faults if fault.kind != "silent"} <= {liar.address}
 
 
 def test_who_offers_and_then_says_nothing_or_something_else_is_passed_over(liars, servers, devices):
