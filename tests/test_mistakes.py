@@ -248,6 +248,14 @@ def test_a_run_that_diverges_is_remarked_upon_once(rate, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"] == told
 
 
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+def test_the_distance_of_models_that_diverged_is_not_known_in_json_that_anyone_reads(clock, tmp_path):
+    scenario = {"peers": 4, "rounds": 2, "training": {"learning_rate": 1e30}, "model_args": {"hidden": [8]}}
+    summary = gossipfl.run(scenario, clock=clock, out=tmp_path / "run").summary
+    json.dumps(summary, allow_nan=False)
+    assert summary["consensus_distance"] == {"first": None, "last": None}
+
+
 @pytest.mark.parametrize(("clock", "ends_s"), [("virtual", 0.5), ("local", 0.001)])
 def test_what_changes_how_a_result_is_to_be_read_is_told_also_where_nothing_else_is(clock, ends_s, tmp_path):
     trace = tmp_path / "rates.csv"
