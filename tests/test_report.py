@@ -195,6 +195,23 @@ def test_a_record_that_was_cut_short_is_reported_with_a_note(folder):
     assert "70.00 %" in text  # the mean of 0.5, 0.7, 0.9
 
 
+def test_a_record_that_was_cut_short_is_still_one_in_virtual_seconds(folder):
+    (folder / "summary.json").unlink()
+    assert read_run(folder, "small").time_unit == "seconds"
+    (folder / "scenario.toml").write_text('clock = "virtual"\n')
+    assert read_run(folder, "small").time_unit == "virtual seconds"
+
+
+def test_what_changes_how_a_run_is_to_be_read_is_told_first_also_beside_others(folder, tmp_path):
+    warning = {"event": "warning", "detail": "training diverges: the loss of p0 in round 1 is nan"}
+    odd = write_record(tmp_path / "odd", [a_round("p0", 1), warning, warning], {"exit_code": 1})
+    stopped = write_record(tmp_path / "stopped", [a_round("p0", 1)], {"exit_code": 130})
+    text = page_of(write_report([folder, odd, stopped])).text
+    assert text.index("odd: The run failed: fewer peers") < text.index("Figures, with ratios")
+    assert text.index("stopped: The run was interrupted.") < text.index("Figures, with ratios")
+    assert text.count("Warning: training diverges: the loss of p0") == 2  # beside the others, and in its own part
+
+
 def test_a_folder_that_holds_no_run_is_named_with_the_remedy(tmp_path):
     with pytest.raises(ConfigError, match=rf"{tmp_path} holds no run .*events.jsonl.*runs/quickstart"):
         write_report([tmp_path])
@@ -418,6 +435,15 @@ def test_peers_are_drawn_with_their_last_accuracy_and_those_that_failed_with_a_c
     assert peers["marker"]["color"] == [0.5, 0.7, 0.9]
     assert peers["marker"]["symbol"] == ["circle", "x", "circle"]
     assert lines["x"].count(None) == 3  # a ring of three
+
+
+def test_a_peer_that_was_killed_did_not_finish_though_it_had_no_time_to_say_so(tmp_path):
+    churn = {"kill": [{"peer": "p1", "at": "50ms"}, {"peer": "p2", "at": "50ms"}], "rejoin": [{"peer": "p1", "at": "70ms"}]}
+    scenario = a_quick_run(rounds=20, compute={"step_time": "10ms"}, churn=churn, min_peers=5)
+    run = read_run(gossipfl.run(scenario, out=tmp_path / "run").folder, "run")
+    assert run.dead == ["p2"] and dict(figures(run))["peers that did not finish"] == "1"
+    assert plot_topology(run).traces[1]["marker"]["symbol"].count("x") == 1
+    assert faults(run)[-1] == ("did not finish", "p2", "", "", "1", "was away at the end, as planned")
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,8 @@ def _drawn_links(at: Points, links: Sequence[Link]) -> Trace:
 
 
 def _drawn_peers(run: Run, at: Points, names: list[str], accuracy: np.ndarray, degrees: list[int]) -> Trace:
-    failed = [run.finished.get(name) is not None for name in names]
+    dead = set(run.dead)
+    failed = [name in dead for name in names]
     points = np.array(list(at.values()))
     hover = [
         f"{name}: {'not evaluated' if np.isnan(value) else f'{value:.4f}'}, {degree} neighbours"
