@@ -300,6 +300,21 @@ def test_the_curves_are_mean_worst_and_best_of_each_round(folder):
     assert [row["average_model"] for row in rows] == ["", "0.95"]  # the summary knows the last
 
 
+def test_a_single_evaluation_is_seen_as_a_point(tmp_path):
+    state = {"event": "state", "round": 1, "time_s": 2.0, "consensus_distance": 3.0, "average_accuracy": 0.6}
+    specs = specs_of(write_report([write_record(tmp_path / "one", [a_round("p0", 1), state])]))
+    assert [trace["mode"] for trace in specs["accuracy-over-rounds"]["data"]] == ["lines", "lines", "markers", "markers"]
+    assert specs["consensus-distance"]["data"][0]["mode"] == "markers"
+
+
+def test_where_all_values_are_one_no_scale_tells_of_others(tmp_path):
+    events = [a_round(f"p{peer}", 1, received_from={f"p{1 - peer}": 2**20}) for peer in (0, 1)]
+    run = read_run(write_record(tmp_path / "even", events), "even")
+    traffic = plot_traffic(run).traces[0]
+    assert (traffic["zmin"], traffic["zmax"]) == (0, 1)
+    assert plot_topology(run).traces[1]["marker"]["showscale"] is False
+
+
 def test_states_give_the_average_model_and_the_consensus_distance_by_round(folder):
     with (folder / "events.jsonl").open("a") as file:
         for number, distance in (1, 3.0), (2, 0.5):

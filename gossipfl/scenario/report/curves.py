@@ -108,7 +108,7 @@ def _accuracy_over(
         [trace for index, (run, curve) in numbered for trace in _accuracy_traces(run, curve, x_name, index, len(runs) == 1)],
         {
             "xaxis": axis(label, rangemode="tozero"),
-            "yaxis": axis("test accuracy", tickformat=".2f"),
+            "yaxis": axis("test accuracy", rangemode="nonnegative"),
             "showlegend": len(runs) == 1,
         },
         _accuracy_columns(runs, curves, x_name),
@@ -117,19 +117,20 @@ def _accuracy_over(
 
 def _accuracy_traces(run: Run, curve: AccuracyCurve, x_name: str, index: int, single: bool) -> list[Trace]:
     colour, name = COLOURS[index % len(COLOURS)], html.escape(run.name)
-    shared: Trace = {"x": short(getattr(curve, x_name)), "mode": "lines"} | _group(index, single)
-    band = shared | {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+    shared: Trace = {"x": short(getattr(curve, x_name)), "mode": _mode(curve.mean)} | _group(index, single)
+    band = shared | {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
     mean = {
         "y": short(curve.mean),
         "name": "mean of the peers" if single else name,
         "line": _line(index),
+        "marker": {"color": colour, "size": 7},
         "customdata": [list(ends) for ends in zip(short(curve.least), short(curve.greatest), strict=True)],
         "hovertemplate": "%{y:.4f} (%{customdata[0]:.4f} to %{customdata[1]:.4f})",
     }
     average = {
         "y": short(curve.average_model),
         "name": "average model" if single else f"{name}, average model",
-        "mode": "markers" if np.isfinite(curve.average_model).sum() == 1 else "lines",
+        "mode": _mode(curve.average_model),
         "line": {"color": colour, "dash": "dot", "width": 2},
         "marker": {"symbol": "diamond", "size": 9, "color": colour},
         "showlegend": single,
@@ -297,10 +298,15 @@ def _round_means(values: np.ndarray, inverse: np.ndarray, num_rounds: int) -> np
 
 
 def _line_trace(index: int, run: Run, columns: Columns, name: str, single: bool) -> Trace:
-    trace = {"x": short(columns["round"]), "y": short(columns[name]), "mode": "lines", "line": _line(index)}
-    return (
-        trace | {"name": html.escape(run.name), "showlegend": not single, "hovertemplate": "%{y:.4g}"} | _group(index, single)
-    )
+    line, values = _line(index), columns[name]
+    trace = {"x": short(columns["round"]), "y": short(values), "mode": _mode(values), "line": line}
+    look = {"marker": {"color": line["color"], "size": 7}, "showlegend": not single, "hovertemplate": "%{y:.4g}"}
+    return trace | look | {"name": html.escape(run.name)} | _group(index, single)
+
+
+def _mode(values: np.ndarray) -> str:
+    """A line of one value would not be seen."""
+    return "markers" if np.isfinite(values).sum() == 1 else "lines"
 
 
 def _line(index: int) -> dict[str, Any]:

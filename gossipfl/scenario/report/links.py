@@ -43,7 +43,7 @@ def plot_traffic(run: Run) -> Plot:
     cells = np.zeros((len(labels), len(labels)))
     for to, sender, size in known:
         cells[place[to] // group, place[sender] // group] += size / MIB
-    trace = {
+    trace: Trace = {
         "type": "heatmap",
         "z": [[value or None for value in short(row)] for row in cells],
         "colorscale": SCALE,
@@ -51,6 +51,8 @@ def plot_traffic(run: Run) -> Plot:
         "customdata": [[f"{to} from {sender}" for sender in labels] for to in labels],
         "hovertemplate": "%{customdata}: %{z:.4g} MiB<extra></extra>",
     }
+    if np.allclose(cells[cells > 0], cells.max()):  # or the scale would go below nothing and above all
+        trace |= {"zmin": 0, "zmax": float(cells.max())}
     every = -(-len(labels) // MAX_LABELS)
     ticks = {"tickvals": list(range(0, len(labels), every)), "ticktext": [html.escape(names[0]) for names in groups[::every]]}
     layout = {
@@ -143,7 +145,7 @@ def _drawn_peers(run: Run, at: Points, names: list[str], accuracy: np.ndarray, d
             "color": short(accuracy),
             "colorscale": SCALE,
             "colorbar": colourbar("accuracy"),
-            "showscale": bool(np.isfinite(accuracy).any()),
+            "showscale": len(np.unique(accuracy[np.isfinite(accuracy)])) > 1,
             "line": {"width": 1, "color": "rgb(128,128,128)"},
         },
     }
