@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
@@ -207,6 +208,25 @@ def test_a_terminal_of_80_columns_shows_round_accuracy_rate_and_time_left():
     frames = re.split(r"[\r\n]", re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", console.file.getvalue()))
     last = [frame for frame in frames if frame.startswith("round ")][-1]
     assert re.fullmatch(r"round 990/1000 +accuracy 0\.500  \S+ rounds/s  0:00:\d\d left  peers 19/20", last.rstrip())
+
+
+def test_brackets_are_shown_as_they_are(tmp_path):
+    folder = tmp_path / "[red]" / "[" / "red]"
+    words = ["--clock", "virtual", "--set", "churn.online=0.9", "--set", "churn.period=10ms", "--set", "min_peers=1"]
+    _, lines = gossipfl_says("run", "quickstart", *SMALL, *words, "--out", folder)
+    assert f"4 peers, 9,610 parameters, writing to {folder}" in lines
+    assert any(line.startswith("[churn] has a peer there for") for line in lines)
+
+
+def test_a_terminal_of_40_columns_shows_the_round_and_how_many_samples_each_has():
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, color_system=None)
+    display = Display(console)
+    display.data_ready(load_scenario({"peers": 2, "rounds": 60, "gossip": {"replicas": 1}}), np.full((2, 10), 7))
+    display.started(Path("run"), 1000)
+    display.event({"event": "round", "peer": "p0", "round": 59, "payload_bytes": 1, "accuracy_after": 0.5}, 2)
+    display.close()
+    shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", console.file.getvalue())
+    assert re.search(r"p1 +│ +70 ", shown) and "round 59/60 " in shown
 
 
 # ---------------------------------------------------------------------------------------------------------------- traces

@@ -90,8 +90,8 @@ def tell(text: str) -> None:
 
 
 def stderr_console() -> Console:
-    """Progress on stderr, which no command fails for want of."""
-    return Console(file=cast(TextIO, _Lasting(sys.stderr)))
+    """Progress on stderr, which no command fails for want of. A bracket in a name or a message is a bracket, as below."""
+    return Console(file=cast(TextIO, _Lasting(sys.stderr)), markup=False)
 
 
 class Number(click.FloatRange):
@@ -106,7 +106,8 @@ class Number(click.FloatRange):
 
 def stdout_console() -> Console:
     """As wide as the terminal; what goes to a file is as wide as its figures need."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
+    return Console(width=width, markup=False)
 
 
 set_option = click.option(

@@ -122,7 +122,7 @@ FIGURES = (
         size,
     ),
     Figure("payload, all", _known("bytes", "payload", otherwise=_over_rounds("payload_bytes")), size),
-    Figure("on the wire, all", _known("bytes", "wire", otherwise=_over_rounds("wire_bytes")), size),
+    Figure("on the wire, all rounds", _known("bytes", "wire", otherwise=_over_rounds("wire_bytes")), size),
     Figure("time to start", _known("seconds", "startup"), seconds),
     Figure("time to simulate", _simulation_s, seconds),
     Figure("memory at the peak", _known("memory_mib", "peak_total"), lambda value: size(value * 2**20)),
