@@ -190,7 +190,7 @@ def test_a_record_that_was_cut_short_is_reported_with_a_note(folder):
     with (folder / "events.jsonl").open("a") as file:
         file.write('{"event": "round", "pe')
     text = page_of(write_report([folder])).text
-    assert "The record is cut short: it has no summary.json." in text
+    assert "The record has no summary.json: the run goes on or was cut short, or" in text
     assert "1 line could not be read and is left out." in text
     assert "70.00 %" in text  # the mean of 0.5, 0.7, 0.9
 
@@ -507,12 +507,16 @@ def test_curves_go_to_tensorboard_by_round(folder, tmp_path, monkeypatch):
             written[self.log_dir, tag, step] = (round(value, 6), walltime)
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    earlier = tmp_path / "board" / "small" / "events.out.tfevents.1"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     result = CliRunner().invoke(main, ["report", str(folder), "--tensorboard", str(tmp_path / "board")])
     assert result.exit_code == 0, result.output
     board = str(tmp_path / "board" / "small")
     assert written[board, "accuracy/worst", 1] == (0.2, 2.0) and written[board, "accuracy/mean", 2] == (0.7, 4.0)
     assert written[board, "staleness_max", 2][1] == written[board, "accuracy/mean", 2][1]  # at the time of the round
     assert (board, "accuracy/average_model", 1) not in written
+    assert not earlier.exists()  # or both would be drawn as one curve
 
 
 def test_without_tensorboard_the_extra_to_install_is_named(folder, tmp_path, monkeypatch):

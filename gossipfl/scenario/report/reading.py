@@ -312,7 +312,10 @@ def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         summary = json.loads(path.read_bytes())
     except FileNotFoundError:
-        notes.append("The record is cut short: it has no summary.json. What follows is made from the events that there are.")
+        notes.append(
+            "The record has no summary.json: the run goes on or was cut short, or this is what one peer by hand wrote, which "
+            "`gossipfl collect` gathers. What follows is made from the events that there are."
+        )
     except (ValueError, RecursionError):
         notes.append("summary.json cannot be read. What follows is made from the events.")
     else:
