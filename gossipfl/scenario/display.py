@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gossipfl.scenario.reproduce.figures import Table as Comparison
 
 MAX_ROWS = 32
+MAX_NAMED = 10
 BAR_WIDTH = 6
 """So that a line fits 80 columns."""
 LINE_S, ARMS_LINE_S = 2.0, 60.0
@@ -143,7 +144,7 @@ def print_summary(console: Console, result: RunResult) -> None:
             "missing, late, refused, rejected",
             f"{faults['missing_segments']}, {faults['late']}, {faults['refused']}, {faults['rejected']}",
         ),
-        ("peers that did not finish", ", ".join(_dead_peers(faults)) or "none"),
+        ("peers that did not finish", _dead_peers(faults)),
     ]
     title = f"{summary['scenario']}: {summary['peers']} peers, {summary['rounds']} rounds"
     print_figures(console, title, [(name, value) for name, value in rows if value is not None])
@@ -248,9 +249,11 @@ def _times(seconds: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "real seconds to start / to run", startup_wall
 
 
-def _dead_peers(faults: dict[str, Any]) -> Iterator[str]:
-    for peer in faults["dead_peers"]:
-        yield f"{peer} (as planned)" if peer in faults["dead_as_planned"] else peer
+def _dead_peers(faults: dict[str, Any]) -> str:
+    dead = faults["dead_peers"]
+    names = [f"{peer} (as planned)" if peer in faults["dead_as_planned"] else peer for peer in dead[:MAX_NAMED]]
+    more = [f"and {len(dead) - MAX_NAMED:,} more"] if len(dead) > MAX_NAMED else []
+    return ", ".join(names + more) or "none"
 
 
 def _percent(value: float | None) -> str | None:

@@ -205,7 +205,7 @@ def faults(run: Run) -> list[tuple[str, str, str, str, str, str]]:
 def _why_dead(run: Run, peer: str) -> str:
     """Nothing where the whole run was interrupted, which is told once."""
     if error := run.finished.get(peer):
-        return error
+        return error.removeprefix(f"{peer}: ")
     if peer in run.peers_told("dead_as_planned"):
         return "was away at the end, as planned"
     return "" if run.was_interrupted else "was not done when the run ended"
