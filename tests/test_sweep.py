@@ -187,6 +187,16 @@ def test_the_table_tells_keys_of_one_ending_apart_and_virtual_seconds_from_real_
     ]
 
 
+@pytest.mark.parametrize(("width", "last"), [(80, "consensus"), (60, "worst"), (40, "accuracy")])
+def test_figures_that_a_terminal_has_no_room_for_are_left_out_not_cut(width, last, capsys):
+    row = {"wall_s": 2.0, "virtual_s": 3.0, "accuracy_mean": 0.5125, "accuracy_min": 0.25, "payload_bytes": 2**20}
+    row |= {"gossip.segments": "8", "gossip.codec": "topk:0.1", "consensus_distance": 0.5, "error": "1 of 4 died"}
+    print_sweep(Console(width=width), [row], ["gossip.segments", "gossip.codec"])
+    shown = capsys.readouterr().out
+    assert "…" not in shown and "0.5125" in shown and "failed" in shown
+    assert last in shown and all(len(line) <= width for line in shown.splitlines())
+
+
 def test_runs_on_this_machines_own_clock_go_one_after_another(tmp_path):
     overrides = ["peers=2", "rounds=1", "central=false", "gossip.replicas=1", "transport.kind=inproc"]
     runs = sweep_runs("quickstart", ["training.learning_rate=0.1,0.2"], (), tmp_path, overrides)
