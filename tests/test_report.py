@@ -326,6 +326,15 @@ def test_states_give_the_average_model_and_the_consensus_distance_by_round(folde
     assert specs["accuracy-over-time"]["data"][3]["y"] == [0.6, 0.8]
 
 
+def test_a_distance_of_nothing_is_told_where_it_cannot_be_drawn(tmp_path):
+    state = {"event": "state", "time_s": 2.0, "average_accuracy": 0.6}
+    for name, distances in (("apart", (9.0, 1.0)), ("one", (0.0, 0.0))):
+        states = [state | {"round": number, "consensus_distance": value} for number, value in enumerate(distances, start=1)]
+        write_record(tmp_path / name, [a_round("p0", 1), a_round("p0", 2), *states])
+    assert "no place on this logarithmic axis" in plot_curves(read_runs([tmp_path]))[3].about
+    assert "no place" not in plot_curves(read_runs([tmp_path / "one"]))[3].about
+
+
 def test_what_is_not_in_the_record_is_left_out_in_a_line_that_says_why(folder):
     path = write_report([folder])
     text = page_of(path).text

@@ -92,7 +92,12 @@ def _accuracy(runs: Sequence[Run]) -> list[Plot]:
     over = (
         ("rounds", "round", "round", about),
         ("time", "time_s", time, "The same over the time at which the peers had merged, on average."),
-        ("bytes", "received_mib_per_peer", "received by each peer, MiB", "The same over the encoded payload received by then."),
+        (
+            "bytes",
+            "received_mib_per_peer",
+            "received per peer, MiB",
+            "The same over the encoded payload received by then, mean of the peers.",
+        ),
     )
     return [_accuracy_over(*horizontal, runs, curves) for horizontal in over]
 
@@ -169,9 +174,12 @@ def _consensus(runs: Sequence[Run]) -> Plot:
             trace |= {"mode": "markers", "marker": {"symbol": "circle-open", "size": 9, "color": trace["line"]["color"]}}
         traces.append(trace)
     every = np.concatenate([curve["consensus_distance"] for _, _, curve in known])
+    scale = log_scale(every)
+    if scale.get("type") == "log" and (every == 0).any():
+        about += " Distances of 0 have no place on this logarithmic axis."
     layout = {
         "xaxis": axis("round", rangemode="tozero"),
-        "yaxis": axis("mean squared distance", **log_scale(every)),
+        "yaxis": axis("mean squared distance", **scale),
         "showlegend": False,
     }
     return Plot(key, title, about, traces, layout, _stacked((run.name, curve) for _, run, curve in known))
