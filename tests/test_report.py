@@ -400,6 +400,11 @@ def test_a_bar_of_a_long_run_sums_several_rounds(tmp_path):
     assert len(plot.traces[0]["x"]) == 84 and plot.traces[0]["x"][0] == 3.0
 
 
+def test_where_nobody_sends_anything_there_is_no_traffic_rather_than_none_known(tmp_path):
+    run = read_run(write_record(tmp_path / "alone", [a_round("p0", 1, payload_bytes=0)]), "alone")
+    assert plot_traffic(run).missing == "Nobody received anything."
+
+
 def test_traffic_is_by_receiver_and_sender(folder):
     with (folder / "events.jsonl").open("a") as file:
         sent = {"p0": 2**20, "p2": 2**21, "stranger": 7}

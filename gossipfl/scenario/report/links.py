@@ -36,7 +36,9 @@ def plot_traffic(run: Run) -> Plot:
     place = {name: index for index, name in enumerate(run.peers)}
     known = [(to, sender, size) for (to, sender), size in run.received_from.items() if to in place and sender in place]
     if not known:
-        return Plot(key, title, missing="The record does not say who received how much from whom.")
+        is_silent = len(run.rounds["round"]) > 0 and not run.rounds["payload_bytes"].any()
+        why = "Nobody received anything." if is_silent else "The record does not say who received how much from whom."
+        return Plot(key, title, missing=why)
     group = -(-len(run.peers) // MAX_CELLS)
     groups = [run.peers[first : first + group] for first in range(0, len(run.peers), group)]
     labels = [_span(names) for names in groups]
