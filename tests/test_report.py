@@ -150,6 +150,17 @@ def test_the_report_lies_in_the_first_run_with_its_tables_beside_it(folder):
     ]
 
 
+def test_tables_of_an_earlier_report_do_not_stay_beside_those_of_the_next(folder, tmp_path):
+    tables = tmp_path / "page.csv"
+    write_report([folder, folder, folder], tmp_path / "page.html")
+    assert [row["number"] for row in rows_of(tables / "runs.csv")] == ["1", "2", "3"]
+    (tables / "mine.csv").touch()
+    write_report([folder, folder], tmp_path / "page.html")
+    assert {path.name.partition("-")[0] for path in tables.glob("*-faults.csv")} == {"1", "2"}
+    write_report([folder], tmp_path / "page.html")
+    assert not list(tables.glob("[0-9]*")) and not (tables / "runs.csv").exists() and (tables / "mine.csv").exists()
+
+
 def test_every_drawing_of_the_page_has_its_data(folder):
     path = write_report([folder, folder], folder / "twice.html")
     drawn = {attributes["data-plot"] for _, attributes in page_of(path).tags if "data-plot" in attributes}
