@@ -210,6 +210,12 @@ def test_a_terminal_of_80_columns_shows_round_accuracy_rate_and_time_left():
     assert re.fullmatch(r"round 990/1000 +accuracy 0\.500  \S+ rounds/s  0:00:\d\d left  peers 19/20", last.rstrip())
 
 
+def test_a_terminal_without_block_characters_shows_something_in_their_place():
+    words = [sys.executable, "-m", "gossipfl.cli", "topology", "quickstart", "--set", "topology.kind=ring"]
+    done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and b"\np6 ?" in done.stdout
+
+
 def test_brackets_are_shown_as_they_are(tmp_path):
     folder = tmp_path / "[red]" / "[" / "red]"
     words = ["--clock", "virtual", "--set", "churn.online=0.9", "--set", "churn.period=10ms", "--set", "min_peers=1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import sys
@@ -78,10 +79,16 @@ class _Lasting:
 
 
 def _open_standard_files() -> None:
-    """Those that were closed lead nowhere, lest a file that is opened gets their numbers, and what is meant for them."""
+    """Those that were closed lead nowhere, lest a file that is opened gets their numbers, and what is meant for them.
+
+    Where a terminal has no character for something, as for the blocks of a topology, a ? stands there.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for file in (sys.stdout, sys.stderr):
+        if isinstance(file, io.TextIOWrapper) and file.errors == "strict":
+            file.reconfigure(errors="replace")
 
 
 def tell(text: str) -> None:
