@@ -171,6 +171,14 @@ def test_too_many_links_or_peers_for_a_file_are_refused(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- the command
 
 
+def test_a_narrow_terminal_shows_bars_in_proportion_where_the_matrix_would_be_broken_up():
+    words = ["topology", "quickstart", "--set", "peers=60", "--set", "topology.kind=small_world", "--set", "topology.degree=4"]
+    shown = CliRunner().invoke(main, words, env={"COLUMNS": "40"}).stdout
+    bars = [line.split() for line in shown.partition("neighbours  peers")[2].splitlines()[1:]]
+    most = max(int(count) for _, count, _ in bars)
+    assert "▀" not in shown and all(len(bar) == -(-16 * int(count) // most) for _, count, bar in bars)
+
+
 def run(*arguments: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, ["topology", *map(str, arguments)])
     return result.exit_code, result.stdout, result.stderr

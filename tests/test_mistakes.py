@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
@@ -209,6 +210,31 @@ def test_a_terminal_of_80_columns_shows_round_accuracy_rate_and_time_left():
     assert re.fullmatch(r"round 990/1000 +accuracy 0\.500  \S+ rounds/s  0:00:\d\d left  peers 19/20", last.rstrip())
 
 
+def test_a_terminal_without_block_characters_shows_something_in_their_place():
+    words = [sys.executable, "-m", "gossipfl.cli", "topology", "quickstart", "--set", "topology.kind=ring"]
+    done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and b"\np6 ?" in done.stdout
+
+
+def test_brackets_are_shown_as_they_are(tmp_path):
+    folder = tmp_path / "[red]" / "[" / "red]"
+    words = ["--clock", "virtual", "--set", "churn.online=0.9", "--set", "churn.period=10ms", "--set", "min_peers=1"]
+    _, lines = gossipfl_says("run", "quickstart", *SMALL, *words, "--out", folder)
+    assert f"4 peers, 9,610 parameters, writing to {folder}" in lines
+    assert any(line.startswith("[churn] has a peer there for") for line in lines)
+
+
+def test_a_terminal_of_40_columns_shows_the_round_and_how_many_samples_each_has():
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, color_system=None)
+    display = Display(console)
+    display.data_ready(load_scenario({"peers": 2, "rounds": 60, "gossip": {"replicas": 1}}), np.full((2, 10), 7))
+    display.started(Path("run"), 1000)
+    display.event({"event": "round", "peer": "p0", "round": 59, "payload_bytes": 1, "accuracy_after": 0.5}, 2)
+    display.close()
+    shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", console.file.getvalue())
+    assert re.search(r"p1 +│ +70 ", shown) and "round 59/60 " in shown
+
+
 # ---------------------------------------------------------------------------------------------------------------- traces
 
 
@@ -246,6 +272,14 @@ def test_a_run_that_diverges_is_remarked_upon_once(rate, tmp_path):
     told = [line for line in lines if line.startswith("training diverges: the loss of p")]
     assert code == 0 and len(told) == (rate == "1e30")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"] == told
+
+
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+def test_the_distance_of_models_that_diverged_is_not_known_in_json_that_anyone_reads(clock, tmp_path):
+    scenario = {"peers": 4, "rounds": 2, "training": {"learning_rate": 1e30}, "model_args": {"hidden": [8]}}
+    summary = gossipfl.run(scenario, clock=clock, out=tmp_path / "run").summary
+    json.dumps(summary, allow_nan=False)
+    assert summary["consensus_distance"] == {"first": None, "last": None}
 
 
 @pytest.mark.parametrize(("clock", "ends_s"), [("virtual", 0.5), ("local", 0.001)])

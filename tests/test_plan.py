@@ -192,8 +192,9 @@ def test_a_peer_with_many_neighbours_sends_more():
         ({"network": {"uplink": "10Mbit", "peers": {"p3": {"uplink": "1Mbit"}}}}, "uplink of p3"),
         ({"network": {"pair": "100Mbit"}, "compute": {"stragglers": {"peers": ["p5"], "slowdown": 10}}}, "compute of p5"),
         ({"network": {"peers": {"p7": {"latency": "80ms"}}, "latency": "10ms"}, "topology": {"kind": "star"}}, "latency of p7"),
+        ({"network": {"loss": "5%", "latency": "30ms"}}, "loss"),
     ],
-    ids=["uplink", "compute", "latency"],
+    ids=["uplink", "compute", "latency", "loss"],
 )
 def test_who_holds_everybody_up_is_named(changes, bottleneck):
     if changes.get("topology"):

@@ -150,6 +150,17 @@ def test_the_report_lies_in_the_first_run_with_its_tables_beside_it(folder):
     ]
 
 
+def test_tables_of_an_earlier_report_do_not_stay_beside_those_of_the_next(folder, tmp_path):
+    tables = tmp_path / "page.csv"
+    write_report([folder, folder, folder], tmp_path / "page.html")
+    assert [row["number"] for row in rows_of(tables / "runs.csv")] == ["1", "2", "3"]
+    (tables / "mine.csv").touch()
+    write_report([folder, folder], tmp_path / "page.html")
+    assert {path.name.partition("-")[0] for path in tables.glob("*-faults.csv")} == {"1", "2"}
+    write_report([folder], tmp_path / "page.html")
+    assert not list(tables.glob("[0-9]*")) and not (tables / "runs.csv").exists() and (tables / "mine.csv").exists()
+
+
 def test_every_drawing_of_the_page_has_its_data(folder):
     path = write_report([folder, folder], folder / "twice.html")
     drawn = {attributes["data-plot"] for _, attributes in page_of(path).tags if "data-plot" in attributes}
@@ -190,9 +201,26 @@ def test_a_record_that_was_cut_short_is_reported_with_a_note(folder):
     with (folder / "events.jsonl").open("a") as file:
         file.write('{"event": "round", "pe')
     text = page_of(write_report([folder])).text
-    assert "The record is cut short: it has no summary.json." in text
+    assert "The record has no summary.json: the run goes on or was cut short, or" in text
     assert "1 line could not be read and is left out." in text
     assert "70.00 %" in text  # the mean of 0.5, 0.7, 0.9
+
+
+def test_a_record_that_was_cut_short_is_still_one_in_virtual_seconds(folder):
+    (folder / "summary.json").unlink()
+    assert read_run(folder, "small").time_unit == "seconds"
+    (folder / "scenario.toml").write_text('clock = "virtual"\n')
+    assert read_run(folder, "small").time_unit == "virtual seconds"
+
+
+def test_what_changes_how_a_run_is_to_be_read_is_told_first_also_beside_others(folder, tmp_path):
+    warning = {"event": "warning", "detail": "training diverges: the loss of p0 in round 1 is nan"}
+    odd = write_record(tmp_path / "odd", [a_round("p0", 1), warning, warning], {"exit_code": 1})
+    stopped = write_record(tmp_path / "stopped", [a_round("p0", 1)], {"exit_code": 130})
+    text = page_of(write_report([folder, odd, stopped])).text
+    assert text.index("odd: The run failed: fewer peers") < text.index("Figures, with ratios")
+    assert text.index("stopped: The run was interrupted.") < text.index("Figures, with ratios")
+    assert text.count("Warning: training diverges: the loss of p0") == 2  # beside the others, and in its own part
 
 
 def test_a_folder_that_holds_no_run_is_named_with_the_remedy(tmp_path):
@@ -283,6 +311,21 @@ def test_the_curves_are_mean_worst_and_best_of_each_round(folder):
     assert [row["average_model"] for row in rows] == ["", "0.95"]  # the summary knows the last
 
 
+def test_a_single_evaluation_is_seen_as_a_point(tmp_path):
+    state = {"event": "state", "round": 1, "time_s": 2.0, "consensus_distance": 3.0, "average_accuracy": 0.6}
+    specs = specs_of(write_report([write_record(tmp_path / "one", [a_round("p0", 1), state])]))
+    assert [trace["mode"] for trace in specs["accuracy-over-rounds"]["data"]] == ["lines", "lines", "markers", "markers"]
+    assert specs["consensus-distance"]["data"][0]["mode"] == "markers"
+
+
+def test_where_all_values_are_one_no_scale_tells_of_others(tmp_path):
+    events = [a_round(f"p{peer}", 1, received_from={f"p{1 - peer}": 2**20}) for peer in (0, 1)]
+    run = read_run(write_record(tmp_path / "even", events), "even")
+    traffic = plot_traffic(run).traces[0]
+    assert (traffic["zmin"], traffic["zmax"]) == (0, 1)
+    assert plot_topology(run).traces[1]["marker"]["showscale"] is False
+
+
 def test_states_give_the_average_model_and_the_consensus_distance_by_round(folder):
     with (folder / "events.jsonl").open("a") as file:
         for number, distance in (1, 3.0), (2, 0.5):
@@ -292,6 +335,15 @@ def test_states_give_the_average_model_and_the_consensus_distance_by_round(folde
     specs = specs_of(path)
     assert specs["consensus-distance"]["data"][0]["y"] == [3.0, 0.5]
     assert specs["accuracy-over-time"]["data"][3]["y"] == [0.6, 0.8]
+
+
+def test_a_distance_of_nothing_is_told_where_it_cannot_be_drawn(tmp_path):
+    state = {"event": "state", "time_s": 2.0, "average_accuracy": 0.6}
+    for name, distances in (("apart", (9.0, 1.0)), ("one", (0.0, 0.0))):
+        states = [state | {"round": number, "consensus_distance": value} for number, value in enumerate(distances, start=1)]
+        write_record(tmp_path / name, [a_round("p0", 1), a_round("p0", 2), *states])
+    assert "no place on this logarithmic axis" in plot_curves(read_runs([tmp_path]))[3].about
+    assert "no place" not in plot_curves(read_runs([tmp_path / "one"]))[3].about
 
 
 def test_what_is_not_in_the_record_is_left_out_in_a_line_that_says_why(folder):
@@ -359,6 +411,11 @@ def test_a_bar_of_a_long_run_sums_several_rounds(tmp_path):
     assert len(plot.traces[0]["x"]) == 84 and plot.traces[0]["x"][0] == 3.0
 
 
+def test_where_nobody_sends_anything_there_is_no_traffic_rather_than_none_known(tmp_path):
+    run = read_run(write_record(tmp_path / "alone", [a_round("p0", 1, payload_bytes=0)]), "alone")
+    assert plot_traffic(run).missing == "Nobody received anything."
+
+
 def test_traffic_is_by_receiver_and_sender(folder):
     with (folder / "events.jsonl").open("a") as file:
         sent = {"p0": 2**20, "p2": 2**21, "stranger": 7}
@@ -420,6 +477,15 @@ def test_peers_are_drawn_with_their_last_accuracy_and_those_that_failed_with_a_c
     assert lines["x"].count(None) == 3  # a ring of three
 
 
+def test_a_peer_that_was_killed_did_not_finish_though_it_had_no_time_to_say_so(tmp_path):
+    churn = {"kill": [{"peer": "p1", "at": "50ms"}, {"peer": "p2", "at": "50ms"}], "rejoin": [{"peer": "p1", "at": "70ms"}]}
+    scenario = a_quick_run(rounds=20, compute={"step_time": "10ms"}, churn=churn, min_peers=5)
+    run = read_run(gossipfl.run(scenario, out=tmp_path / "run").folder, "run")
+    assert run.dead == ["p2"] and dict(figures(run))["peers that did not finish"] == "1"
+    assert plot_topology(run).traces[1]["marker"]["symbol"].count("x") == 1
+    assert faults(run)[-1] == ("did not finish", "p2", "", "", "1", "was away at the end, as planned")
+
+
 @pytest.mark.parametrize(
     ("topology", "num_links"),
     [({"kind": "full"}, 15), ({"kind": "regular", "degree": 4}, 12), ({"kind": "ring", "dynamic": True}, 6)],
@@ -466,12 +532,16 @@ def test_curves_go_to_tensorboard_by_round(folder, tmp_path, monkeypatch):
             written[self.log_dir, tag, step] = (round(value, 6), walltime)
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    earlier = tmp_path / "board" / "small" / "events.out.tfevents.1"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     result = CliRunner().invoke(main, ["report", str(folder), "--tensorboard", str(tmp_path / "board")])
     assert result.exit_code == 0, result.output
     board = str(tmp_path / "board" / "small")
     assert written[board, "accuracy/worst", 1] == (0.2, 2.0) and written[board, "accuracy/mean", 2] == (0.7, 4.0)
     assert written[board, "staleness_max", 2][1] == written[board, "accuracy/mean", 2][1]  # at the time of the round
     assert (board, "accuracy/average_model", 1) not in written
+    assert not earlier.exists()  # or both would be drawn as one curve
 
 
 def test_without_tensorboard_the_extra_to_install_is_named(folder, tmp_path, monkeypatch):

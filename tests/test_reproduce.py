@@ -19,7 +19,7 @@ from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.display import ArmsProgress
 from gossipfl.scenario.reproduce import REPRODUCTIONS, Outcome, Reproduction, Row, Table, bacombo, epidemic, mosaic
 from gossipfl.scenario.reproduce.bacombo import PARAMETERS
-from gossipfl.scenario.reproduce.figures import _share, find_data, finished_scenario, run_arms, run_scenario
+from gossipfl.scenario.reproduce.figures import _share, accuracies, find_data, finished_scenario, run_arms, run_scenario
 from gossipfl.scenario.runner import run
 
 AHEAD = "ahead, below the published best"
@@ -291,3 +291,9 @@ def test_mosaic_is_compared_seed_by_seed_with_whole_models():
     skewed = rows(gains)["Mosaic, skewed, S = 4"].values
     assert skewed["measured"] == "+5.0 (+5.0 to +5.0)" and skewed["of the average model"] == "+0.0 (+0.0 to +0.0)"
     assert rows(details)["Mosaic, skewed, S = 1"].values["accuracy of the peers"] == "0.700 (0.600 to 0.800)"
+
+
+def test_an_arm_that_diverged_has_no_distance_in_its_table():
+    accuracy = dict.fromkeys(("mean", "min", "average_model"), 0.1)
+    summary = {"accuracy": accuracy, "consensus_distance": {"last": None}, "bytes": {"payload_per_peer_round": 1024}}
+    assert accuracies([Outcome(summary, None, None, None, 0.0)])["consensus distance"] == "nan (nan to nan)"

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,14 @@ def test_the_summary_tells_virtual_seconds_from_real_ones(tmp_path):
     print_summary(console, result)
     text = console.export_text()
     assert "virtual seconds to run / a round" in text and "120.00 / 30" in text and "real seconds to start / to run" in text
+
+
+def test_of_many_peers_that_did_not_finish_the_summary_names_some(tmp_path):
+    result = run(tmp_path / "run", gossip={"protocol": "local"})
+    dead = {"dead_peers": [f"p{index}" for index in range(1_500)], "dead_as_planned": ["p1"]}
+    console = Console(record=True, width=240)
+    print_summary(console, replace(result, summary=result.summary | {"faults": result.summary["faults"] | dead}))
+    assert "p0, p1 (as planned), p2, p3, p4, p5, p6, p7, p8, p9, and 1,490 more" in console.export_text()
 
 
 def test_alone_nobody_receives_anything(tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from gossipfl.cli import main
 from gossipfl.errors import ConfigError
-from gossipfl.scenario.sweep import run_sweep, sweep_runs
+from gossipfl.scenario.sweep import print_sweep, run_sweep, sweep_runs
 
 QUICK = ("peers=4", "rounds=2", "central=false", "clock=virtual")
 BASE = [word for override in QUICK for word in ("--set", override)]
@@ -169,10 +171,30 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_told(tmp_path):
 def test_a_run_in_which_too_few_peers_finish_is_told_with_its_figures(tmp_path):
     killed = 'churn.kill=[{peer="p1", at="0.1s"}]'
     words = ["--set", killed, "--set", "compute.step_time=100ms", "--param", "min_peers=4,3", "--out", tmp_path / "out"]
-    code, _, error = sweep(*words, "--jobs", "1")
+    code, shown, error = sweep(*words, "--jobs", "1")
     assert code == 1 and "1/2  min_peers=4  failed: 1 of 4 peers did not finish" in error
+    assert ["failed" in line for line in shown.splitlines() if re.match(r"│ +[34] │ +0\.\d+ ", line)] == [True, False]
     failed, good = rows(tmp_path / "out")
     assert good["error"] == "" and failed["accuracy_mean"] == good["accuracy_mean"] != ""
+
+
+def test_the_table_tells_keys_of_one_ending_apart_and_virtual_seconds_from_real_ones(capsys):
+    row = {"wall_s": 2.0, "virtual_s": 3.0, "accuracy_mean": 0.5, "accuracy_min": 0.25, "payload_bytes": 2**20}
+    row |= {"topology.kind": "ring", "data.partition.kind": "iid", "consensus_distance": None, "error": ""}
+    print_sweep(Console(width=120), [row], ["topology.kind", "data.partition.kind"])
+    assert re.findall(r"[\w.]+(?: s)?", capsys.readouterr().out.splitlines()[1]) == [
+        *("topology.kind", "data.partition.kind", "accuracy", "worst", "virtual s", "MiB", "consensus")
+    ]
+
+
+@pytest.mark.parametrize(("width", "last"), [(80, "consensus"), (60, "worst"), (40, "accuracy")])
+def test_figures_that_a_terminal_has_no_room_for_are_left_out_not_cut(width, last, capsys):
+    row = {"wall_s": 2.0, "virtual_s": 3.0, "accuracy_mean": 0.5125, "accuracy_min": 0.25, "payload_bytes": 2**20}
+    row |= {"gossip.segments": "8", "gossip.codec": "topk:0.1", "consensus_distance": 0.5, "error": "1 of 4 died"}
+    print_sweep(Console(width=width), [row], ["gossip.segments", "gossip.codec"])
+    shown = capsys.readouterr().out
+    assert "…" not in shown and "0.5125" in shown and "failed" in shown
+    assert last in shown and all(len(line) <= width for line in shown.splitlines())
 
 
 def test_runs_on_this_machines_own_clock_go_one_after_another(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import sys
@@ -78,10 +79,16 @@ class _Lasting:
 
 
 def _open_standard_files() -> None:
-    """Those that were closed lead nowhere, lest a file that is opened gets their numbers, and what is meant for them."""
+    """Those that were closed lead nowhere, lest a file that is opened gets their numbers, and what is meant for them.
+
+    Where a terminal has no character for something, as for the blocks of a topology, a ? stands there.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for file in (sys.stdout, sys.stderr):
+        if isinstance(file, io.TextIOWrapper) and file.errors == "strict":
+            file.reconfigure(errors="replace")
 
 
 def tell(text: str) -> None:
@@ -90,8 +97,8 @@ def tell(text: str) -> None:
 
 
 def stderr_console() -> Console:
-    """Progress on stderr, which no command fails for want of."""
-    return Console(file=cast(TextIO, _Lasting(sys.stderr)))
+    """Progress on stderr, which no command fails for want of. A bracket in a name or a message is a bracket, as below."""
+    return Console(file=cast(TextIO, _Lasting(sys.stderr)), markup=False)
 
 
 class Number(click.FloatRange):
@@ -106,7 +113,8 @@ class Number(click.FloatRange):
 
 def stdout_console() -> Console:
     """As wide as the terminal; what goes to a file is as wide as its figures need."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
+    return Console(width=width, markup=False)
 
 
 set_option = click.option(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.records import Event
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gossipfl.scenario.reproduce.figures import Table as Comparison
 
 MAX_ROWS = 32
+MAX_NAMED = 10
 BAR_WIDTH = 6
 """So that a line fits 80 columns."""
 LINE_S, ARMS_LINE_S = 2.0, 60.0
@@ -48,31 +49,29 @@ class Display(Observer):
         self._rounds, self._peers = scenario.rounds, scenario.peers
         if table is None:
             return
-        drawn = Table(
-            title=f"{scenario.data.kind}: training samples of each class ({_partition(scenario)})", title_justify="left"
-        )
-        drawn.add_column("peer")
-        for class_ in range(table.shape[1]):
-            drawn.add_column(str(class_), justify="right")
-        drawn.add_column("all", justify="right", style="bold")
-        for name, row in list(zip(scenario.peer_names, table, strict=True))[:MAX_ROWS]:
-            drawn.add_row(name, *(str(count) if count else "." for count in row), str(row.sum()))
-        if len(table) > MAX_ROWS:
-            drawn.caption = f"and {len(table) - MAX_ROWS} more peers"
+        drawn, of = _samples(scenario, table, is_whole=True), " of each class"
+        if self._console.measure(drawn, options=self._console.options.update(width=1_000)).maximum > self._console.width:
+            drawn, of = _samples(scenario, table, is_whole=False), ""  # cut columns would show nothing
+        title = f"{scenario.data.kind}: training samples{of} ({_partition(scenario)})"
+        self._console.print(title, style="italic", highlight=False)
         self._console.print(drawn)
 
     def started(self, folder: Path, parameters: int) -> None:
         self._started_at = time.monotonic()
-        self._console.print(f"{self._peers} peers, {parameters:,} parameters, writing to {folder}", highlight=False)
+        self._console.print(
+            f"{self._peers} peers, {parameters:,} parameters, writing to {folder}", highlight=False, soft_wrap=True
+        )
         if self._console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(BAR_WIDTH), TextColumn("{task.fields[figures]}")
+            of_round = Column(no_wrap=True, min_width=len(f"round {self._rounds}/{self._rounds}"))  # is not cut, if anything is
+            told = TextColumn("{task.description}", table_column=of_round)
+            columns = told, BarColumn(BAR_WIDTH), TextColumn("{task.fields[figures]}")
             self._progress = Progress(*columns, console=self._console)
             self._progress.start()
             self._progress.add_task(f"round 0/{self._rounds}", total=self._rounds * self._peers, figures="")
 
     def event(self, event: Event, alive: int) -> None:
         if event["event"] == "finished" and event["error"] is not None:
-            self.note(f"{event['peer']} did not finish: {event['error']}")
+            self.note(f"{event['peer']} did not finish: {event['error'].removeprefix(event['peer'] + ': ')}")
         if event["event"] == "planned" and event["change"] in _PLANNED:
             self.note(f"{event['peer']} {_PLANNED[event['change']]} as planned, at {event['time_s']:.3g} s")
         if event["event"] != "round":
@@ -139,13 +138,13 @@ def print_summary(console: Console, result: RunResult) -> None:
         ("consensus distance, first to last", _distances(summary["consensus_distance"])),
         ("payload per peer and round", size_text(summary["bytes"]["payload_per_peer_round"])),
         ("payload, all", size_text(summary["bytes"]["payload"])),
-        ("on the wire, all", size_text(summary["bytes"]["wire"])),
+        ("on the wire, all rounds", size_text(summary["bytes"]["wire"])),
         *_times(summary["seconds"]),
         (
             "missing, late, refused, rejected",
             f"{faults['missing_segments']}, {faults['late']}, {faults['refused']}, {faults['rejected']}",
         ),
-        ("peers that did not finish", ", ".join(_dead_peers(faults)) or "none"),
+        ("peers that did not finish", _dead_peers(faults)),
     ]
     title = f"{summary['scenario']}: {summary['peers']} peers, {summary['rounds']} rounds"
     print_figures(console, title, [(name, value) for name, value in rows if value is not None])
@@ -221,6 +220,20 @@ def print_tables(console: Console, tables: Sequence[Comparison]) -> None:
         console.print()
 
 
+def _samples(scenario: Scenario, table: np.ndarray, is_whole: bool) -> Table:
+    """Who has how many training samples; of each class too if it is to be whole, which takes a wider terminal."""
+    drawn = Table()
+    drawn.add_column("peer")
+    for class_ in range(table.shape[1] if is_whole else 0):
+        drawn.add_column(str(class_), justify="right")
+    drawn.add_column("all", justify="right", style="bold")
+    for name, row in list(zip(scenario.peer_names, table, strict=True))[:MAX_ROWS]:
+        drawn.add_row(name, *(str(count) if count else "." for count in row if is_whole), str(row.sum()))
+    if len(table) > MAX_ROWS:
+        drawn.caption = f"and {len(table) - MAX_ROWS} more peers"
+    return drawn
+
+
 def _partition(scenario: Scenario) -> str:
     args = ", ".join(f"{key} {value}" for key, value in scenario.data.partition.args.items())
     return f"{scenario.data.partition.kind}{', ' if args else ''}{args}"
@@ -236,9 +249,11 @@ def _times(seconds: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "real seconds to start / to run", startup_wall
 
 
-def _dead_peers(faults: dict[str, Any]) -> Iterator[str]:
-    for peer in faults["dead_peers"]:
-        yield f"{peer} (as planned)" if peer in faults["dead_as_planned"] else peer
+def _dead_peers(faults: dict[str, Any]) -> str:
+    dead = faults["dead_peers"]
+    names = [f"{peer} (as planned)" if peer in faults["dead_as_planned"] else peer for peer in dead[:MAX_NAMED]]
+    more = [f"and {len(dead) - MAX_NAMED:,} more"] if len(dead) > MAX_NAMED else []
+    return ", ".join(names + more) or "none"
 
 
 def _percent(value: float | None) -> str | None:

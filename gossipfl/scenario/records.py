@@ -297,7 +297,7 @@ def summarize(
             "central": _rounded(central_accuracy),
         },
         "to_target": to_target(rounds, scenario),
-        "consensus_distance": {"first": figures["first"], "last": figures["last"]},
+        "consensus_distance": {"first": known(figures["first"]), "last": known(figures["last"])},
         "bytes": {
             "payload": total("payload_bytes") + outside_rounds,
             "wire": total("wire_bytes"),
@@ -379,8 +379,13 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def known(value: float | None) -> float | None:
+    """None for what is no number, as the distance of models that have diverged: JSON has none but numbers."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _rounded(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else round(value, 6)
+    return None if (value := known(value)) is None else round(value, 6)
 
 
 def remove_files(folder: Path) -> None:

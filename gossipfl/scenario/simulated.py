@@ -35,7 +35,7 @@ from gossipfl.scenario.hosting import about_churn, about_trace, peer_settings, t
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, not_interrupted, terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory, keep_freed_memory
 from gossipfl.scenario.preparation import deal, prepare
-from gossipfl.scenario.records import Event, RunFolder, RunRecord, models_sha256, planned_event, summarize
+from gossipfl.scenario.records import Event, RunFolder, RunRecord, known, models_sha256, planned_event, summarize
 from gossipfl.scenario.results import Observer, RunResult
 from gossipfl.scenario.virtual_peers import VirtualPeers
 from gossipfl.segments.codecs import codec
@@ -116,9 +116,12 @@ class _Sums:
 
     @property
     def consensus_distance(self) -> float:
-        """mean ||x_i - x_bar||^2 as mean ||x_i||^2 - ||x_bar||^2, which needs no second look at the vectors."""
+        """mean ||x_i - x_bar||^2 as mean ||x_i||^2 - ||x_bar||^2, which needs no second look at the vectors.
+
+        NaN where a vector has diverged: 0 would say that all agree.
+        """
         centre = self.total / self.num_peers
-        return max(0.0, self.squares / self.num_peers - float(centre @ centre))
+        return max(self.squares / self.num_peers - float(centre @ centre), 0.0)  # in this order NaN stays
 
 
 class _Simulation(Watcher):
@@ -344,7 +347,7 @@ class _Simulation(Watcher):
             "event": "state",
             "round": round_,
             "time_s": sums.time_s,
-            "consensus_distance": distance,
+            "consensus_distance": known(distance),
             "average_accuracy": accuracy,
         }
         self._add(state)

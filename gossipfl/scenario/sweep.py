@@ -286,21 +286,32 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def print_sweep(console: Console, rows: Sequence[Row], settings: Sequence[str]) -> None:
-    """The rows as a table; `settings` are the keys that vary."""
-    table = Table()
-    for key in settings:
-        table.add_column(key.rpartition(".")[2], justify="right", overflow="fold")
-    for title in ("accuracy", "worst", "seconds", "MiB", "consensus"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        cells = [row[key] for key in settings]
-        if row["accuracy_mean"] is None and row["error"]:
-            table.add_row(*cells, "failed")
-            continue
-        seconds = row["wall_s"] if row["virtual_s"] is None else row["virtual_s"]
-        figures = [row["accuracy_mean"], row["accuracy_min"], seconds, row["payload_bytes"] / 2**20, row["consensus_distance"]]
-        table.add_row(*cells, *("" if figure is None else f"{figure:.4g}" for figure in figures))
+    """The rows as a table; `settings` are the keys that vary. Where it is too wide the last figures are left out."""
+    is_virtual = all(row["virtual_s"] is not None for row in rows if row["wall_s"] is not None)
+    titles = ["accuracy", "worst", "virtual s" if is_virtual else "seconds", "MiB", "consensus"]
+    boundless = console.options.update(width=1_000)
+    table = _table(rows, settings, titles)
+    while len(titles) > 1 and console.measure(table, options=boundless).minimum > console.width:
+        table = _table(rows, settings, titles := titles[:-1])
     console.print(table)
+
+
+def _table(rows: Sequence[Row], settings: Sequence[str], titles: Sequence[str]) -> Table:
+    table = Table()
+    lasts = [key.rpartition(".")[2] for key in settings]
+    for key, last in zip(settings, lasts, strict=True):
+        table.add_column(last if lasts.count(last) == 1 else key, justify="right", overflow="fold")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    if any(row["error"] for row in rows):
+        table.add_column("", no_wrap=True)
+    for row in rows:
+        seconds = row["wall_s"] if row["virtual_s"] is None else row["virtual_s"]
+        mib = None if row["payload_bytes"] is None else row["payload_bytes"] / 2**20
+        figures = [row["accuracy_mean"], row["accuracy_min"], seconds, mib, row["consensus_distance"]][: len(titles)]
+        cells = ["" if figure is None else f"{figure:.4g}" for figure in figures]
+        table.add_row(*(row[key] for key in settings), *cells, *(["failed"] if row["error"] else []))
+    return table
 
 
 class SweepDisplay:

@@ -34,7 +34,8 @@ MAX_DRAWN = 1_000
 MAX_WRITTEN = 5_000_000
 """Links of a file: 60 MB as .edges."""
 BARS = 12
-BAR_WIDTH = 40
+MAX_BAR, MAX_LABELS = 40, 24
+"""Characters of the longest bar, and of what stands before it."""
 
 # ------------------------------------------------------------------------------------------------------- in the terminal
 
@@ -46,10 +47,10 @@ def print_topology(console: Console, scenario: Scenario, topology: Topology, fig
     if isinstance(topology, FullTopology):
         return
     topology = of_one_round(topology)
-    if topology.num_peers <= MAX_MATRIX:
+    if topology.num_peers <= min(MAX_MATRIX, console.width - len(f"p{MAX_MATRIX} ")):
         console.print(adjacency(topology))
     else:
-        console.print(_degree_bars(topology))
+        console.print(_degree_bars(topology, max(1, min(MAX_BAR, console.width - MAX_LABELS))))
 
 
 def explain(figures: GraphFigures) -> str:
@@ -77,7 +78,7 @@ def adjacency(topology: Topology) -> Text:
     return Text("\n".join(lines), no_wrap=True)
 
 
-def _degree_bars(topology: Topology) -> Table:
+def _degree_bars(topology: Topology, longest: int) -> Table:
     counts = Counter(topology.degree(index) for index in range(topology.num_peers))
     least, most = min(counts), max(counts)
     width = -(-(most - least + 1) // BARS)
@@ -91,7 +92,7 @@ def _degree_bars(topology: Topology) -> Table:
     for bar in range((most - least) // width + 1):
         first = least + bar * width
         label = str(first) if width == 1 else f"{first} to {first + width - 1}"
-        table.add_row(label, f"{bars[bar]:,}", "█" * -(-BAR_WIDTH * bars[bar] // max(bars.values())))
+        table.add_row(label, f"{bars[bar]:,}", "█" * -(-longest * bars[bar] // max(bars.values())))
     return table
 
 

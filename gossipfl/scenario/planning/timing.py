@@ -32,7 +32,7 @@ class Timing:
     total_s: float
     bottleneck: str
     costs: dict[str, Cost]
-    """Of "compute", "uplink", "downlink", "pair", "latency"."""
+    """Of "compute", "uplink", "downlink", "pair", "latency", and of "loss" where messages are lost."""
 
 
 def timing_of(rehearsed: Rehearsed, links: Links) -> Timing:
@@ -43,6 +43,9 @@ def timing_of(rehearsed: Rehearsed, links: Links) -> Timing:
         "pair": _cost(rehearsed.pair_s, DRAWN_ALIKE),
         "latency": _cost(rehearsed.latency_s, DRAWN_ALIKE),
     }
+    if links.loss:  # what nothing else explains went into noticing that a message is lost, and asking again
+        rest_s = rehearsed.round_s - sum(cost.seconds for cost in costs.values())
+        costs["loss"] = Cost(max(rest_s, 0.0), None)
     cause = max(costs, key=lambda name: costs[name].seconds)
     if rehearsed.round_s <= ALIKE * costs["compute"].seconds:  # what is sent meanwhile holds nobody up
         cause = "compute"

@@ -17,6 +17,7 @@ _ALONE = {
     "downlink": "downlink",
     "pair": "slowest pair",
     "latency": "latency, there and back",
+    "loss": "loss",
 }
 
 

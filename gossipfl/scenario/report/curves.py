@@ -92,7 +92,12 @@ def _accuracy(runs: Sequence[Run]) -> list[Plot]:
     over = (
         ("rounds", "round", "round", about),
         ("time", "time_s", time, "The same over the time at which the peers had merged, on average."),
-        ("bytes", "received_mib_per_peer", "received by each peer, MiB", "The same over the encoded payload received by then."),
+        (
+            "bytes",
+            "received_mib_per_peer",
+            "received per peer, MiB",
+            "The same over the encoded payload received by then, mean of the peers.",
+        ),
     )
     return [_accuracy_over(*horizontal, runs, curves) for horizontal in over]
 
@@ -108,7 +113,7 @@ def _accuracy_over(
         [trace for index, (run, curve) in numbered for trace in _accuracy_traces(run, curve, x_name, index, len(runs) == 1)],
         {
             "xaxis": axis(label, rangemode="tozero"),
-            "yaxis": axis("test accuracy", tickformat=".2f"),
+            "yaxis": axis("test accuracy", rangemode="nonnegative"),
             "showlegend": len(runs) == 1,
         },
         _accuracy_columns(runs, curves, x_name),
@@ -117,19 +122,20 @@ def _accuracy_over(
 
 def _accuracy_traces(run: Run, curve: AccuracyCurve, x_name: str, index: int, single: bool) -> list[Trace]:
     colour, name = COLOURS[index % len(COLOURS)], html.escape(run.name)
-    shared: Trace = {"x": short(getattr(curve, x_name)), "mode": "lines"} | _group(index, single)
-    band = shared | {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+    shared: Trace = {"x": short(getattr(curve, x_name)), "mode": _mode(curve.mean)} | _group(index, single)
+    band = shared | {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
     mean = {
         "y": short(curve.mean),
         "name": "mean of the peers" if single else name,
         "line": _line(index),
+        "marker": {"color": colour, "size": 7},
         "customdata": [list(ends) for ends in zip(short(curve.least), short(curve.greatest), strict=True)],
         "hovertemplate": "%{y:.4f} (%{customdata[0]:.4f} to %{customdata[1]:.4f})",
     }
     average = {
         "y": short(curve.average_model),
         "name": "average model" if single else f"{name}, average model",
-        "mode": "markers" if np.isfinite(curve.average_model).sum() == 1 else "lines",
+        "mode": _mode(curve.average_model),
         "line": {"color": colour, "dash": "dot", "width": 2},
         "marker": {"symbol": "diamond", "size": 9, "color": colour},
         "showlegend": single,
@@ -168,9 +174,12 @@ def _consensus(runs: Sequence[Run]) -> Plot:
             trace |= {"mode": "markers", "marker": {"symbol": "circle-open", "size": 9, "color": trace["line"]["color"]}}
         traces.append(trace)
     every = np.concatenate([curve["consensus_distance"] for _, _, curve in known])
+    scale = log_scale(every)
+    if scale.get("type") == "log" and (every == 0).any():
+        about += " Distances of 0 have no place on this logarithmic axis."
     layout = {
         "xaxis": axis("round", rangemode="tozero"),
-        "yaxis": axis("mean squared distance", **log_scale(every)),
+        "yaxis": axis("mean squared distance", **scale),
         "showlegend": False,
     }
     return Plot(key, title, about, traces, layout, _stacked((run.name, curve) for _, run, curve in known))
@@ -297,10 +306,15 @@ def _round_means(values: np.ndarray, inverse: np.ndarray, num_rounds: int) -> np
 
 
 def _line_trace(index: int, run: Run, columns: Columns, name: str, single: bool) -> Trace:
-    trace = {"x": short(columns["round"]), "y": short(columns[name]), "mode": "lines", "line": _line(index)}
-    return (
-        trace | {"name": html.escape(run.name), "showlegend": not single, "hovertemplate": "%{y:.4g}"} | _group(index, single)
-    )
+    line, values = _line(index), columns[name]
+    trace = {"x": short(columns["round"]), "y": short(values), "mode": _mode(values), "line": line}
+    look = {"marker": {"color": line["color"], "size": 7}, "showlegend": not single, "hovertemplate": "%{y:.4g}"}
+    return trace | look | {"name": html.escape(run.name)} | _group(index, single)
+
+
+def _mode(values: np.ndarray) -> str:
+    """A line of one value would not be seen."""
+    return "markers" if np.isfinite(values).sum() == 1 else "lines"
 
 
 def _line(index: int) -> dict[str, Any]:

@@ -36,14 +36,16 @@ def plot_traffic(run: Run) -> Plot:
     place = {name: index for index, name in enumerate(run.peers)}
     known = [(to, sender, size) for (to, sender), size in run.received_from.items() if to in place and sender in place]
     if not known:
-        return Plot(key, title, missing="The record does not say who received how much from whom.")
+        is_silent = len(run.rounds["round"]) > 0 and not run.rounds["payload_bytes"].any()
+        why = "Nobody received anything." if is_silent else "The record does not say who received how much from whom."
+        return Plot(key, title, missing=why)
     group = -(-len(run.peers) // MAX_CELLS)
     groups = [run.peers[first : first + group] for first in range(0, len(run.peers), group)]
     labels = [_span(names) for names in groups]
     cells = np.zeros((len(labels), len(labels)))
     for to, sender, size in known:
         cells[place[to] // group, place[sender] // group] += size / MIB
-    trace = {
+    trace: Trace = {
         "type": "heatmap",
         "z": [[value or None for value in short(row)] for row in cells],
         "colorscale": SCALE,
@@ -51,6 +53,8 @@ def plot_traffic(run: Run) -> Plot:
         "customdata": [[f"{to} from {sender}" for sender in labels] for to in labels],
         "hovertemplate": "%{customdata}: %{z:.4g} MiB<extra></extra>",
     }
+    if np.allclose(cells[cells > 0], cells.max()):  # or the scale would go below nothing and above all
+        trace |= {"zmin": 0, "zmax": float(cells.max())}
     every = -(-len(labels) // MAX_LABELS)
     ticks = {"tickvals": list(range(0, len(labels), every)), "ticktext": [html.escape(names[0]) for names in groups[::every]]}
     layout = {
@@ -120,7 +124,8 @@ def _drawn_links(at: Points, links: Sequence[Link]) -> Trace:
 
 
 def _drawn_peers(run: Run, at: Points, names: list[str], accuracy: np.ndarray, degrees: list[int]) -> Trace:
-    failed = [run.finished.get(name) is not None for name in names]
+    dead = set(run.dead)
+    failed = [name in dead for name in names]
     points = np.array(list(at.values()))
     hover = [
         f"{name}: {'not evaluated' if np.isnan(value) else f'{value:.4f}'}, {degree} neighbours"
@@ -142,7 +147,7 @@ def _drawn_peers(run: Run, at: Points, names: list[str], accuracy: np.ndarray, d
             "color": short(accuracy),
             "colorscale": SCALE,
             "colorbar": colourbar("accuracy"),
-            "showscale": bool(np.isfinite(accuracy).any()),
+            "showscale": len(np.unique(accuracy[np.isfinite(accuracy)])) > 1,
             "line": {"width": 1, "color": "rgb(128,128,128)"},
         },
     }

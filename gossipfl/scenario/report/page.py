@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from itertools import zip_longest
@@ -20,12 +21,18 @@ from gossipfl.scenario.report.plots import Plot
 from gossipfl.scenario.report.reading import Run, read_runs, title
 from gossipfl.scenario.report.timeline import plot_timeline
 
+OWN_TABLE = re.compile(
+    r"([0-9]+-)?(runs|accuracy-over-\w+|consensus-distance|staleness|staleness-by-segment|timeline|traffic|topology|faults|planned)"
+    r"\.csv"
+)
+"""What a report names its tables."""
+
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of the runs in `folders` to `out` (default: report.html in the first of them), and return its path.
 
-    The CSV files go to the folder of the same name that ends in .csv (report.csv/). ConfigError if a folder holds no run or
-    `out` cannot be written.
+    The CSV files go to the folder of the same name that ends in .csv (report.csv/); where there are several runs, those of one
+    alone begin with its number in runs.csv. ConfigError if a folder holds no run or `out` cannot be written.
     """
     out = out or folders[0] / "report.html"
     if out.suffix.lower() not in (".html", ".htm"):
@@ -93,6 +100,14 @@ def _inline_json(values: Any) -> str:
 
 def _write_tables(folder: Path, runs: Sequence[Run], shared: Sequence[Plot], own: Sequence[Sequence[Plot]]) -> None:
     folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if OWN_TABLE.fullmatch(path.name):
+            path.unlink()  # of an earlier report, of which this one may have no counterpart
+    if len(runs) > 1:
+        numbered = enumerate(runs, start=1)
+        _write_rows(
+            folder / "runs.csv", ("number", "run", "folder"), [(place, run.name, run.folder) for place, run in numbered]
+        )
     for plot in shared:
         _write_columns(folder / f"{plot.key}.csv", plot.columns)
     for place, (run, plots) in enumerate(zip(runs, own, strict=True), start=1):

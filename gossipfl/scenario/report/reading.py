@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from gossipfl.errors import ConfigError
+from gossipfl.scenario.interrupts import EXIT_INTERRUPTED
 
 Event = dict[str, Any]
 Columns = dict[str, np.ndarray]
@@ -75,7 +76,7 @@ class Run:
     faults: list[Faults]
     planned: list[Planned]
     finished: dict[str, str | None]
-    """The peers that ended, with the error of those that did not finish."""
+    """The peers that ended, with the error of those that did not finish; who was killed is not among them."""
     staleness: dict[tuple[int, int], tuple[float, int]]
     """By (segment, round): the sum over the peers that mixed a stale copy in the round, each one's mean over its copies of
     the segment, and how many such peers mixed the segment."""
@@ -86,7 +87,9 @@ class Run:
 
     @property
     def is_virtual(self) -> bool:
-        return self.summary.get("clock") == "virtual"
+        if "clock" in self.summary:
+            return bool(self.summary["clock"] == "virtual")
+        return self.scenario.get("clock") == "virtual" or len(self.states["round"]) > 0  # on sockets nobody knows all models
 
     @property
     def time_unit(self) -> str:
@@ -98,6 +101,20 @@ class Run:
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
+
+    @property
+    def was_interrupted(self) -> bool:
+        return bool(self.summary.get("exit_code") == EXIT_INTERRUPTED)
+
+    @property
+    def dead(self) -> list[str]:
+        """The peers that did not finish, by the summary, or as far as the events say."""
+        return self.peers_told("dead_peers") or [peer for peer, error in self.finished.items() if error is not None]
+
+    def peers_told(self, key: str) -> list[str]:
+        """A list of peers among the summary's faults; empty where there is none."""
+        told = self.figure("faults", key)
+        return [str(name) for name in told] if isinstance(told, list) else []
 
     def last_accuracy(self) -> np.ndarray:
         """f64[peers]: the last known accuracy of each peer after a merge, NaN where there is none."""
@@ -158,6 +175,7 @@ def read_run(folder: Path, name: str) -> Run:
     for event in _events(folder / "events.jsonl", notes):
         reader.add(event)
     peers, rounds = _sorted_peers(list(reader.peers), reader.rounds)
+    notes += [*_ending(summary), *reader.warnings]
     if not len(rounds["round"]):
         notes.append("No peer has reported a round.")
     return Run(
@@ -188,6 +206,7 @@ class _Reader:
         self.faults: dict[tuple[str, str], Faults] = {}
         self.planned: dict[tuple[str, str], Planned] = {}
         self.finished: dict[str, str | None] = {}
+        self.warnings: dict[str, None] = {}
         self.staleness: dict[tuple[int, int], tuple[float, int]] = {}
         self.received_from: defaultdict[tuple[str, str], float] = defaultdict(float)
 
@@ -215,6 +234,8 @@ class _Reader:
                 self._add_received(event)
             case "unfinished":
                 self._add_received(event)
+            case "warning":
+                self.warnings[f"Warning: {event.get('detail')}"] = None
 
     def _add_received(self, event: Event) -> None:
         """What came in since the peer's last event; older records have it all in the last one."""
@@ -291,7 +312,10 @@ def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         summary = json.loads(path.read_bytes())
     except FileNotFoundError:
-        notes.append("The record is cut short: it has no summary.json. What follows is made from the events that there are.")
+        notes.append(
+            "The record has no summary.json: the run goes on or was cut short, or this is what one peer by hand wrote, which "
+            "`gossipfl collect` gathers. What follows is made from the events that there are."
+        )
     except (ValueError, RecursionError):
         notes.append("summary.json cannot be read. What follows is made from the events.")
     else:
@@ -299,6 +323,16 @@ def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
             return summary
         notes.append("summary.json is no summary. What follows is made from the events.")
     return {}
+
+
+def _ending(summary: Mapping[str, Any]) -> list[str]:
+    """What a run that did not end well came to."""
+    match summary.get("exit_code"):
+        case 1:
+            return ["The run failed: fewer peers finished than min_peers asks for."]
+        case code if code == EXIT_INTERRUPTED:
+            return ["The run was interrupted. What follows is made from what there is of it."]
+    return []
 
 
 def _scenario(text: str, notes: list[str]) -> dict[str, Any]:

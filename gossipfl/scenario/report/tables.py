@@ -122,11 +122,12 @@ FIGURES = (
         size,
     ),
     Figure("payload, all", _known("bytes", "payload", otherwise=_over_rounds("payload_bytes")), size),
-    Figure("on the wire, all", _known("bytes", "wire", otherwise=_over_rounds("wire_bytes")), size),
+    Figure("on the wire, all rounds", _known("bytes", "wire", otherwise=_over_rounds("wire_bytes")), size),
     Figure("time to start", _known("seconds", "startup"), seconds),
     Figure("time to simulate", _simulation_s, seconds),
     Figure("memory at the peak", _known("memory_mib", "peak_total"), lambda value: size(value * 2**20)),
     Figure("peers", lambda run: float(number(run.figure("peers")) or len(run.peers)), lambda value: f"{value:,.0f}"),
+    Figure("peers that did not finish", lambda run: len(run.dead) if run.summary else np.nan, lambda value: f"{value:,.0f}"),
     Figure("rounds", _known("rounds", otherwise=_over_rounds("round", np.nanmax)), lambda value: f"{value:,.0f}"),
     Figure("parameters", _known("parameters"), lambda value: f"{value:,.0f}"),
 )
@@ -198,7 +199,16 @@ FAULT_COLUMNS = ("what", "who", "seen by", "rounds", "times", "the first says")
 def faults(run: Run) -> list[tuple[str, str, str, str, str, str]]:
     """A row per kind of fault and peer, the most frequent first; then the peers that did not finish."""
     rows = [_fault_row(fault) for fault in run.faults]
-    return rows + [("did not finish", peer, "", "", "1", error) for peer, error in run.finished.items() if error is not None]
+    return rows + [("did not finish", peer, "", "", "1", why) for peer in run.dead if (why := _why_dead(run, peer))]
+
+
+def _why_dead(run: Run, peer: str) -> str:
+    """Nothing where the whole run was interrupted, which is told once."""
+    if error := run.finished.get(peer):
+        return error.removeprefix(f"{peer}: ")
+    if peer in run.peers_told("dead_as_planned"):
+        return "was away at the end, as planned"
+    return "" if run.was_interrupted else "was not done when the run ended"
 
 
 def _fault_row(fault: Faults) -> tuple[str, str, str, str, str, str]:

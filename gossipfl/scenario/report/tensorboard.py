@@ -35,7 +35,10 @@ def write_tensorboard(folders: Sequence[Path], out: Path) -> None:
     """
     SummaryWriter = summary_writer()
     for run in read_runs(folders):
-        with SummaryWriter(log_dir=str(out / re.sub(r"[^\w.-]+", "-", run.name).strip("-."))) as writer:
+        folder = out / re.sub(r"[^\w.-]+", "-", run.name).strip("-.")
+        for earlier in folder.glob("events.out.tfevents.*"):
+            earlier.unlink()  # TensorBoard would draw both as one curve
+        with SummaryWriter(log_dir=str(folder)) as writer:
             for tag, rounds, values, times_s in _series(run):
                 for round_, value, time_s in zip(rounds, values, times_s, strict=True):
                     if np.isfinite(value):

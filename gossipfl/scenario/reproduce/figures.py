@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
@@ -251,9 +252,14 @@ def accuracies(outcomes: Sequence[Outcome]) -> dict[str, str]:
         "accuracy of the peers": mean_and_spread([summary["accuracy"]["mean"] for summary in summaries], ".3f"),
         "of the worst": mean_and_spread([summary["accuracy"]["min"] for summary in summaries], ".3f"),
         "of their average model": mean_and_spread([summary["accuracy"]["average_model"] for summary in summaries], ".3f"),
-        "consensus distance": mean_and_spread([summary["consensus_distance"]["last"] for summary in summaries], ".2g"),
+        "consensus distance": mean_and_spread([_or_nan(summary["consensus_distance"]["last"]) for summary in summaries], ".2g"),
         "KiB per peer and round": f"{statistics.fmean(s['bytes']['payload_per_peer_round'] for s in summaries) / 1024:.1f}",
     }
+
+
+def _or_nan(value: float | None) -> float:
+    """NaN where it is not known, as of models that have diverged."""
+    return math.nan if value is None else value
 
 
 def mean_and_spread(values: Sequence[float], spec: str) -> str:
