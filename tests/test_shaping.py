@@ -428,6 +428,17 @@ def test_trainings_that_take_longer_than_told_are_counted_and_fidelity_is_not_cl
     assert any("12 of 12 trainings" in note and "no fidelity" in note for note in notes) and summary["warnings"] == notes
 
 
+@pytest.mark.processes
+def test_the_last_round_is_timed_when_it_is_merged_not_when_the_neighbours_have_left(tmp_path):
+    more = ("peers=2", "rounds=2", "gossip.replicas=1", "network.latency=500ms", "compute.step_time=50ms")
+    result = run(tmp_path, "local", *more)
+    events = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
+    for peer in ("p0", "p1"):
+        (merged,) = [e["time_s"] for e in events if e["event"] == "round" and e["peer"] == peer and e["round"] == 2]
+        (finished,) = [e["time_s"] for e in events if e["event"] == "finished" and e["peer"] == peer]
+        assert finished - merged >= 0.5 - SLACK_S, "the other's Leave takes the latency"
+
+
 @pytest.mark.parametrize("where", ["peers_per_process=2", "transport.kind=inproc"])
 def test_churn_of_peers_without_a_process_of_their_own_is_an_error_that_tells_what_to_set(where, tmp_path):
     with pytest.raises(ConfigError, match=r"set peers_per_process = 1 .*--clock virtual"):
