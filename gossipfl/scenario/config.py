@@ -372,6 +372,7 @@ def _emulation_problems(scenario: Scenario, topology: PeerTopology) -> list[Prob
     problems = []
     for table, check in (
         ("network", lambda: check_links(scenario.build_links(), topology)),
+        ("compute", scenario.build_devices),
         ("churn", lambda: _check_somebody_is_there(scenario)),
     ):
         try:

@@ -101,7 +101,7 @@ def _delay(value: Any) -> float:
     seconds = _with_unit(value)
     if seconds is None or not 0 <= seconds < math.inf:
         raise ValueError("must be a time of at least 0, with its unit, such as '50ms'")
-    return seconds
+    return abs(seconds)  # -0.0 would not be read back
 
 
 def _step_time(value: Any) -> float:
