@@ -1029,3 +1029,12 @@ def test_federated_averaging_needs_a_link_from_the_server_to_everybody():
 def test_a_time_without_its_unit_is_refused_rather_than_guessed(table):
     with pytest.raises(ScenarioError, match=r"must be a time .*, with its unit, such as"):
         load_scenario(table)
+
+
+@pytest.mark.parametrize("gossip", [{"protocol": "fedavg"}, {"protocol": "local"}, {"selection": "all"}], ids=str)
+def test_replicas_are_not_held_against_a_star_where_they_play_no_part(gossip):
+    assert load_scenario({"topology": {"kind": "star"}, "gossip": gossip}).build_topology().degree(1) == 1
+
+
+def test_a_pair_may_train_in_pairs():
+    assert load_scenario({"peers": 2, "gossip": {"protocol": "pairs"}}).gossip.replicas == 2
