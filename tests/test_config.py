@@ -1020,6 +1020,8 @@ def test_reading_a_scenario_loads_no_torch_networkx_sklearn_or_zmq():
 def test_federated_averaging_needs_a_link_from_the_server_to_everybody():
     with pytest.raises(ScenarioError, match="has its server at p0, which is linked to 2 of 7 peers"):
         load_scenario({"gossip": {"protocol": "fedavg", "replicas": 1}, "topology": {"kind": "ring"}})
+    with pytest.raises(ScenarioError, match=r"use topology.kind = 'star' or 'full', and no dynamic"):
+        load_scenario({"gossip": {"protocol": "fedavg"}, "topology": {"kind": "star", "dynamic": True}})
     load_scenario({"gossip": {"protocol": "fedavg", "replicas": 1}, "topology": {"kind": "star"}})
 
 

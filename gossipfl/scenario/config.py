@@ -339,7 +339,7 @@ def _misfits(scenario: Scenario, topology: PeerTopology) -> list[Problem]:
             Problem(
                 "topology.kind",
                 f"gossip.protocol = 'fedavg' has its server at p0, which is linked to {degrees[0]} of {topology.num_peers - 1} "
-                "peers; use topology.kind = 'star' or 'full'",
+                f"peers; use topology.kind = 'star' or 'full'{', and no dynamic' if scenario.topology.dynamic else ''}",
             )
         )
     schedules = _schedules_of(gossip.protocol)
