@@ -429,6 +429,14 @@ def test_trainings_that_take_longer_than_told_are_counted_and_fidelity_is_not_cl
 
 
 @pytest.mark.processes
+def test_a_peer_whose_process_is_not_ready_when_it_is_to_be_back_is_told_of(tmp_path):
+    churn = ('churn.kill=[{peer="p1", at="500ms"}]', 'churn.rejoin=[{peer="p1", at="501ms"}]')
+    more = ("rounds=40", "peers_per_process=1", "compute.step_time=100ms", "gossip.patience=1")
+    (warning,) = run(tmp_path, "local", *more, *churn).summary["warnings"]
+    assert warning.startswith("p1 came back later than [churn] says, p1 by ") and "--clock virtual" in warning
+
+
+@pytest.mark.processes
 def test_the_last_round_is_timed_when_it_is_merged_not_when_the_neighbours_have_left(tmp_path):
     more = ("peers=2", "rounds=2", "gossip.replicas=1", "network.latency=500ms", "compute.step_time=50ms")
     result = run(tmp_path, "local", *more)

@@ -202,7 +202,7 @@ def test_a_killed_peer_is_missed_and_one_that_comes_back_adopts_the_newest_model
 def test_a_run_tells_what_churn_was_planned_for_after_its_end(clock, tmp_path):
     churn = {"kill": [{"peer": "p1", "at": "100s"}], "rejoin": [{"peer": "p1", "at": "110s"}]}
     (warning,) = run(tmp_path / "run", clock=clock, churn=churn, peers_per_process=1, evaluate_every=0).summary["warnings"]
-    assert warning.startswith("churn.kill of p1 at 100 s was never due, and 1 more after it: the run was over at ")
+    assert warning.startswith("churn.kill of p1 at 100 s was never due, and 1 more after it: at ")
 
 
 def test_a_run_in_which_too_few_finish_is_an_error_that_has_the_result(tmp_path):

@@ -144,8 +144,8 @@ def about_planned(scenario: Scenario, ran_s: float) -> list[str]:
     at, key, peer = to_come[0]
     more = f", and {len(to_come) - 1} more after it" if len(to_come) > 1 else ""
     return [
-        f"churn.{key} of {peer} at {at:g} s was never due{more}: the run was over at {ran_s:.4g} s; set it earlier, or "
-        "give the run more rounds"
+        f"churn.{key} of {peer} at {at:g} s was never due{more}: at {ran_s:.4g} s everybody had finished or gone; "
+        "set it earlier, or give the run more rounds"
     ]
 
 
