@@ -432,7 +432,16 @@ def test_a_rate_is_text_with_a_unit_of_bits_or_bytes_per_second(text, bits_per_s
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("50ms", 0.05), ("2s", 2.0), ("100us", 1e-4), ("100 µs", 1e-4), ("1min", 60.0), (0, 0.0), (-0.0, 0.0)],
+    [
+        ("50ms", 0.05),
+        ("2s", 2.0),
+        ("100us", 1e-4),
+        ("100 µs", 1e-4),
+        ("100\u03bcs", 1e-4),
+        ("1min", 60.0),
+        (0, 0.0),
+        (-0.0, 0.0),
+    ],
 )
 def test_a_latency_is_text_with_a_unit(value, seconds):
     scenario = load_scenario({"network": {"latency": value}})
