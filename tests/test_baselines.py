@@ -504,3 +504,44 @@ def test_fragments_bring_the_peers_together(tmp_path):
 def test_what_depends_on_timing_runs_over_sockets_too(tmp_path, gossip):
     result = run(tmp_path / "run", clock="local", gossip=gossip)
     assert result.exit_code == 0 and len(events(result, "round")) == 6 * 4
+
+
+# --- who comes late, or back ---------------------------------------------------------------------------------------------
+
+
+CHURN = {
+    "kill": [{"peer": "p0", "at": "3.2s"}],
+    "rejoin": [{"peer": "p0", "at": "5.2s"}],
+    "join": [{"peer": "p5", "at": "2.6s"}],
+}
+
+
+def churned(folder, protocol: str) -> list[dict[str, Any]]:
+    """The rounds of a run in which the first peer is back when others are ten rounds on, and the last comes after five."""
+    compute = {"step_time": "100ms"}
+    result = run(folder, rounds=16, evaluate_every=1, gossip={"protocol": protocol}, compute=compute, churn=CHURN,
+                 training={"local_steps": 5})  # fmt: skip
+    assert result.exit_code == 0
+    return events(result, "round")
+
+
+def test_a_client_of_fedavg_that_comes_late_takes_over_the_average(tmp_path):
+    rounds = churned(tmp_path / "run", "fedavg")
+    (joined,) = [event for event in rounds if event["peer"] == "p5" and event["adopted"]]
+    assert set(joined["received_from"]) == {"p0"} and joined["payload_bytes"] > 0
+    assert joined["accuracy_after"] == max(e["accuracy_after"] for e in rounds if e["peer"] == "p0" and e["time_s"] < 2.6)
+
+
+def test_a_server_of_fedavg_that_is_back_goes_on_from_what_the_clients_have(tmp_path):
+    rounds = churned(tmp_path / "run", "fedavg")
+    (back,) = [event for event in rounds if event["peer"] == "p0" and event["adopted"]]
+    meanwhile = [event["accuracy_after"] for event in rounds if 4.0 < event["time_s"] < 5.2]
+    afterwards = [event["accuracy_after"] for event in rounds if event["time_s"] > 5.2]
+    assert set(back["received_from"]) <= {"p1", "p2", "p3", "p4", "p5"} and back["payload_bytes"] > 0
+    assert min(afterwards) >= min(meanwhile)
+
+
+def test_who_trains_alone_and_comes_late_takes_nothing_from_anybody(tmp_path):
+    rounds = churned(tmp_path / "run", "local")
+    assert all(event["payload_bytes"] == 0 and not event["adopted"] for event in rounds)
+    assert [event["round"] for event in rounds if event["peer"] == "p5"] == list(range(1, 17))

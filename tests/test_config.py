@@ -432,10 +432,21 @@ def test_a_rate_is_text_with_a_unit_of_bits_or_bytes_per_second(text, bits_per_s
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("50ms", 0.05), ("2s", 2.0), ("100us", 1e-4), ("100 µs", 1e-4), ("1min", 60.0), (0, 0.0)],
+    [
+        ("50ms", 0.05),
+        ("2s", 2.0),
+        ("100us", 1e-4),
+        ("100 µs", 1e-4),
+        ("100\u03bcs", 1e-4),
+        ("1min", 60.0),
+        (0, 0.0),
+        (-0.0, 0.0),
+    ],
 )
 def test_a_latency_is_text_with_a_unit(value, seconds):
-    assert load_scenario({"network": {"latency": value}}).build_links().latency(0, 1) == seconds
+    scenario = load_scenario({"network": {"latency": value}})
+    assert scenario.build_links().latency(0, 1) == seconds
+    assert load_scenario(tomllib.loads(scenario.to_toml())) == scenario
 
 
 @pytest.mark.parametrize(("value", "share"), [("2%", 0.02), ("0.5 %", 0.005), (0.02, 0.02), (0, 0.0)])
@@ -548,7 +559,10 @@ def test_an_override_of_a_matrix_takes_the_place_of_the_rate_of_pairs_and_back(t
     [
         ({"uplink": 100}, 'network.uplink = 100 has no unit; say "100Mbit" (per second), or "100MB" if bytes are meant'),
         ({"uplink": "100"}, "network.uplink = '100' has no unit; say \"100Mbit\""),
-        ({"uplink": "0Mbit"}, "network.uplink = '0Mbit' must be above 0; leave the key out where there is no limit"),
+        (
+            {"uplink": "0Mbit"},
+            "network.uplink = '0Mbit' must be above 0; leave the key out where there is no limit",
+        ),
         ({"uplink": "-1Mbit"}, "network.uplink = '-1Mbit' must be a rate above 0 with its unit, such as '100Mbit'"),
         ({"uplink": -5}, "network.uplink = -5 must be a rate above 0 with its unit"),
         ({"uplink": math.nan}, "network.uplink = nan must be a rate above 0 with its unit"),
@@ -597,6 +611,7 @@ def test_a_network_that_cannot_be_right_is_refused_with_a_remedy(network, messag
     ("compute", "message"),
     [
         ({"step_time": 0}, "compute.step_time = 0 must be a time above 0, with its unit, such as '10ms'"),
+        ({"speed": 1e-320}, "[compute] gives p0 local steps without end; lower step_time or slowdown, or raise speed"),
         ({"speed": 0}, "compute.speed = 0 must be a factor above 0: 2 = twice as fast"),
         ({"speed": {"kind": "uniform", "low": 0, "high": 2}}, "has low = 0, which must be a factor above 0"),
         ({"variation": -1}, "compute.variation = -1 must be a number from 0 to 10"),
@@ -1014,6 +1029,8 @@ def test_reading_a_scenario_loads_no_torch_networkx_sklearn_or_zmq():
 def test_federated_averaging_needs_a_link_from_the_server_to_everybody():
     with pytest.raises(ScenarioError, match="has its server at p0, which is linked to 2 of 7 peers"):
         load_scenario({"gossip": {"protocol": "fedavg", "replicas": 1}, "topology": {"kind": "ring"}})
+    with pytest.raises(ScenarioError, match=r"use topology.kind = 'star' or 'full', and no dynamic"):
+        load_scenario({"gossip": {"protocol": "fedavg"}, "topology": {"kind": "star", "dynamic": True}})
     load_scenario({"gossip": {"protocol": "fedavg", "replicas": 1}, "topology": {"kind": "star"}})
 
 
@@ -1023,3 +1040,12 @@ def test_federated_averaging_needs_a_link_from_the_server_to_everybody():
 def test_a_time_without_its_unit_is_refused_rather_than_guessed(table):
     with pytest.raises(ScenarioError, match=r"must be a time .*, with its unit, such as"):
         load_scenario(table)
+
+
+@pytest.mark.parametrize("gossip", [{"protocol": "fedavg"}, {"protocol": "local"}, {"selection": "all"}], ids=str)
+def test_replicas_are_not_held_against_a_star_where_they_play_no_part(gossip):
+    assert load_scenario({"topology": {"kind": "star"}, "gossip": gossip}).build_topology().degree(1) == 1
+
+
+def test_a_pair_may_train_in_pairs():
+    assert load_scenario({"peers": 2, "gossip": {"protocol": "pairs"}}).gossip.replicas == 2

@@ -467,6 +467,25 @@ def test_trainings_that_take_longer_than_told_are_counted_and_fidelity_is_not_cl
     assert any("12 of 12 trainings" in note and "no fidelity" in note for note in notes) and summary["warnings"] == notes
 
 
+@pytest.mark.processes
+def test_a_peer_whose_process_is_not_ready_when_it_is_to_be_back_is_told_of(tmp_path):
+    churn = ('churn.kill=[{peer="p1", at="500ms"}]', 'churn.rejoin=[{peer="p1", at="501ms"}]')
+    more = ("rounds=40", "peers_per_process=1", "compute.step_time=100ms", "gossip.patience=1")
+    (warning,) = run(tmp_path, "local", *more, *churn).summary["warnings"]
+    assert warning.startswith("p1 came back later than [churn] says, p1 by ") and "--clock virtual" in warning
+
+
+@pytest.mark.processes
+def test_the_last_round_is_timed_when_it_is_merged_not_when_the_neighbours_have_left(tmp_path):
+    more = ("peers=2", "rounds=2", "gossip.replicas=1", "network.latency=500ms", "compute.step_time=50ms")
+    result = run(tmp_path, "local", *more)
+    events = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
+    for peer in ("p0", "p1"):
+        (merged,) = [e["time_s"] for e in events if e["event"] == "round" and e["peer"] == peer and e["round"] == 2]
+        (finished,) = [e["time_s"] for e in events if e["event"] == "finished" and e["peer"] == peer]
+        assert finished - merged >= 0.5 - SLACK_S, "the other's Leave takes the latency"
+
+
 @pytest.mark.parametrize("where", ["peers_per_process=2", "transport.kind=inproc"])
 def test_churn_of_peers_without_a_process_of_their_own_is_an_error_that_tells_what_to_set(where, tmp_path):
     with pytest.raises(ConfigError, match=r"set peers_per_process = 1 .*--clock virtual"):

@@ -206,6 +206,14 @@ def test_a_killed_peer_is_missed_and_one_that_comes_back_adopts_the_newest_model
     assert result.summary["faults"]["dead_as_planned"] == ["p1"]
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+def test_a_run_tells_what_churn_was_planned_for_after_its_end(clock, tmp_path):
+    churn = {"kill": [{"peer": "p1", "at": "100s"}], "rejoin": [{"peer": "p1", "at": "110s"}]}
+    (warning,) = run(tmp_path / "run", clock=clock, churn=churn, peers_per_process=1, evaluate_every=0).summary["warnings"]
+    assert warning.startswith("churn.kill of p1 at 100 s was never due, and 1 more after it: at ")
+
+
 def test_a_run_in_which_too_few_finish_is_an_error_that_has_the_result(tmp_path):
     with pytest.raises(gossipfl.RunFailed, match="the run failed, for 4 of 5 peers finished; p1: was away") as caught:
         run(tmp_path / "run", min_peers=5, churn={"kill": [{"peer": "p1", "at": "0.1s"}]}, compute={"step_time": "100ms"})
@@ -315,10 +323,11 @@ def test_a_target_is_reached_by_those_who_are_there(clock, tmp_path):
 
 
 def test_who_comes_and_goes_without_end_does_so_only_while_somebody_is_under_way(tmp_path):
-    """Of the seven who come back when five have finished nobody stays for the 30 s that joining takes: 0.8 ** 100."""
+    """Of the six who come back when six have finished nobody stays for the 30 s that joining takes: 0.8 ** 100."""
     network, churn = ["network.uplink=10Mbit", "network.latency=20ms"], ["churn.online=0.8", "churn.period=300ms"]
     small = ["peers=12", "rounds=6", "model_args.hidden=[16]", "gossip.protocol=fedavg", "compute.step_time=5ms"]
-    with pytest.raises(gossipfl.RunFailed, match=r"for 5 of 12 peers finished; .* no answer from") as caught:
+    small += ["seed.protocol=9", "min_peers=7"]
+    with pytest.raises(gossipfl.RunFailed, match=r"for 6 of 12 peers finished; .* no answer from") as caught:
         gossipfl.run("quickstart", overrides=[*small, *network, *churn], clock="virtual", out=tmp_path / "run")
     assert caught.value.result.summary["virtual_seconds"] < 60
 

@@ -292,6 +292,16 @@ def test_a_file_may_hold_a_lone_peer(tmp_path):
         ("a.txt", "0 1\n1 2\n2 0\n0 4\n", "has 5 peers but peers = 3; set peers = 5"),
         ("a.edges", "99999999999\n0 1\n", "has 99999999999 peers but peers = 3; set peers = 99999999999"),
         ("a.txt", "# nothing\n", "a.txt' is empty; give the path of a graph file"),
+        ("a.txt", "0 nan 0\n0 0 1\n1 0 0\n", "a.txt line 1: 'nan' in column 2 must be at least 0, and finite"),
+        ("a.txt", "0 1 0\n0 0 -1\n1 0 0\n", "a.txt line 2: '-1' in column 3 must be at least 0, and finite"),
+        ("a.csv", "p0,p1,p2\n0,1,0\n1,0,1\n0,1,0\n", "a.csv line 2: a peer is named twice, as in a matrix or with weights"),
+        (
+            "a.csv",
+            "0,1,0\n1,0,1\n0,1\n",
+            "a.csv line 1: a peer is named twice, as in a matrix or with weights; a matrix has as",
+        ),
+        ("a.txt", "0 1 1\n1 2 1\n", "a.txt line 1: a peer is named twice, as in a matrix or with weights"),
+        ("a.graphml", "<graphml xmlns='http://graphml.graphdrawing.org/xmlns'><graph/></graphml>", "there are no nodes in it"),
         ("a.graphml", "0 1\n1 2\n", "a.graphml' cannot be read .*; topology.format names one of edges, adjacency"),
     ],
 )
@@ -331,6 +341,10 @@ def nothing(num_peers: int, rng: np.random.Generator) -> None:
     return None
 
 
+def alone(num_peers: int) -> networkx.Graph:
+    return networkx.path_graph(num_peers)
+
+
 def test_a_function_that_returns_a_graph_is_wrapped_and_takes_arguments():
     assert links(build(f"{__name__}:two_hops", 8, hops=1)) == links(build("ring", 8))
     assert degrees(build(f"{__name__}:two_hops", 8)) == [4] * 8
@@ -338,6 +352,13 @@ def test_a_function_that_returns_a_graph_is_wrapped_and_takes_arguments():
 
 def test_nodes_with_names_are_numbered_in_their_order():
     assert links(build(f"{__name__}:with_names", 3)) == {(0, 1), (1, 2)}
+
+
+def test_a_function_that_is_not_called_so_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"alone': too many positional arguments; it is called as f\(num_peers, rng, \*\*args\)"
+    ):
+        build(f"{__name__}:alone", 4)
 
 
 def test_a_graph_of_another_number_of_peers_and_no_graph_at_all_are_refused():

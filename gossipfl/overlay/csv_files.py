@@ -37,7 +37,7 @@ def read_matrix(path: str, num_peers: int, scale: float, *, takes_inf: bool = Fa
         if len(rows) != num_peers or len(words) != num_peers:
             raise ConfigError(
                 f"{path} line {line}: a matrix of {len(rows)} x {len(words)}, where {num_peers} peers need "
-                f"{num_peers} x {num_peers}; give a row and a column for each peer"
+                f"{num_peers} x {num_peers}; give a row and a column for each peer, and no names"
             )
         words[index] = "0"
         try:

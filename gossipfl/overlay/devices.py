@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gossipfl.errors import ConfigError
 from gossipfl.overlay.links import Constant, Distribution, Lognormal
 from gossipfl.randomness import generator
 
@@ -60,9 +61,13 @@ def build_devices(config: DevicesConfig, num_peers: int, seed: int) -> Devices:
     for values, own in ((step_s, config.peer_step_s), (speed, config.peer_speed)):
         for index, value in own.items():
             values[index] = value
-    step_s /= speed
     stragglers = sorted(config.stragglers) or _drawn_stragglers(config.straggler_fraction, num_peers, seed)
-    step_s[stragglers] *= config.slowdown
+    with np.errstate(over="ignore"):
+        step_s /= speed
+        step_s[stragglers] *= config.slowdown
+    if not np.isfinite(step_s).all():
+        slowest = int(np.argmin(np.isfinite(step_s)))
+        raise ConfigError(f"[compute] gives p{slowest} local steps without end; lower step_time or slowdown, or raise speed")
     return Devices(step_s, config.variation, seed, stragglers)
 
 

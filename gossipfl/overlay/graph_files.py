@@ -13,6 +13,7 @@ text, what follows a `#` is a comment, so is `{...}`, where networkx writes what
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,6 +81,8 @@ def _from_graphml(source: Path) -> tuple[int, list[Link]]:
         graph = numbered(networkx.read_graphml(source))
     except networkx.NetworkXError as error:  # well-formed XML without a graph
         raise ValueError(error) from error
+    if not graph:
+        raise ValueError("there are no nodes in it")
     return len(graph), list(graph.edges())
 
 
@@ -90,6 +93,12 @@ def _from_lists(source: Path, rows: _Rows, format: str | None) -> tuple[int, lis
     if len(lists[0][1]) == 1 and lists != [(lists[0][0], [0])]:  # a lone 0 is one peer without neighbours
         num_peers, lists = lists[0][1][0], lists[1:]
     not_pairs = [(line, numbers) for line, numbers in lists if len(numbers) != 2]
+    for line, numbers in not_pairs if format is None else ():
+        if len(set(numbers)) < len(numbers):
+            raise ConfigError(
+                f"{source} line {line}: a peer is named twice, as in a matrix or with weights; a matrix has as many rows as "
+                "columns and no names, links carry no weight, and topology.format = 'adjacency' takes the line as it is"
+            )
     if format == "edges" and not_pairs:
         line, numbers = not_pairs[0]
         raise ConfigError(
@@ -142,9 +151,16 @@ def _from_matrix(source: Path, rows: _Rows) -> tuple[int, list[Link]]:
                 f"{source} line {line}: {len(words)} columns in a matrix of {len(rows)} rows; they must be as many"
             )
         try:
-            links += [(index, other) for other, word in enumerate(words) if float(word) != 0]
+            numbers = [float(word) for word in words]
         except ValueError as error:
             raise ConfigError(f"{source} line {line}: {error}; a matrix holds numbers") from None
+        for other, number in enumerate(numbers):
+            if not 0 <= number < math.inf:
+                raise ConfigError(
+                    f"{source} line {line}: {words[other]!r} in column {other + 1} must be at least 0, and finite"
+                )
+            if number:
+                links.append((index, other))
     return len(rows), links
 
 

@@ -109,6 +109,10 @@ def _check_arguments(kind: str, build: TopologyFunction, args: Mapping[str, Any]
     for parameter in parameters:
         if parameter.name in accepted and parameter.default is parameter.empty and parameter.name not in args:
             raise ConfigError(f"topology.kind = {kind!r} needs topology.{parameter.name}; add it")
+    try:
+        inspect.signature(build).bind(1, None, **args)
+    except TypeError as error:
+        raise ConfigError(f"topology {kind!r}: {error}; it is called as f(num_peers, rng, **args)") from error
 
 
 def _check_connected(kind: str, topology: Topology) -> None:

@@ -74,7 +74,9 @@ class FederatedAveraging(Gossip):
         return super()._own_weight(contributions) if self.is_server or not contributions else 0.0
 
     def _replacements(self) -> list[PeerId]:
-        return []
+        """Nobody stands in for anybody; but who comes late has the average from the server, and a server what clients have."""
+        live = super()._replacements() if self.report.adopted else []
+        return live if self.is_server else [peer for peer in live if peer == self.server]
 
     def _round_done(self, now: float) -> list[Action]:
         done = super()._round_done(now)
@@ -83,7 +85,10 @@ class FederatedAveraging(Gossip):
 
 @PROTOCOLS.register("local")
 class LocalTraining(Gossip):
-    """Training alone, each peer on its own samples."""
+    """Training alone, each peer on its own samples; who comes late, or back, begins at the beginning."""
+
+    def _adopt(self, now: float) -> list[Action]:
+        return self._train(1, now)
 
     def _choose(self, round_: int) -> list[list[PeerId]]:
         return [[] for _ in self.config.segments]

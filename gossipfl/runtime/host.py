@@ -54,6 +54,7 @@ class _Hosted:
     overrun_s: float = 0.0
     accuracy_before: float | None = None
     done: RoundDone | None = None
+    done_s: float = 0.0  # when that was: the last round's task follows only once the neighbours need the peer no more
     is_finished: bool = False
     is_collected: bool = False
     model_file: Path | None = None
@@ -231,7 +232,7 @@ class PeerHost:
         event = round_event(
             hosted.node.name,
             report,
-            time_s=time.monotonic() - self._started,
+            time_s=hosted.done_s,
             train_loss=hosted.loss,
             train_s=hosted.train_s,
             traffic=traffic,
@@ -278,7 +279,8 @@ class PeerHost:
         if isinstance(record, Fault):
             self._tell(node.name, record)
         else:
-            self._hosted[node.name].done = record
+            hosted = self._hosted[node.name]
+            hosted.done, hosted.done_s = record, time.monotonic() - self._started
 
     def _tell(self, at: PeerId, record: Fault | Serving) -> None:
         """Have the thread that works tell it. May be called from any thread."""

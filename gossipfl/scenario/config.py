@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 BUILT_IN_MODELS = ("cnn", "gpt", "lenet5", "mlp", "resnet20")
 MOST_PEERS = 1_000_000
 """Far beyond what any memory holds; the tables of so many are made in seconds, before that is known."""
+WITHOUT_REPLICAS = ("fedavg", "local", "pairs")
+"""Protocols in which `gossip.replicas` plays no part."""
 BUILT_IN_CODECS = ("bfloat16", "float16", "float32", "int4", "int8", "randomk", "topk")
 
 
@@ -320,7 +322,8 @@ def _misfits(scenario: Scenario, topology: PeerTopology) -> list[Problem]:
         return []
     poorest = min(linked, key=linked.__getitem__)
     gossip, problems = scenario.gossip, []
-    wanted = {"gossip.replicas": gossip.replicas if gossip.selection != "all" else 0, "gossip.quorum": gossip.quorum or 0}
+    draws = gossip.selection != "all" and gossip.protocol not in WITHOUT_REPLICAS
+    wanted = {"gossip.replicas": gossip.replicas if draws else 0, "gossip.quorum": gossip.quorum or 0}
     for key, number in wanted.items():
         if number > linked[poorest]:
             neighbours = "neighbour" if linked[poorest] == 1 else "neighbours"
@@ -336,7 +339,7 @@ def _misfits(scenario: Scenario, topology: PeerTopology) -> list[Problem]:
             Problem(
                 "topology.kind",
                 f"gossip.protocol = 'fedavg' has its server at p0, which is linked to {degrees[0]} of {topology.num_peers - 1} "
-                "peers; use topology.kind = 'star' or 'full'",
+                f"peers; use topology.kind = 'star' or 'full'{', and no dynamic' if scenario.topology.dynamic else ''}",
             )
         )
     schedules = _schedules_of(gossip.protocol)
@@ -372,6 +375,7 @@ def _emulation_problems(scenario: Scenario, topology: PeerTopology) -> list[Prob
     problems = []
     for table, check in (
         ("network", lambda: check_links(scenario.build_links(), topology)),
+        ("compute", scenario.build_devices),
         ("churn", lambda: _check_somebody_is_there(scenario)),
     ):
         try:

@@ -136,6 +136,19 @@ def about_trace(scenario: Scenario, ran_s: float) -> list[str]:
     ]
 
 
+def about_planned(scenario: Scenario, ran_s: float) -> list[str]:
+    """What to tell of a run that was over, after so many seconds of its clock, before all that [churn] plans was due."""
+    to_come = [(at, key, peer) for at, key, peer in scenario.churn.planned if at > ran_s]
+    if not to_come:
+        return []
+    at, key, peer = to_come[0]
+    more = f", and {len(to_come) - 1} more after it" if len(to_come) > 1 else ""
+    return [
+        f"churn.{key} of {peer} at {at:g} s was never due{more}: at {ran_s:.4g} s everybody had finished or gone; "
+        "set it earlier, or give the run more rounds"
+    ]
+
+
 def about_churn(scenario: Scenario, train_s: float) -> list[str]:
     """What to tell of a run whose peers, as a rule, are gone again before they have trained for `train_s`, a round."""
     stays_s = scenario.build_churn().mean_stay_s

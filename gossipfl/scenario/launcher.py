@@ -32,6 +32,7 @@ from gossipfl.runtime.namespaces import Namespaces
 from gossipfl.scenario.config import Scenario, check_names
 from gossipfl.scenario.crew import Crew
 from gossipfl.scenario.hosting import (
+    about_planned,
     about_trace,
     allow_file_descriptors,
     check_namespaces,
@@ -169,7 +170,7 @@ class Launcher:
         self.observer.started(folder, first["parameters"])
         self._follow(record)
         wall_s = time.monotonic() - self.started_at
-        for line in about_trace(scenario, wall_s):
+        for line in (*about_trace(scenario, wall_s), *about_planned(scenario, wall_s), *self.presence.about_late()):
             record.warn(line)
         result = self._conclude(record, first, wall_s)
         self.observer.ended(result)

@@ -38,6 +38,8 @@ class Presence:
         self._start, self._replace, self._told = start, replace, told
         self._former: list[WorkerHandle] = []
         self._not_ready: list[WorkerHandle] = []
+        self._due_s: dict[WorkerHandle, float] = {}  # when those were to be back that are not ready yet
+        self._late_s: dict[str, float] = {}  # how long they kept the run waiting, at the most
         self._began = math.inf
         self._changes = churn.changes(math.inf)
         self._next: Change | None = None
@@ -79,6 +81,7 @@ class Presence:
         if worker in self._not_ready:
             self._not_ready.remove(worker)
             if worker.peers[0] not in self.away:  # it was to be back before
+                self._was_missed(worker)
                 self._start(worker, time.monotonic() - self._began)
 
     def was_killed(self, worker: WorkerHandle) -> bool:
@@ -86,6 +89,7 @@ class Presence:
 
     def _kill(self, index: int) -> None:
         worker = self._workers[index]
+        self._was_missed(worker)
         self.away.update(worker.peers)
         self._former.append(worker)
         worker.stop(time.monotonic())
@@ -94,17 +98,38 @@ class Presence:
             self._not_ready.append(self._workers[index])
 
     def _may_return(self, index: int) -> bool:
-        now_s, later = time.monotonic() - self._began, (*self._churn.planned, *self._churn.traced)
+        """As planned from this change on: the clock may be past the return already."""
+        assert self._next is not None
+        since_s, later = self._next.time_s, (*self._churn.planned, *self._churn.traced)
         return self._churn.online < 1 or any(
-            change.online and change.index == index and change.time_s > now_s for change in later
+            change.online and change.index == index and change.time_s >= since_s for change in later
         )
 
     def _bring(self, index: int) -> None:
         worker = self._workers[index]
         self.away.difference_update(worker.peers)
         self.late.difference_update(worker.peers)
-        if worker not in self._not_ready:
+        if worker in self._not_ready:
+            self._due_s[worker] = time.monotonic() - self._began
+        else:
             self._start(worker, time.monotonic() - self._began)
+
+    def _was_missed(self, worker: WorkerHandle) -> None:
+        """It was to be back before, where it is among those."""
+        due_s = self._due_s.pop(worker, None)
+        if due_s is not None:
+            name, late_s = worker.peers[0], time.monotonic() - self._began - due_s
+            self._late_s[name] = max(late_s, self._late_s.get(name, 0.0))
+
+    def about_late(self) -> list[str]:
+        """What to tell of peers that were back later than planned: they count as back, but there was no process yet."""
+        if not self._late_s:
+            return []
+        latest = max(self._late_s, key=self._late_s.__getitem__)
+        return [
+            f"{', '.join(sorted(self._late_s))} came back later than [churn] says, {latest} by {self._late_s[latest]:.3g} s, "
+            "as its process took so long to start; leave more time between a kill and the return, or use --clock virtual"
+        ]
 
 
 def check_churn(churn: Churn, groups: Sequence[Sequence[str]], in_process: bool) -> None:

@@ -31,7 +31,7 @@ from gossipfl.protocol.machine import Fault, RoundReport, Traffic
 from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
-from gossipfl.scenario.hosting import about_churn, about_trace, peer_settings, tell_of_statistics
+from gossipfl.scenario.hosting import about_churn, about_planned, about_trace, peer_settings, tell_of_statistics
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, not_interrupted, terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory, keep_freed_memory
 from gossipfl.scenario.preparation import deal, prepare
@@ -214,7 +214,7 @@ class _Simulation(Watcher):
                 self._close(self._rounds)
         except KeyboardInterrupt:
             is_interrupted = True
-        for line in about_trace(scenario, simulator.clock.now):
+        for line in (*about_trace(scenario, simulator.clock.now), *about_planned(scenario, simulator.clock.now)):
             self.record.warn(line)
         wall_s = time.monotonic() - started
         try:

@@ -79,7 +79,7 @@ _UNITS_S = {
 def _seconds(value: Any) -> float | None:
     """Seconds of a number or of text such as "50ms", "90s", "10min", "1h"; None if it is no time."""
     if isinstance(value, str):
-        match = re.fullmatch(rf"{_NUMBER} *(us|ms|s|min|h|)", value.strip().replace("µs", "us"))
+        match = re.fullmatch(rf"{_NUMBER} *(us|ms|s|min|h|)", re.sub("[µμ]s", "us", value.strip()))
         return float(Decimal(match[1]) * _UNITS_S[match[2]]) if match else None
     return float(value) if _is_number(value) else None
 
@@ -101,7 +101,7 @@ def _delay(value: Any) -> float:
     seconds = _with_unit(value)
     if seconds is None or not 0 <= seconds < math.inf:
         raise ValueError("must be a time of at least 0, with its unit, such as '50ms'")
-    return seconds
+    return abs(seconds)  # -0.0 would not be read back
 
 
 def _step_time(value: Any) -> float:
