@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# The same examples each time; `--hypothesis-profile search` looks for others.
 settings.register_profile("same", derandomize=True)
 settings.register_profile("search", derandomize=False)
 settings.load_profile("same")
 
 
 def pytest_configure() -> None:
-    """What the tests start hears Ctrl-C, also where they run in the background of a shell, which lets nobody there hear it.
-
-    Properties are tried with the same examples each time; `--hypothesis-profile search` looks for others.
-    """
+    """What the tests start hears Ctrl-C, also where they run in the background of a shell, which lets nobody there hear it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1297,11 +1297,9 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_who_lies_about_plans_is_passed_over(lie, liars, servers, devices):
-    device = devices(liar := liars(LIES[lie]), servers(cut=2), patience_s=0.3)
+    device = devices(liar := liars(LIES[lie]), servers(cut=2), patience_s=2.0)  # of which a busy machine may need some
     assert_same(device.predict(X, DEADLINE_S).scores, reduced_scores(X))
-    assert liar.address in {fault.source for fault in device.faults}
-    # who is honest may be slower than 0.3 s on a busy machine
-    assert {fault.source for fault in device.faults if fault.kind != "silent"} <= {liar.address}
+    assert {fault.source for fault in device.faults} == {liar.address}
 
 
 def test_who_offers_and_then_says_nothing_or_something_else_is_passed_over(liars, servers, devices):

@@ -24,10 +24,11 @@ from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.report import write_report
 from gossipfl.scenario.report.curves import accuracy_curve, plot_curves, plot_segment_staleness, run_keys, staleness_by_round
 from gossipfl.scenario.report.links import plot_topology, plot_traffic
+from gossipfl.scenario.report.page import OWN_TABLE
 from gossipfl.scenario.report.plots import log_scale
 from gossipfl.scenario.report.reading import read_run, read_runs, short_name, title
 from gossipfl.scenario.report.tables import compared, differences, faults, figures, planned, seconds, size
-from gossipfl.scenario.report.tensorboard import write_tensorboard
+from gossipfl.scenario.report.tensorboard import SUFFIX, write_tensorboard
 from gossipfl.scenario.report.timeline import plot_timeline
 from gossipfl.scenario.sweep import run_sweep, sweep_runs
 
@@ -153,6 +154,7 @@ def test_the_report_lies_in_the_first_run_with_its_tables_beside_it(folder):
 def test_tables_of_an_earlier_report_do_not_stay_beside_those_of_the_next(folder, tmp_path):
     tables = tmp_path / "page.csv"
     write_report([folder, folder, folder], tmp_path / "page.html")
+    assert all(OWN_TABLE.fullmatch(path.name) for path in tables.iterdir()), "and those of every plot"
     assert [row["number"] for row in rows_of(tables / "runs.csv")] == ["1", "2", "3"]
     (tables / "mine.csv").touch()
     write_report([folder, folder], tmp_path / "page.html")
@@ -519,7 +521,7 @@ def test_curves_go_to_tensorboard_by_round(folder, tmp_path, monkeypatch):
     written = {}
 
     class SummaryWriter:
-        def __init__(self, log_dir):
+        def __init__(self, log_dir, filename_suffix):
             self.log_dir = log_dir
 
         def __enter__(self):
@@ -532,9 +534,10 @@ def test_curves_go_to_tensorboard_by_round(folder, tmp_path, monkeypatch):
             written[self.log_dir, tag, step] = (round(value, 6), walltime)
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    earlier = tmp_path / "board" / "small" / "events.out.tfevents.1"
+    earlier, theirs = (tmp_path / "board" / "small" / f"events.out.tfevents.1{suffix}" for suffix in (SUFFIX, ""))
     earlier.parent.mkdir(parents=True)
     earlier.touch()
+    theirs.touch()
     result = CliRunner().invoke(main, ["report", str(folder), "--tensorboard", str(tmp_path / "board")])
     assert result.exit_code == 0, result.output
     board = str(tmp_path / "board" / "small")
@@ -542,6 +545,7 @@ def test_curves_go_to_tensorboard_by_round(folder, tmp_path, monkeypatch):
     assert written[board, "staleness_max", 2][1] == written[board, "accuracy/mean", 2][1]  # at the time of the round
     assert (board, "accuracy/average_model", 1) not in written
     assert not earlier.exists()  # or both would be drawn as one curve
+    assert theirs.exists()
 
 
 def test_without_tensorboard_the_extra_to_install_is_named(folder, tmp_path, monkeypatch):

@@ -52,6 +52,8 @@ class FederatedAveraging(Gossip):
     ready, instead of pushed. A client that the server cannot reach goes on from its own model.
     """
 
+    has_replicas = False
+
     @property
     def server(self) -> PeerId:
         return min(self.name, *self.membership.neighbours)
@@ -86,6 +88,8 @@ class FederatedAveraging(Gossip):
 @PROTOCOLS.register("local")
 class LocalTraining(Gossip):
     """Training alone, each peer on its own samples; who comes late, or back, begins at the beginning."""
+
+    has_replicas = False
 
     def _adopt(self, now: float) -> list[Action]:
         return self._train(1, now)
@@ -185,6 +189,7 @@ class RandomPairs(Scheduled):
     of a pair draws its own coordinates, while the paper's share one mask.
     """
 
+    has_replicas = False
     _schedule = staticmethod(random_pairs)
 
 

@@ -76,6 +76,9 @@ class Gossip(Gatherer):
     others may lie they should not be guessable, for who guesses one may ask in this peer's name.
     """
 
+    has_replicas = True
+    """Whether `config.replicas` plays a part."""
+
     def __init__(
         self, name: PeerId, degrees: Mapping[PeerId, int], config: GossipConfig, numbers: Iterator[int] | None = None
     ) -> None:

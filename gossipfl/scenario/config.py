@@ -19,7 +19,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 BUILT_IN_MODELS = ("cnn", "gpt", "lenet5", "mlp", "resnet20")
 MOST_PEERS = 1_000_000
 """Far beyond what any memory holds; the tables of so many are made in seconds, before that is known."""
-WITHOUT_REPLICAS = ("fedavg", "local", "pairs")
-"""Protocols in which `gossip.replicas` plays no part."""
 BUILT_IN_CODECS = ("bfloat16", "float16", "float32", "int4", "int8", "randomk", "topk")
 
 
@@ -322,7 +320,7 @@ def _misfits(scenario: Scenario, topology: PeerTopology) -> list[Problem]:
         return []
     poorest = min(linked, key=linked.__getitem__)
     gossip, problems = scenario.gossip, []
-    draws = gossip.selection != "all" and gossip.protocol not in WITHOUT_REPLICAS
+    draws = gossip.selection != "all" and getattr(_machine_of(gossip.protocol), "has_replicas", True)
     wanted = {"gossip.replicas": gossip.replicas if draws else 0, "gossip.quorum": gossip.quorum or 0}
     for key, number in wanted.items():
         if number > linked[poorest]:
@@ -364,10 +362,17 @@ def _misfits(scenario: Scenario, topology: PeerTopology) -> list[Problem]:
 
 def _schedules_of(protocol: str) -> type[Scheduled] | None:
     """The machine of a protocol that draws for everybody who sends to whom."""
-    from gossipfl.protocol.baselines import PROTOCOLS, Scheduled
+    from gossipfl.protocol.baselines import Scheduled
 
-    machine = PROTOCOLS.get(protocol) if protocol in PROTOCOLS else None
+    machine = _machine_of(protocol)
     return machine if isinstance(machine, type) and issubclass(machine, Scheduled) else None
+
+
+def _machine_of(protocol: str) -> Callable[..., Any] | None:
+    """None for a user's own."""
+    from gossipfl.protocol.baselines import PROTOCOLS
+
+    return PROTOCOLS.get(protocol) if protocol in PROTOCOLS else None
 
 
 def _emulation_problems(scenario: Scenario, topology: PeerTopology) -> list[Problem]:

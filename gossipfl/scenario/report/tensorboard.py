@@ -13,6 +13,8 @@ from gossipfl.errors import ConfigError
 from gossipfl.scenario.report.curves import accuracy_curve, staleness_by_round
 from gossipfl.scenario.report.reading import Run, read_runs
 
+SUFFIX = ".gossipfl"
+"""Of the files that are written here, so that nobody else's are replaced."""
 Series = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 """A tag, and f64 columns of rounds, values and seconds."""
 
@@ -29,16 +31,16 @@ def summary_writer() -> Any:
 
 
 def write_tensorboard(folders: Sequence[Path], out: Path) -> None:
-    """Write the curves of the runs in `folders` below `out`, for `tensorboard --logdir`.
+    """Write the curves of the runs in `folders` below `out`, for `tensorboard --logdir`, in the place of an earlier export.
 
     ConfigError if a folder holds no run, or tensorboard is not installed.
     """
     SummaryWriter = summary_writer()
     for run in read_runs(folders):
         folder = out / re.sub(r"[^\w.-]+", "-", run.name).strip("-.")
-        for earlier in folder.glob("events.out.tfevents.*"):
+        for earlier in folder.glob(f"events.out.tfevents.*{SUFFIX}"):
             earlier.unlink()  # TensorBoard would draw both as one curve
-        with SummaryWriter(log_dir=str(folder)) as writer:
+        with SummaryWriter(log_dir=str(folder), filename_suffix=SUFFIX) as writer:
             for tag, rounds, values, times_s in _series(run):
                 for round_, value, time_s in zip(rounds, values, times_s, strict=True):
                     if np.isfinite(value):
