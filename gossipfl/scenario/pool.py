@@ -20,9 +20,10 @@ from gossipfl.scenario.workers import ENVIRONMENT
 def processes(number: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of fresh processes. An error, Ctrl-C among them, ends them at once."""
     os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
-    if os.name == "posix":  # multiprocessing's own helper leaves Ctrl-C and SIGTERM to this process, but not SIGHUP
-        with handled(signal.SIG_IGN, [signal.SIGHUP]):
-            resource_tracker.ensure_running()
+    with handled(
+        signal.SIG_IGN, [signal.SIGHUP]
+    ):  # multiprocessing's own helper leaves only Ctrl-C and SIGTERM to this process
+        resource_tracker.ensure_running()
     before = set(multiprocessing.active_children())
     pool = _Pool(number, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
