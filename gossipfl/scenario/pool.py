@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import resource_tracker
 from typing import Any
 
-from gossipfl.scenario.interrupts import handled, interrupts_held, not_interrupted
+from gossipfl.scenario.interrupts import interrupts_held, not_interrupted
 from gossipfl.scenario.workers import ENVIRONMENT
 
 
@@ -20,10 +18,6 @@ from gossipfl.scenario.workers import ENVIRONMENT
 def processes(number: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of fresh processes. An error, Ctrl-C among them, ends them at once."""
     os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
-    with handled(
-        signal.SIG_IGN, [signal.SIGHUP]
-    ):  # multiprocessing's own helper leaves only Ctrl-C and SIGTERM to this process
-        resource_tracker.ensure_running()
     before = set(multiprocessing.active_children())
     pool = _Pool(number, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
