@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import resource_tracker
 from typing import Any
 
 from gossipfl.scenario.interrupts import interrupts_held, not_interrupted
@@ -18,6 +20,12 @@ from gossipfl.scenario.workers import ENVIRONMENT
 def processes(number: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of fresh processes. An error, Ctrl-C among them, ends them at once."""
     os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    # Multiprocessing's own helper leaves Ctrl-C and SIGTERM to this process; started so, SIGHUP too, which waits meanwhile.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     before = set(multiprocessing.active_children())
     pool = _Pool(number, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
