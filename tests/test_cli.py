@@ -346,6 +346,17 @@ def test_what_is_no_protocol_is_refused_before_anything_starts(command, code, tm
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "called_as"),
+    [("gossip.aggregation", "(rows, weights, out)"), ("gossip.selection", "(candidates, replicas, links, rng)")],
+)
+def test_a_function_of_the_users_that_cannot_be_called_is_refused_before_anything_starts(setting, called_as, tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(one):\n    pass\n")
+    done = gossipfl("run", "quickstart", "--clock", "virtual", "--set", f"{setting}=mine:mine", cwd=tmp_path)
+    check_refused(done, f"{setting} = 'mine:mine' is no", called_as)
+    assert not (tmp_path / "runs").exists()
+
+
 # --------------------------------------------------------------------------------------------------------------- two outputs
 
 

@@ -275,11 +275,14 @@ def test_a_run_that_diverges_is_remarked_upon_once(rate, tmp_path):
 
 
 @pytest.mark.parametrize("clock", ["virtual", "local"])
-def test_the_distance_of_models_that_diverged_is_not_known_in_json_that_anyone_reads(clock, tmp_path):
+def test_figures_of_models_that_diverged_are_not_known_in_json_that_anyone_reads(clock, tmp_path):
     scenario = {"peers": 4, "rounds": 2, "training": {"learning_rate": 1e30}, "model_args": {"hidden": [8]}}
     summary = gossipfl.run(scenario, clock=clock, out=tmp_path / "run").summary
     json.dumps(summary, allow_nan=False)
     assert summary["consensus_distance"] == {"first": None, "last": None}
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    json.dumps(events, allow_nan=False)
+    assert None in [event["train_loss"] for event in events if event["event"] == "round"]
 
 
 @pytest.mark.parametrize(("clock", "ends_s"), [("virtual", 0.5), ("local", 0.001)])

@@ -138,6 +138,9 @@ def test_a_sweep_leaves_a_record_of_each_run_and_a_table_and_goes_on_where_it_st
     summary.write_text(json.dumps(json.loads(ours) | {"version": "0.0.1"}))
     code, _, error = sweep(*words, "--skip-existing")
     assert code == 2 and "holds a run of gossipfl 0.0.1; pass --force to replace it" in error
+    summary.write_text(json.dumps({key: value for key, value in json.loads(ours).items() if key != "accuracy"}))
+    code, _, _ = sweep(*words, "--skip-existing")
+    assert code == 0 and rows(out)[0]["accuracy_mean"] == ""
     summary.write_text(ours)
 
     code, _, error = sweep(*words, "--skip-existing", "--set", "training.batch_size=8")

@@ -277,6 +277,10 @@ def check_names(scenario: Scenario) -> None:
         except ConfigError as error:
             ours = PROTOCOLS_HERE.get(re.sub("[-_]", "", name.lower())) if table is PROTOCOLS else None
             raise ConfigError(f"{key}: {error}{f'; {name} is {ours} here' if ours else ''}") from error
+        if table is AGGREGATORS and not _takes(found, None, None, out=None):
+            raise ConfigError(f"{key} = {name!r} is no aggregation rule: it must take (rows, weights, out)")
+        if table is SELECTORS and not _takes(found, [], 1, {}, None):
+            raise ConfigError(f"{key} = {name!r} is no selection: it must take (candidates, replicas, links, rng)")
         if table is PROTOCOLS and not _is_machine(found):
             raise ConfigError(
                 f"{key} = {name!r} is no protocol: it must be called as (name, degrees, config, numbers) and have "
@@ -296,10 +300,17 @@ def _if_loaded(module: str, table: str) -> Container[str]:
     return getattr(sys.modules.get(module), table, ())
 
 
-def _is_machine(protocol: Any) -> bool:
+def _takes(function: Callable[..., Any], *args: Any, **named: Any) -> bool:
+    """Whether it can be called so."""
     try:
-        inspect.signature(protocol).bind("p0", {}, None, None)
+        inspect.signature(function).bind(*args, **named)
     except (TypeError, ValueError):  # a value error is of what has no signature to be read
+        return False
+    return True
+
+
+def _is_machine(protocol: Any) -> bool:
+    if not _takes(protocol, "p0", {}, None, None):
         return False
     return not isinstance(protocol, type) or (hasattr(protocol, "handle") and hasattr(protocol, "next_deadline"))
 

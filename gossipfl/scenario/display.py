@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from gossipfl.scenario.config import Scenario
 from gossipfl.scenario.records import Event
 from gossipfl.scenario.results import Observer, RunResult
-from gossipfl.scenario.terminal import print_figures, print_line, size_text
+from gossipfl.scenario.terminal import counted, print_figures, print_line, size_text
 
 if TYPE_CHECKING:
     from gossipfl.scenario.reproduce.figures import Table as Comparison
@@ -59,7 +59,9 @@ class Display(Observer):
     def started(self, folder: Path, parameters: int) -> None:
         self._started_at = time.monotonic()
         self._console.print(
-            f"{self._peers} peers, {parameters:,} parameters, writing to {folder}", highlight=False, soft_wrap=True
+            f"{counted(self._peers, 'peer')}, {counted(parameters, 'parameter')}, writing to {folder}",
+            highlight=False,
+            soft_wrap=True,
         )
         if self._console.is_terminal:
             of_round = Column(no_wrap=True, min_width=len(f"round {self._rounds}/{self._rounds}"))  # is not cut, if anything is
@@ -146,7 +148,7 @@ def print_summary(console: Console, result: RunResult) -> None:
         ),
         ("peers that did not finish", _dead_peers(faults)),
     ]
-    title = f"{summary['scenario']}: {summary['peers']} peers, {summary['rounds']} rounds"
+    title = f"{summary['scenario']}: {counted(summary['peers'], 'peer')}, {counted(summary['rounds'], 'round')}"
     print_figures(console, title, [(name, value) for name, value in rows if value is not None])
     console.print(f"record  {result.folder}/", highlight=False, soft_wrap=True)
     if models := {path.stem for path in (result.folder / "models").glob("*.safetensors")}:
@@ -230,7 +232,7 @@ def _samples(scenario: Scenario, table: np.ndarray, is_whole: bool) -> Table:
     for name, row in list(zip(scenario.peer_names, table, strict=True))[:MAX_ROWS]:
         drawn.add_row(name, *(str(count) if count else "." for count in row if is_whole), str(row.sum()))
     if len(table) > MAX_ROWS:
-        drawn.caption = f"and {len(table) - MAX_ROWS} more peers"
+        drawn.caption = f"and {counted(len(table) - MAX_ROWS, 'more peer')}"
     return drawn
 
 

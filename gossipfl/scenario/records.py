@@ -51,13 +51,15 @@ class RunRecord:
 
     def add(self, event: Event) -> None:
         self.events.append(event)
+        loss = event.get("train_loss")
+        written = event if known(loss) == loss else event | {"train_loss": None}
         with writing(self.folder / "events.jsonl"):
-            self._file.write(json.dumps(event) + "\n")
+            self._file.write(json.dumps(written) + "\n")
             self._file.flush()
-        if event["event"] == "round" and not self._has_diverged and not math.isfinite(event["train_loss"] or 0.0):
+        if written is not event and not self._has_diverged:
             self._has_diverged = True
             self.warn(
-                f"training diverges: the loss of {event['peer']} in round {event['round']} is {event['train_loss']}; "
+                f"training diverges: the loss of {event['peer']} in round {event['round']} is {loss}; "
                 "lower training.learning_rate"
             )
 

@@ -272,7 +272,7 @@ def _row(run: SweepRun, summary: dict[str, Any] | None, error: str) -> Row:
     for column, keys in FIGURES.items():
         value: Any = summary
         for key in keys:
-            value = None if value is None else value[key]
+            value = value.get(key) if isinstance(value, dict) else None
         row[column] = value
     return row | {"error": error}
 

@@ -26,6 +26,11 @@ def print_line(console: Console, text: str) -> None:
         print(text, file=console.file, flush=True)
 
 
+def counted(number: int, what: str) -> str:
+    """ "1 peer", "1,000 peers"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def size_text(num_bytes: float) -> str:
     """Bytes as a person reads them."""
     for unit in ("B", "KiB", "MiB"):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from gossipfl.scenario.planning.plan import Plan, Spread
-from gossipfl.scenario.terminal import print_figures, size_text
+from gossipfl.scenario.terminal import counted, print_figures, size_text
 from gossipfl.scenario.topology_view import explain, gap_text
 
 _ALONE = {
@@ -23,7 +23,8 @@ _ALONE = {
 
 def print_plan(console: Console, plan: Plan) -> None:
     """The plan as a table, and what it leaves out."""
-    print_figures(console, f"{plan.scenario}: {plan.peers:,} peers, {plan.rounds:,} rounds, {plan.protocol}", _rows(plan))
+    title = f"{plan.scenario}: {counted(plan.peers, 'peer')}, {counted(plan.rounds, 'round')}, {plan.protocol}"
+    print_figures(console, title, _rows(plan))
     console.print(explain(plan.topology), highlight=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
