@@ -66,15 +66,19 @@ def mean(rows: Rows, weights: Weights, out: np.ndarray | None = None) -> np.ndar
     out = _new_like(rows[0]) if out is None else out
     per_value = _are_per_value(weights)
     shares: Weights = weights if per_value else shares_of(weights)
+    begins_at_0 = per_value or len(rows) == 1  # what a sparse row lacks, 0 times -0, would turn an own -0 into +0
     sum_buffer, term_buffer = np.empty((2, min(out.size, _RUN)), np.float32)
     for run in _runs(out.size):
         own = rows[0][run]
         total, term = sum_buffer[: own.size], term_buffer[: own.size]
-        total.fill(0.0)
-        for row, share in zip(rows[1:], shares[1:], strict=True):
-            np.subtract(own, row[run], out=term)
-            np.multiply(term, _at(share, run), out=term)
-            np.add(total, term, out=total)
+        if begins_at_0:
+            total.fill(0.0)
+        for number, (row, share) in enumerate(zip(rows[1:], shares[1:], strict=True)):
+            into = term if number or begins_at_0 else total
+            np.subtract(own, row[run], out=into)
+            np.multiply(into, _at(share, run), out=into)
+            if into is term:
+                np.add(total, term, out=total)
         if per_value:
             np.divide(total, sum(_at(weight, run) for weight in weights), out=total)
         np.subtract(own, total, out=out[run])

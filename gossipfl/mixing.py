@@ -64,7 +64,7 @@ def mix_segments(aggregate: Aggregator, own: np.ndarray, mixes: Sequence[Segment
 def _is_even(mixes: Sequence[SegmentMix], size: int) -> bool:
     end = 0
     for (start, stop), own_weight, copies in mixes:
-        if start != end or not own_weight or len(copies) != len(mixes[0].copies):
+        if start != end or not own_weight or not copies or len(copies) != len(mixes[0].copies):
             return False
         if any(decoded.present is not None for decoded, _ in copies):
             return False
@@ -76,12 +76,14 @@ def _mean_of_all(own: np.ndarray, mixes: Sequence[SegmentMix], out: np.ndarray) 
     """`mean`, with the same operations on each value: own - sum_i share_i (own - copy_i)."""
     shares = [_shares_of_copies((own_weight, *(weight for _, weight in copies))) for _, own_weight, copies in mixes]
     sizes = [stop - start for (start, stop), _, _ in mixes]
-    total, term = np.zeros(own.size, np.float32), np.empty(own.size, np.float32)
+    total, term = np.empty((2, own.size), np.float32)
     for number, of_each in enumerate(zip(*shares, strict=True)):
-        np.concatenate([copies[number][0].values for _, _, copies in mixes], out=term)
-        np.subtract(own, term, out=term)
-        np.multiply(term, of_each[0] if len(set(of_each)) == 1 else np.repeat(np.array(of_each), sizes), out=term)
-        np.add(total, term, out=total)
+        into = term if number else total
+        np.concatenate([copies[number][0].values for _, _, copies in mixes], out=into)
+        np.subtract(own, into, out=into)
+        np.multiply(into, of_each[0] if len(set(of_each)) == 1 else np.repeat(np.array(of_each), sizes), out=into)
+        if number:
+            np.add(total, term, out=total)
     np.subtract(own, total, out=out)
 
 

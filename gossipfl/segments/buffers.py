@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+"""With all its pages at once, where the system can: one by one they take nearly twice as long."""
+
 
 class VectorPool:
     """Vectors of one size (f32[size]), each in a mapping of its own that is used again once nobody refers to it.
@@ -25,7 +28,7 @@ class VectorPool:
 
     def take(self) -> np.ndarray:
         """A writable f32[size] of arbitrary contents."""
-        memory = self._free.pop() if self._free else mmap.mmap(-1, max(4 * self.size, 1))
+        memory = self._free.pop() if self._free else mmap.mmap(-1, max(4 * self.size, 1), flags=_FLAGS)
         vector = np.frombuffer(memory, np.float32, self.size)
         weakref.finalize(vector, self._free.append, memory).atexit = False
         return vector
