@@ -512,6 +512,9 @@ latency = "1s"
 step_time = "20ms"
 speed = {kind = "uniform", low = 1, high = 1}
 stragglers = {peers = ["p1"], slowdown = 5}
+[compute.classes]
+server = {peers = ["p3"], speed = 4}
+phone = {peers = ["p0"], step_time = "80ms"}
 [compute.peers.p2]
 step_time = "1s"
 [churn]
@@ -524,7 +527,7 @@ join = [{peer = "p7", at = 10}]
     assert links.downlink.tolist() == [1e6] * 8 and links.uplink[3] == math.inf and links.jitter_s == 0.005
     assert all(125_000 <= rate < 99 * 125_000 for index, rate in enumerate(links.uplink) if index != 3)
     assert links.latency(0, 1) != links.latency(1, 0) and links.latency(0, 3) == 1.0
-    assert devices.step_s[:4].tolist() == [0.02, 0.1, 1.0, 0.02]
+    assert devices.step_s[:5].tolist() == [0.08, 0.1, 1.0, 0.005, 0.02]
     assert [churn.initially_online(index) for index in (3, 7)] == [True, False]
     assert [(c.time_s, c.index, c.online) for c in churn.changes(60)] == [(10, 7, True), (20, 3, False), (40, 3, True)]
 
@@ -618,6 +621,19 @@ def test_a_network_that_cannot_be_right_is_refused_with_a_remedy(network, messag
         ({"stragglers": {"fraction": 0.1}}, "compute.stragglers.slowdown is missing; give it"),
         ({"stragglers": {"slowdown": 2}}, "compute.stragglers needs either fraction or peers"),
         ({"stragglers": {"slowdown": 0.5, "fraction": 0.1}}, "compute.stragglers.slowdown = 0.5 must be at least 1"),
+        ({"classes": {"phone": {"speed": 2}}}, "compute.classes.phone = {'speed': 2} needs either fraction or peers"),
+        ({"classes": {"phone": {"speed": 2, "peers": []}}}, "needs either fraction or peers"),
+        ({"classes": {"phone": {"fraction": 0.5}}}, "needs step_time or speed; give one of them"),
+        ({"classes": {"phone": {"peers": ["x"], "speed": 2}}}, "compute.classes.phone: there is no peer 'x'"),
+        (
+            {"classes": {"phone": {"peers": ["p1"], "speed": 2}, "pc": {"peers": ["p1"], "speed": 9}}},
+            "compute.classes.pc and phone both name p1; leave it in one of them",
+        ),
+        (
+            {"classes": {"phone": {"fraction": 0.7, "speed": 2}, "pc": {"fraction": 0.5, "speed": 9}}},
+            "compute.classes have fractions that add up to 1.2; lower them to 1 at most",
+        ),
+        ({"classes": {"phone": {"fraction": "1%", "speed": 2}}}, "compute.classes.phone.fraction = 0.01 does not fit 8 peers"),
         ({"stragglers": {"slowdown": 2, "peers": ["p3", "x"]}}, "compute.stragglers: there is no peer 'x'; peers are p0 to p7"),
         ({"peers": {"p9": {"speed": 2}}}, "compute.peers.p9: there is no peer 'p9'"),
     ],
@@ -706,6 +722,12 @@ def test_the_clock_is_virtual_where_anything_is_emulated_unless_chosen():
         assert load_scenario({table: values}).resolved_clock == "virtual"
         assert load_scenario({table: values, "clock": "local"}).resolved_clock == "local"
     assert "clock = 'real' is not known; use 'auto'" in message_of({"clock": "real"})
+
+
+def test_the_clock_of_many_peers_is_virtual_unless_they_ask_for_sockets():
+    assert [load_scenario({"peers": peers}).resolved_clock for peers in (63, 64, 1000)] == ["local", "virtual", "virtual"]
+    sockets = {"clock": "local"}, {"peers_per_process": 8}, {"transport": {"kind": "ipc"}}, {"inference": {"serve": True}}
+    assert {load_scenario({"peers": 64, **asked}).resolved_clock for asked in sockets} == {"local"}
 
 
 # ---------------------------------------------------------------------------------------------------------- suggestions
@@ -975,6 +997,9 @@ def scenarios(draw: st.DrawFn) -> dict[str, Any]:
             optional={
                 "step_time": delays,
                 "speed": st.floats(0.1, 10),
+                "classes": st.just(
+                    {"phone": {"fraction": "50%", "step_time": "80ms"}, "server": {"peers": ["p1"], "speed": 4}}
+                ),
                 "stragglers": st.just({"fraction": "10%", "slowdown": 5}) | st.just({"peers": ["p1"], "slowdown": 1.5}),
             },
         ),
@@ -995,7 +1020,7 @@ def test_a_resolved_file_loads_back_to_an_equal_scenario_with_an_equal_digest(va
     scenario = load_scenario(values)
     again = load_scenario(tomllib.loads(scenario.to_toml()))
     assert again == scenario
-    assert again.sha256 == scenario.sha256
+    assert (again.sha256, again.resolved_clock) == (scenario.sha256, scenario.resolved_clock)
     assert again.resolved() == scenario.resolved() and again.to_toml() == scenario.to_toml()
 
 

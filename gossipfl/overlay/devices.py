@@ -24,11 +24,23 @@ SAME_SPEED = Constant(1.0)
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceClass:
+    """Devices of one kind: of a share of the peers, drawn, or of these. What is None is as for all."""
+
+    name: str
+    fraction: float = 0.0
+    peers: Sequence[int] = ()
+    step_time: Distribution | None = None
+    speed: Distribution | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DevicesConfig:
     """What devices are built from."""
 
     step_time: Distribution = STEP  # seconds of a local step at speed 1, drawn once per peer
     speed: Distribution = SAME_SPEED  # 2 = twice as fast, drawn once per peer
+    classes: Sequence[DeviceClass] = ()
     straggler_fraction: float = 0.0  # share of the peers, drawn, rounded up
     stragglers: Sequence[int] = ()  # or these peers
     slowdown: float = 1.0  # a straggler takes this times as long
@@ -55,9 +67,13 @@ class Devices:
 
 
 def build_devices(config: DevicesConfig, num_peers: int, seed: int) -> Devices:
-    """The devices of a configuration; each quantity is drawn by itself, so the seed decides."""
+    """The devices of a configuration; each quantity is drawn by itself, so the seed decides. ConfigError: too few peers."""
     step_s = config.step_time.draw(generator(seed, "step_time"), num_peers)
     speed = config.speed.draw(generator(seed, "speed"), num_peers)
+    for of_class, members in zip(config.classes, _members(config.classes, num_peers, seed), strict=True):
+        for values, drawn_from, purpose in ((step_s, of_class.step_time, "step_time"), (speed, of_class.speed, "speed")):
+            if drawn_from is not None:
+                values[members] = drawn_from.draw(generator(seed, purpose, of_class.name), num_peers)[members]
     for values, own in ((step_s, config.peer_step_s), (speed, config.peer_speed)):
         for index, value in own.items():
             values[index] = value
@@ -69,6 +85,25 @@ def build_devices(config: DevicesConfig, num_peers: int, seed: int) -> Devices:
         slowest = int(np.argmin(np.isfinite(step_s)))
         raise ConfigError(f"[compute] gives p{slowest} local steps without end; lower step_time or slowdown, or raise speed")
     return Devices(step_s, config.variation, seed, stragglers)
+
+
+def _members(classes: Sequence[DeviceClass], num_peers: int, seed: int) -> list[list[int]]:
+    """The peers of each class; shares are drawn from those that no class names, and rounded so that their sum is right."""
+    named = {index for of_class in classes for index in of_class.peers}
+    free = [index for index in generator(seed, "classes").permutation(num_peers).tolist() if index not in named]
+    members, share, first = [], 0.0, 0
+    for of_class in classes:
+        share += of_class.fraction
+        end = round(share * num_peers)
+        members.append(list(of_class.peers) or free[first:end])
+        if end > len(free) or not members[-1]:
+            there_are = f"{num_peers} peers, {len(named)} of them named in other classes" if named else f"{num_peers} peers"
+            raise ConfigError(
+                f"compute.classes.{of_class.name}.fraction = {of_class.fraction:g} does not fit {there_are}: "
+                f"{'that is nobody; raise it' if end == first else 'too few are left; lower it'}, or name peers"
+            )
+        first = end
+    return members
 
 
 def _drawn_stragglers(fraction: float, num_peers: int, seed: int) -> list[int]:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 BUILT_IN_MODELS = ("cnn", "gpt", "lenet5", "mlp", "resnet20")
 MOST_PEERS = 1_000_000
 """Far beyond what any memory holds; the tables of so many are made in seconds, before that is known."""
+MANY_PEERS = 64
+"""From here on a run is simulated unless it asks for sockets, and the faster of two engines is looked for."""
 BUILT_IN_CODECS = ("bfloat16", "float16", "float32", "int4", "int8", "randomk", "topk")
 
 
@@ -68,7 +70,8 @@ class Scenario(Table):
     central: bool = Field(default=False, description="also train one model on all the data, for comparison")
     clock: Literal["auto", "virtual", "local", "netns"] = Field(
         default="auto",
-        description="virtual time; real sockets; the same in network namespaces; auto = virtual where something is emulated",
+        description="virtual time; real sockets; the same in network namespaces; auto = virtual where something is emulated or "
+        "64 peers are there",
     )
     data: Data = Field(default=Data())
     training: Training = Field(default=Training())
@@ -132,10 +135,21 @@ class Scenario(Table):
 
     @property
     def resolved_clock(self) -> Literal["virtual", "local", "netns"]:
-        """The clock, where "auto" means virtual time if the scenario has links, devices or churn, and else this machine's."""
+        """The clock; "auto" is virtual time where there are links, devices, churn or many peers, and else this machine's."""
         if self.clock != "auto":
             return self.clock
-        return "virtual" if any(table.model_fields_set for table in self._emulated.values()) else "local"
+        return "virtual" if self.is_emulated or self.is_crowded else "local"
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether it has links, devices or churn."""
+        return any(table.model_fields_set for table in self._emulated.values())
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether it has many peers, and says nothing that only sockets know of."""
+        asks_for_sockets = self.inference.serve or self.peers_per_process or self.transport != Transport()
+        return self.peers >= MANY_PEERS and not asks_for_sockets
 
     def _unreachable(self) -> Iterator[Problem]:
         """Models that no device could call."""

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from gossipfl.overlay.churn import Change, ChurnConfig, build_churn
 from gossipfl.overlay.churn import Churn as PeerChurn
 from gossipfl.overlay.devices import SAME_SPEED, STEP, Devices, DevicesConfig, build_devices
+from gossipfl.overlay.devices import DeviceClass as OverlayClass
 from gossipfl.overlay.links import AT_ONCE, MIN_PERIOD_S, UNLIMITED, Links, LinksConfig, build_links
 from gossipfl.scenario.problems import Problem
 from gossipfl.scenario.values import (
@@ -94,6 +95,23 @@ class Network(Table):
         return build_links(config, num_peers, seed)
 
 
+class DeviceClass(Table):
+    """[compute.classes.phone] Peers that have devices of one kind: a share of them, or those named."""
+
+    fraction: Fraction | None = Field(default=None, gt=0, le=1, description="share of the peers, drawn")
+    peers: list[str] | None = Field(default=None, description="or their names")
+    step_time: StepTimes | None = Field(default=None, description="of one local step")
+    speed: Factors | None = Field(default=None, description="2 = twice as fast")
+
+    @model_validator(mode="after")
+    def _who_and_what(self) -> DeviceClass:
+        if (self.fraction is None) == (not self.peers):
+            raise ValueError("needs either fraction or peers to tell who has such devices; give one of them")
+        if self.step_time is None and self.speed is None:
+            raise ValueError("needs step_time or speed; give one of them")
+        return self
+
+
 class PeerDevice(Table):
     """[compute.peers.p3] The device of one peer."""
 
@@ -120,9 +138,23 @@ class Compute(Table):
 
     step_time: StepTimes = Field(default=STEP, description="of one local step, such as '10ms'")
     speed: Factors = Field(default=SAME_SPEED, description="2 = twice as fast")
+    classes: dict[str, DeviceClass] = Field(
+        default_factory=dict, description="kinds of devices, such as phone = {fraction = 0.7, step_time = '80ms'}"
+    )
     stragglers: Stragglers | None = Field(default=None, description="such as {fraction = 0.1, slowdown = 5}")
     variation: Spread = Field(default=0.0, description="sigma of a lognormal factor of each round's training time")
     peers: dict[str, PeerDevice] = Field(default_factory=dict, description="devices of single peers, by name")
+
+    @model_validator(mode="after")
+    def _one_class_each(self) -> Compute:
+        owners: dict[str, str] = {}
+        for name, of_class in self.classes.items():
+            for peer in of_class.peers or ():
+                if (other := owners.setdefault(peer, name)) != name:
+                    raise ValueError(f"compute.classes.{name} and {other} both name {peer}; leave it in one of them")
+        if (total := math.fsum(of_class.fraction or 0.0 for of_class in self.classes.values())) > 1 + 1e-9:
+            raise ValueError(f"compute.classes have fractions that add up to {total:g}; lower them to 1 at most")
+        return self
 
     def build(self, num_peers: int, seed: int) -> Devices:
         """The devices."""
@@ -130,6 +162,7 @@ class Compute(Table):
         config = DevicesConfig(
             step_time=self.step_time,
             speed=self.speed,
+            classes=[_class(name, of_class) for name, of_class in self.classes.items()],
             straggler_fraction=(stragglers.fraction if stragglers else None) or 0.0,
             stragglers=[_index(name) for name in (stragglers.peers if stragglers else None) or ()],
             slowdown=stragglers.slowdown if stragglers else 1.0,
@@ -221,6 +254,8 @@ def _named_peers(tables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for table in ("network", "compute"):
         yield from ((f"{table}.peers.{name}", name) for name in tables[table].peers)
     stragglers = tables["compute"].stragglers
+    classes = tables["compute"].classes
+    yield from ((f"compute.classes.{key}", name) for key, of_class in classes.items() for name in of_class.peers or ())
     yield from (("compute.stragglers", name) for name in (stragglers.peers if stragglers else None) or ())
     yield from ((f"churn.{key}", peer) for _, key, peer in tables["churn"].planned)
 
@@ -234,6 +269,11 @@ def _given(peers: Mapping[str, Table], key: str) -> dict[int, float]:
     """The values of `key` that single peers have, by their index."""
     values = {_index(name): getattr(table, key) for name, table in peers.items()}
     return {index: value for index, value in values.items() if value is not None}
+
+
+def _class(name: str, of_class: DeviceClass) -> OverlayClass:
+    peers = [_index(peer) for peer in of_class.peers or ()]
+    return OverlayClass(name, of_class.fraction or 0.0, peers, of_class.step_time, of_class.speed)
 
 
 def _index(name: str) -> int:

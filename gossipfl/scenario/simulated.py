@@ -30,7 +30,7 @@ from gossipfl.overlay.topology import Topology
 from gossipfl.protocol.machine import Fault, RoundReport, Traffic
 from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
-from gossipfl.scenario.config import Scenario, check_names
+from gossipfl.scenario.config import MANY_PEERS, Scenario, check_names
 from gossipfl.scenario.hosting import about_churn, about_planned, about_trace, peer_settings, tell_of_statistics
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, not_interrupted, terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory, keep_freed_memory
@@ -50,8 +50,6 @@ SAVED_AT_ONCE = 16
 """Models: a disk that is asked to keep many files takes little longer than for one."""
 SUMMED_AT_ONCE = 2**13
 """Values: their float64s stay in the cache, and are too few for several threads, which would take longer to agree."""
-MANY_PEERS = 64
-"""From here on "auto" measures which engine is faster."""
 
 
 def simulate(
@@ -153,6 +151,8 @@ class _Simulation(Watcher):
         self.cohort: CohortEngine = choose_cohort(self.engine, self._engine_kind(), scenario.peers)
         table = class_table(dataset.y_train, shards, dataset.num_classes) if dataset.num_classes <= 20 else None
         observer.data_ready(scenario, table)
+        if scenario.clock == "auto" and not scenario.is_emulated:
+            observer.note(f"{MANY_PEERS} peers or more run under virtual time; --clock local has them talk over sockets")
         tell_of_statistics(scenario, self.engine.flat.has_statistics, observer.note, record.warn)
         names = scenario.peer_names
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()
