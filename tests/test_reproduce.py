@@ -17,7 +17,7 @@ from gossipfl.errors import ConfigError, DataError
 from gossipfl.learning.models import build_model
 from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.display import ArmsProgress
-from gossipfl.scenario.reproduce import REPRODUCTIONS, Outcome, Reproduction, Row, Table, bacombo, epidemic, mosaic
+from gossipfl.scenario.reproduce import REPRODUCTIONS, Outcome, Reproduction, Row, Table, bacombo, combo, epidemic, mosaic
 from gossipfl.scenario.reproduce.bacombo import PARAMETERS
 from gossipfl.scenario.reproduce.figures import _share, accuracies, find_data, finished_scenario, run_arms, run_scenario
 from gossipfl.scenario.runner import run
@@ -52,8 +52,8 @@ def small_run(scenario: dict[str, Any], folder) -> dict[str, Any]:
 def test_every_arm_is_a_scenario(name, full):
     arms = REPRODUCTIONS.get(name)().arms(full)
     assert arms
-    for arm in arms.values():
-        assert load_scenario(arm).peers == arm["peers"]
+    for arm in arms.values():  # their data need not be there
+        assert load_scenario(arm | {"data": {"kind": arm["data"]["kind"]}}).peers == arm["peers"]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -217,6 +217,25 @@ def test_data_sets_are_found_by_name_and_arms_without_theirs_are_left_out(tmp_pa
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "mnist-"])
+def test_combo_is_compared_with_a_server_and_plain_gossip_on_each_data_set(prefix):
+    outcomes = dict.fromkeys(combo().arms(False), outcome(seconds=10.0, rounds=10))
+    outcomes |= {f"{prefix}server-20": outcome(seconds=25.0, rounds=10), f"{prefix}plain-40": outcome(seconds=31.0, rounds=10)}
+    tables = combo().tables(outcomes, False)
+    assert len(tables) == 7
+    ratios = rows(tables[5 if prefix else 0])
+    assert (ratios["20 workers, server"].measured, ratios["20 workers, server"].verdict) == (2.5, "inside")
+    assert (ratios["40 workers, plain"].measured, ratios["40 workers, plain"].verdict) == (3.1, "above")
+    assert rows(tables[0 if prefix else 5])["20 workers, server"].measured == 1.0
+
+
+@pytest.mark.parametrize(("full", "there", "num_tables"), [(False, "nothing", 5), (True, "mnist", 2), (True, "cifar10", 5)])
+def test_combo_makes_the_tables_of_the_data_that_are_there(full, there, num_tables, tmp_path):
+    (tmp_path / there).mkdir()
+    arms, _ = find_data(combo().arms(full), tmp_path)
+    assert len(combo().tables(dict.fromkeys(arms, outcome(seconds=10.0, rounds=10)), full)) == num_tables
 
 
 def bacombo_outcomes(**changes: Outcome) -> dict[str, Outcome]:

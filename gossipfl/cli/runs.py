@@ -218,6 +218,7 @@ def reproduce(name: str, full: bool, out: Path | None, force: bool, jobs: int | 
 
     \b
     gossipfl reproduce combo
+    gossipfl reproduce combo --data ~/data                   also on MNIST, if mnist/ lies there
     gossipfl reproduce mosaic --jobs 4 --json
     gossipfl reproduce ari --data ~/data                     also on what lies there: mnist/, fashion-mnist/, cifar10*
     """
