@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -201,6 +202,15 @@ def test_who_holds_everybody_up_is_named(changes, bottleneck):
         changes |= {"gossip": {"replicas": 1}}
     made = plan(**changes)
     assert made.timing is not None and made.timing.bottleneck == bottleneck
+
+
+def test_the_pair_that_holds_everybody_up_is_named(tmp_path):
+    rates = np.full((20, 20), 100.0)
+    rates[2, 5] = 0.1
+    np.savetxt(tmp_path / "mbit.csv", rates, delimiter=",")
+    made = plan(network={"pair_matrix": str(tmp_path / "mbit.csv")})
+    assert made.timing is not None and made.timing.bottleneck == "pair p2 to p5"
+    assert made.timing.costs["pair"].peer == "p2 to p5"
 
 
 def test_memory_grows_with_the_peers_and_the_versions_kept():

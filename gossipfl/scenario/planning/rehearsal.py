@@ -10,6 +10,7 @@ long run the first rounds are taken, and the others to be like them.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -60,6 +61,8 @@ class Rehearsed:
     train_s: np.ndarray
     pair_s: np.ndarray
     """What the slowest pair that a peer is sent by would take alone, as `latency_s`: of the farthest, there and back."""
+    slowest: list[int | None]
+    """Who sends to each peer over that pair, of several the one that takes longest in all; None where nobody does."""
     latency_s: np.ndarray
 
 
@@ -90,6 +93,7 @@ class _Rehearsal(Watcher):
         self._ends_s: dict[int, float] = {}  # of each round
         self._last_round, self._counts = np.zeros((2, len(names)), np.int64)
         self._received, self._sent, self._pair_s, self._latency_s = np.zeros((4, len(names)))
+        self._slowest: list[dict[int, float]] = [defaultdict(float) for _ in names]  # seconds by sender
 
     def run(self) -> Rehearsed:
         simulator = self._simulator
@@ -118,13 +122,17 @@ class _Rehearsal(Watcher):
         self._ends_s[report.round] = self._simulator.clock.now
         self._counts[receiver] += 1
         self._received[receiver] += sum(traffic.received_from.values())
-        pairs_s, latencies_s, jitter_s = [0.0], [0.0], 2 * LAST_OF_SEVERAL * self._links.jitter_s
+        pairs_s: dict[int, float] = {}
+        latencies_s, jitter_s = [0.0], 2 * LAST_OF_SEVERAL * self._links.jitter_s
         for name, num_bytes in traffic.received_from.items():
             sender = self._indices[name]
             self._sent[sender] += num_bytes
-            pairs_s.append(num_bytes / self._links.pair(sender, receiver))
+            pairs_s[sender] = num_bytes / self._links.pair(sender, receiver)
             latencies_s.append(self._links.latency(receiver, sender) + self._links.latency(sender, receiver) + jitter_s)
-        self._pair_s[receiver] += max(pairs_s)
+        if pairs_s:
+            slowest = max(pairs_s, key=pairs_s.__getitem__)
+            self._pair_s[receiver] += pairs_s[slowest]
+            self._slowest[receiver][slowest] += pairs_s[slowest]
         self._latency_s[receiver] += max(latencies_s)
 
     def _rehearsed(self) -> Rehearsed:
@@ -146,4 +154,5 @@ class _Rehearsal(Watcher):
             train_s=self._peers.usual_train_s,
             pair_s=self._pair_s / counts,
             latency_s=self._latency_s / counts,
+            slowest=[max(senders, key=senders.__getitem__, default=None) for senders in self._slowest],
         )

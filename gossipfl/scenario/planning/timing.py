@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,10 @@ DRAWN_ALIKE = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds per round that one thing alone would take the peer that it takes longest; `peer` None: all alike."""
+    """Seconds per round that one thing alone would take the peer that it takes longest; None: all alike.
+
+    `peer` is a name; of a pair, "p2 to p5".
+    """
 
     seconds: float
     peer: str | None
@@ -40,7 +44,7 @@ def timing_of(rehearsed: Rehearsed, links: Links) -> Timing:
         "compute": _cost(rehearsed.train_s),
         "uplink": _cost(rehearsed.sent / links.uplink, DRAWN_ALIKE),
         "downlink": _cost(rehearsed.received / links.downlink),
-        "pair": _cost(rehearsed.pair_s, DRAWN_ALIKE),
+        "pair": _cost(rehearsed.pair_s, DRAWN_ALIKE, [f"p{sender} to " for sender in rehearsed.slowest]),
         "latency": _cost(rehearsed.latency_s, DRAWN_ALIKE),
     }
     if links.loss:  # what nothing else explains went into noticing that a message is lost, and asking again
@@ -50,12 +54,13 @@ def timing_of(rehearsed: Rehearsed, links: Links) -> Timing:
     if rehearsed.round_s <= ALIKE * costs["compute"].seconds:  # what is sent meanwhile holds nobody up
         cause = "compute"
     peer = costs[cause].peer
-    return Timing(rehearsed.round_s, rehearsed.total_s, f"{cause} of {peer}" if peer else cause, costs)
+    whose = f" {peer}" if cause == "pair" else f" of {peer}"
+    return Timing(rehearsed.round_s, rehearsed.total_s, f"{cause}{whose if peer else ''}", costs)
 
 
-def _cost(seconds: np.ndarray, alike: float = ALIKE) -> Cost:
-    """The greatest, with whose it is where it stands out, or else the mean."""
+def _cost(seconds: np.ndarray, alike: float = ALIKE, begins: Sequence[str] | None = None) -> Cost:
+    """The greatest, with whose it is where it stands out, or else the mean; `begins`, by peer, comes before its name."""
     worst = int(seconds.argmax())
     if seconds[worst] > alike * float(np.median(seconds)):
-        return Cost(float(seconds[worst]), f"p{worst}")
+        return Cost(float(seconds[worst]), f"{begins[worst] if begins else ''}p{worst}")
     return Cost(float(seconds.mean()), None)
