@@ -166,7 +166,7 @@ RELU = nn.ReLU()
     ],
     ids=["regression", "deep", "without biases", "a ReLU first", "images", "sequences"],
 )
-def test_gradients_in_closed_form_are_those_of_autograd(layers, shape):
+def test_gradients_in_closed_form_are_those_of_autograd_and_a_step_goes_down_them(layers, shape):
     """Of three peers with 7, 2 and 1 samples, one of whose places in a sequence does not count."""
     model, rng = nn.Sequential(*layers), torch.Generator().manual_seed(0)
     values = {name: torch.randn((3, *like.shape), generator=rng) for name, like in model.named_parameters()}
@@ -183,6 +183,10 @@ def test_gradients_in_closed_form_are_those_of_autograd(layers, shape):
             torch.testing.assert_close(losses[peer], loss.detach())
             for name, expected in zip(own, torch.autograd.grad(loss, list(own.values())), strict=True):
                 torch.testing.assert_close(gradients[name][peer], expected)
+        moved = {name: stacked[:peers].clone() for name, stacked in values.items()}
+        assert torch.equal(closed.descend(moved, x[:peers], y[:peers], 0.1, 0.5), losses)
+        for name, stacked in values.items():
+            torch.testing.assert_close(moved[name], stacked[:peers] - 0.1 * (gradients[name] + 0.5 * stacked[:peers]))
 
 
 def shared():

@@ -225,7 +225,7 @@ class _Stack:
         trained = {name: values for name, values in model.named_parameters() if values.requires_grad}
         self._trained = list(trained)
         self._dense = DenseGradients.of(model) if is_closed else None
-        self._matrices = [name for name, values in trained.items() if values.ndim == 2 and not self._dense]
+        self._matrices = [name for name, values in trained.items() if values.ndim == 2]
         travelling = {entry.name for entry in self.layout.entries}
         self._local = [name for name, _ in model.named_buffers() if name not in travelling]
         self._buffers = [name for name, _ in model.named_buffers() if name in travelling]
@@ -252,10 +252,12 @@ class _Stack:
 
     def _train_step(self, values: Stacked, x: torch.Tensor, y: torch.Tensor, state: OptimizerState) -> torch.Tensor:
         """One local step of n peers, which moves `values` and `state` on. Returns their losses, f32[n]."""
-        parameters = [values[name] for name in self._trained]
+        config, parameters = self.engine.config, [values[name] for name in self._trained]
         with torch.no_grad():
+            if self._dense and not config.momentum:
+                return self._dense.descend(values, x, y, config.learning_rate, config.weight_decay)
             losses, gradients = (self._dense or self._by_autograd)(values, x, y)
-            self.engine.update(self.engine.config, parameters, [gradients[name] for name in self._trained], state)
+            self.engine.update(config, parameters, [gradients[name] for name in self._trained], state)
         return losses
 
     @torch.enable_grad()
@@ -329,8 +331,8 @@ class _Stack:
         values = self._views(len(vectors))
         for name in self._buffers:
             values[name] = values[name].clone()  # vmap loses what is written into buffers that are not contiguous
-        for name in self._matrices:
-            values[name] = values[name].mT.contiguous().mT  # as their gradients will lie in memory: a seventh faster
+        for name in self._matrices:  # as products take them best, and as their gradients will lie in memory: a seventh faster
+            values[name] = values[name].contiguous() if self._dense else values[name].mT.contiguous().mT
         own = [(learner.local_buffers if learner else []) or self.engine.initial_buffers for learner in learners]
         for name, *buffers in zip(self._local, *own, strict=True):
             values[name] = torch.stack(buffers)

@@ -2,6 +2,7 @@
 
     gradients = DenseGradients.of(model)            # None for any other network
     losses, by_name = gradients(values, x, y)       # f32[n], and of each parameter [n, *shape]
+    losses = gradients.descend(values, x, y, 0.05)  # a step of plain SGD, which moves the values
 
 Backpropagation as in Rumelhart, Hinton and Williams, "Learning representations by back-propagating errors" (Nature 1986). What
 autograd comes to, to rounding, in 0.6 of the time where layers are small: gradients go into memory that stays, matrices lie as
@@ -9,6 +10,8 @@ the products take them best, and no graph is made.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -46,6 +49,37 @@ class DenseGradients:
 
         `x` is f32[n, batch, ...], `y` i64[n, batch, ...] with IGNORED for what does not count.
         """
+        gradients: Stacked = {}
+
+        def keep(name: str, error: torch.Tensor, h: torch.Tensor) -> None:
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            gradients[weight] = torch.bmm(error.mT, h, out=self._room(weight, values[weight]))
+            if bias in values:
+                gradients[bias] = error.sum(1)
+
+        return self._backpropagate(values, x, y, keep), gradients
+
+    def descend(self, values: Stacked, x: torch.Tensor, y: torch.Tensor, rate: float, decay: float = 0.0) -> torch.Tensor:
+        """Move `values` (weights contiguous) by a step of SGD without momentum; returns the losses before it, f32[n].
+
+        No gradient is stored: the product that it is goes into the weights at once, in two thirds of the time.
+        """
+
+        def move(name: str, error: torch.Tensor, h: torch.Tensor) -> None:
+            values[f"{name}.weight"].baddbmm_(error.mT, h, beta=1 - rate * decay, alpha=-rate)
+            if (bias := values.get(f"{name}.bias")) is not None:
+                bias.mul_(1 - rate * decay).add_(error.sum(1), alpha=-rate)
+
+        return self._backpropagate(values, x, y, move)
+
+    def _backpropagate(
+        self,
+        values: Stacked,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        take: Callable[[str, torch.Tensor, torch.Tensor], None],
+    ) -> torch.Tensor:
+        """The losses; `take` gets each linear layer's name, the error of its outputs, and its inputs, the last layer first."""
         h, y = x.flatten(2) if self._flattens else x.flatten(1, -2), y.flatten(1)
         inputs = []
         for name in self._layers:
@@ -57,19 +91,16 @@ class DenseGradients:
         scores = h.log_softmax(2)
         losses = -(scores.gather(2, label).squeeze(2) * share).sum(1)
         error = scores.exp_().scatter_add_(2, label, share.new_full(label.shape, -1.0)).mul_(share.unsqueeze(2))
-        gradients: Stacked = {}
         for name, h in zip(reversed(self._layers), reversed(inputs), strict=True):
             if name is None:
                 error = torch.ops.aten.threshold_backward(error, h, 0)
                 continue
-            weight = values[f"{name}.weight"]
-            gradients[f"{name}.weight"] = torch.bmm(error.mT, h, out=self._room(f"{name}.weight", weight))
-            if f"{name}.bias" in values:
-                gradients[f"{name}.bias"] = error.sum(1)
-            if name == self._first:
+            below = torch.bmm(error, values[f"{name}.weight"]) if name != self._first else None
+            take(name, error, h)
+            if below is None:
                 break
-            error = torch.bmm(error, weight)
-        return losses, gradients
+            error = below
+        return losses
 
     def _linear(self, name: str, values: Stacked, h: torch.Tensor) -> torch.Tensor:
         weight, bias = values[f"{name}.weight"], values.get(f"{name}.bias")
