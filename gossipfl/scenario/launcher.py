@@ -250,7 +250,7 @@ class Launcher:
                     self.observer.note(f"the process of {', '.join(worker.peers)} failed: {event['message']}")
                     self._bury(worker, record, f"its process failed: {event['message']}")
                 case "ended":
-                    self._bury(worker, record)
+                    self._bury(worker, record, self.crew.why_ended(worker))
             self.presence.follow(self.finished)
             if self.namespaces is not None:
                 self.namespaces.follow()
@@ -275,7 +275,7 @@ class Launcher:
     def _num_alive(self) -> int:
         return len(self._present()) + sum(error is None for error in self.finished.values())
 
-    def _bury(self, worker: WorkerHandle, record: RunRecord, reason: str = "its process ended") -> None:
+    def _bury(self, worker: WorkerHandle, record: RunRecord, reason: str) -> None:
         """A worker has ended, or is about to, before its peers had finished: they are dead."""
         if self.presence.was_killed(worker):
             return
