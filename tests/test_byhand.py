@@ -184,6 +184,18 @@ def test_collect_takes_what_finished_peers_keep_and_not_twice(start, tmp_path):
 
 
 @pytest.mark.processes
+def test_collect_tells_of_a_peer_that_ran_another_scenario(start, tmp_path):
+    """Its own batches and neighbours alone would not be noticed; how many threads a machine has is its own affair."""
+    own = {"p1": ["training.threads=2"], "p2": ["seed=5", "training.batch_size=8"]}
+    peers = [start(*peer(name, *own.get(name, []))) for name in NAMES]
+    collector = start("collect", "roster.toml", "--out", "all", "--json")
+    code, stdout = collector.ended()
+    assert code == 0 and all(command.ended(15.0)[0] == 0 for command in peers)
+    (told,) = json.loads(stdout)["warnings"]
+    assert told.startswith("p2 ran another scenario than p0, by seed, training.batch_size: ") and told in collector.stderr
+
+
+@pytest.mark.processes
 def test_collect_leaves_the_results_where_they_are_when_its_folder_is_taken(start, tmp_path):
     """Told before anything is asked for: peers that have been thanked are gone."""
     (tmp_path / "all").mkdir()

@@ -548,6 +548,7 @@ def test_a_pull_of_what_is_not_there_is_refused_and_reported(bad):
     a, _ = gathering()
     report, refusal = a.handle(Received("b", bad), 1.1)
     assert report.record.kind == "bad_pull" and isinstance(refusal.message, Refuse)
+    assert report.record.detail.startswith("b pulls ") and report.record.detail.endswith("; give them one scenario")
 
 
 def test_a_stranger_is_reported_and_not_served():

@@ -7,10 +7,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +21,10 @@ from rich.console import Console
 
 import gossipfl
 from gossipfl.cli import main
-from gossipfl.errors import ConfigError
+from gossipfl.errors import ConfigError, RunError
 from gossipfl.scenario.config import load_scenario
 from gossipfl.scenario.display import Display
+from gossipfl.scenario.results import Observer
 
 SMALL = [word for key in ("peers=4", "rounds=3", "central=false") for word in ("--set", key)]
 
@@ -61,6 +64,19 @@ def test_a_full_disk_ends_a_run_with_the_file_that_could_not_be_written(clock, s
     assert code == 1 and len(lines) == 1, lines
     assert lines[0].startswith(f"gossipfl: {out}/") and "cannot be written: " in lines[0]
     assert not (out / "first").exists() and not (out / "shards").exists()
+
+
+@pytest.mark.parametrize("clock", ["virtual", pytest.param("local", marks=pytest.mark.processes)])
+def test_a_run_whose_folder_is_removed_ends_before_it_fills_the_next_ones(clock, tmp_path):
+    out = tmp_path / "run"
+
+    class Remover(Observer):
+        def event(self, event: dict[str, Any], alive: int) -> None:
+            shutil.rmtree(out, ignore_errors=True)
+
+    with pytest.raises(RunError, match=rf"^{out} has been removed during the run, "):
+        gossipfl.run("quickstart", overrides=["peers=4", "rounds=1000"], clock=clock, out=out, observer=Remover())
+    assert not (out / "summary.json").exists() and not (out / "models").exists()
 
 
 def test_a_page_that_a_disk_has_no_room_for_is_named(small_disk, tmp_path):

@@ -289,4 +289,5 @@ def test_root_without_capabilities_is_told_and_leaves_nothing_in_the_way(tmp_pat
         timeout=60,
     )
     assert done.returncode == 2 and "the kernel refuses `ip netns add " in done.stderr
-    assert done.stderr.endswith("use --clock local\n") and not out.exists()
+    assert done.stderr.endswith("; run with the capabilities SYS_ADMIN and NET_ADMIN, or use --clock local\n")
+    assert done.stderr.count("\n") == 1 and not out.exists()

@@ -463,6 +463,7 @@ def test_a_worker_that_is_stopped_for_the_rest_of_the_run_is_named_and_the_other
     assert code == 0, stderr
     assert summary_of(run.folder)["faults"]["dead_peers"] == ["p1"]
     assert "the process of p1 was stopped for 4 s and is killed" in stderr
+    assert "p1 did not finish: its process was stopped for 4 s and was killed" in stderr
     assert {event["peer"] for event in events_of(run.folder) if event["round"] == 30} == {"p0", "p2", "p3"}
     assert run.workers() == []
 

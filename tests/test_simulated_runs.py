@@ -23,6 +23,7 @@ import gossipfl
 from gossipfl.errors import ConfigError, GossipflError
 from gossipfl.learning.checkpoint import load_model
 from gossipfl.scenario.display import print_summary
+from gossipfl.scenario.launcher import _newest_there
 from gossipfl.scenario.results import Observer, RunResult
 
 SMALL = {
@@ -312,6 +313,27 @@ def test_who_would_come_when_a_run_is_stopped_does_not_go_on_alone(tmp_path):
     result = run(tmp_path / "run", rounds=200, churn=churn, stop={"duration": "1s"}, compute={"step_time": "100ms"})
     assert result.summary["rounds"] == 4 and result.summary["faults"]["dead_peers"] == ["p1", "p4"]
     assert result.summary["virtual_seconds"] == pytest.approx(1.2, abs=0.01)
+
+
+def test_a_run_that_is_stopped_once_all_have_begun_anew_does_not_go_on_to_where_they_were(tmp_path):
+    """Rounds take 0.3 s: four are done when all are killed. All but p3 begin anew at 1.8 s; 2.2 s is in the second."""
+    churn = {
+        "kill": [{"peer": f"p{number}", "at": "1.3s"} for number in range(4)],
+        "join": [{"peer": "p4", "at": "1.5s"}],
+        "rejoin": [{"peer": f"p{number}", "at": "1.5s"} for number in range(3)],
+    }
+    changes = {"gossip": {"join_timeout_s": 0.3}, "compute": {"step_time": "100ms"}, "stop": {"duration": "2.2s"}}
+    result = run(tmp_path / "run", rounds=200, churn=churn, **changes)
+    assert {event["round"] for event in events(result, "finished")} == {2}
+    assert result.summary["virtual_seconds"] == pytest.approx(2.4, abs=0.01)
+
+
+def test_over_sockets_a_run_is_stopped_by_the_newest_round_of_those_who_are_there():
+    told = [{"event": "round", "peer": peer, "round": round_} for round_ in (1, 2, 3) for peer in ("p0", "p1")]
+    assert _newest_there([*told, {"event": "planned", "change": "kill", "peer": "p0"}]) == 3
+    gone = [*told, *({"event": "planned", "change": "away", "peer": peer} for peer in ("p0", "p1"))]
+    assert _newest_there(gone) == 0
+    assert _newest_there([*gone, {"event": "round", "peer": "p1", "round": 1}]) == 1
 
 
 @CLOCKS

@@ -148,8 +148,8 @@ class Participant(ABC):
         strange = [range_ for range_ in pull.ranges if range_ not in self._segment_of]
         if strange or pull.codec != self.config.codec:
             size, number = self.config.segments[-1][1], len(self.config.segments)
-            detail = f"pull of {(strange or pull.ranges)[0]} as {pull.codec!r}; there are {number} segments of {size} values"
-            detail += f", sent as {self.config.codec!r}"
+            detail = f"{peer} pulls {(strange or pull.ranges)[0]} as {pull.codec!r}, and {self.name} has {number} segments of "
+            detail += f"{size} values, sent as {self.config.codec!r}; give them one scenario"
             refusal = Refuse(pull.request, self.desk.oldest, self.desk.newest)
             return [*self._once(Fault(self.round, peer, "bad_pull", detail)), Send(peer, refusal)]
         return self.desk.answer(peer, pull, now, may_train=self.phase is not Phase.LINGERING)

@@ -261,7 +261,9 @@ def _run(command: Sequence[str], lines: Sequence[str]) -> None:
     if done.returncode:
         number = re.search(r":(\d+)", done.stderr)
         line = lines[int(number.group(1)) - 1] if number and int(number.group(1)) <= len(lines) else ""
-        raise ConfigError(f"the kernel refuses `{' '.join(command)} {line}`: {done.stderr.strip()}; use --clock local")
+        reason = done.stderr.strip().partition("\n")[0]  # what follows is the number of the line
+        remedy = "run with the capabilities SYS_ADMIN and NET_ADMIN, or " if "not permitted" in reason else ""
+        raise ConfigError(f"the kernel refuses `{' '.join(command)} {line}`: {reason}; {remedy}use --clock local")
 
 
 def _address(index: int) -> str:

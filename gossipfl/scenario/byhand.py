@@ -49,6 +49,8 @@ ITEMS = ("scenario", "events", "first", "model")
 ASK_S = 1.0
 """How often a peer that has not answered, or not finished, is asked again."""
 COLLECTOR = "collector"
+OWN_SETTINGS = ("name", "clock", "data.path", "training.device", "training.threads", "transport.host", "transport.advertise")
+"""What may differ from machine to machine."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,8 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
     place = RunFolder(out, scenario.name, force)
     folder, record = place.path, place.record(scenario, say)
     record.write("roster.toml", roster_path.read_text())
+    for line in _about_others({name: tomllib.loads(items["scenario"].decode()) for name, items in gathered.items()}):
+        record.warn(line)
     events = [json.loads(line) for items in gathered.values() for line in items["events"].decode().splitlines()]
     for event in sorted(events, key=lambda event: event.get("time_s") or float("inf")):
         if event["event"] != "warning":  # is made again of the others
@@ -256,6 +260,28 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
     return RunResult(summary, folder)
 
 
+def _about_others(scenarios: dict[PeerId, dict[str, Any]]) -> list[str]:
+    """What to tell of peers whose scenario is not that of the first, which the record takes for all of them."""
+    settings = {name: _settings(scenario) for name, scenario in scenarios.items()}
+    first, its = next(iter(settings.items()))
+    lines = []
+    for name, others in settings.items():
+        if differing := sorted(key for key in its.keys() | others.keys() if its.get(key) != others.get(key)):
+            lines.append(
+                f"{name} ran another scenario than {first}, by {', '.join(differing)}: the record takes them for one; "
+                "start all peers with the same scenario and the same --set"
+            )
+    return lines
+
+
+def _settings(scenario: dict[str, Any]) -> dict[str, Any]:
+    """Each by its name with that of its table, but for what is a machine's own."""
+    settings: dict[str, Any] = {}
+    for table, values in scenario.items():
+        settings |= {f"{table}.{key}": value for key, value in values.items()} if isinstance(values, dict) else {table: values}
+    return {key: value for key, value in settings.items() if key not in OWN_SETTINGS}
+
+
 def _gather(roster: Roster, timeout_s: float, say: Say) -> dict[PeerId, dict[str, bytes]]:
     from gossipfl.runtime.transport import ZmqTransport
 
@@ -267,7 +293,7 @@ def _gather(roster: Roster, timeout_s: float, say: Say) -> dict[PeerId, dict[str
     missing = [name for name in roster.peers if name not in done]
     if missing:
         say(f"not collected within {timeout_s:g} s: {', '.join(missing)}")
-    return done
+    return {name: done[name] for name in roster.peers if name in done}
 
 
 def _gather_through(transport: Any, roster: Roster, timeout_s: float, say: Say) -> dict[PeerId, dict[str, bytes]]:

@@ -48,6 +48,7 @@ class Crew:
     _inbox: Inbox = field(default_factory=SimpleQueue)
     _first_processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _ended: set[int] = field(default_factory=set)
+    _killed_for: dict[int, str] = field(default_factory=dict)
     _sample_at: float = 0.0
 
     def launch(self, groups: Sequence[list[str]], logs: Path) -> None:
@@ -124,7 +125,12 @@ class Crew:
             if silence_s > SILENCE_S or worker.is_stopped():
                 what = "stopped" if worker.is_stopped() else "silent"
                 self.note(f"the process of {', '.join(worker.peers)} was {what} for {silence_s:.0f} s and is killed")
+                self._killed_for[id(worker)] = f"its process was {what} for {silence_s:.0f} s and was killed"
                 worker.stop(now)
+
+    def why_ended(self, worker: WorkerHandle) -> str:
+        """Of one that has."""
+        return self._killed_for.get(id(worker), "its process ended")
 
     def stop(self) -> None:
         """End them all, in order if they obey in time."""

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -250,7 +250,7 @@ class Launcher:
                     self.observer.note(f"the process of {', '.join(worker.peers)} failed: {event['message']}")
                     self._bury(worker, record, f"its process failed: {event['message']}")
                 case "ended":
-                    self._bury(worker, record)
+                    self._bury(worker, record, self.crew.why_ended(worker))
             self.presence.follow(self.finished)
             if self.namespaces is not None:
                 self.namespaces.follow()
@@ -275,7 +275,7 @@ class Launcher:
     def _num_alive(self) -> int:
         return len(self._present()) + sum(error is None for error in self.finished.values())
 
-    def _bury(self, worker: WorkerHandle, record: RunRecord, reason: str = "its process ended") -> None:
+    def _bury(self, worker: WorkerHandle, record: RunRecord, reason: str) -> None:
         """A worker has ended, or is about to, before its peers had finished: they are dead."""
         if self.presence.was_killed(worker):
             return
@@ -305,7 +305,7 @@ class Launcher:
         if math.isinf(self.stop_round):
             told = max((event["round"] for event in record.events if event["event"] == "round"), default=0)
             per_second = told / max(time.monotonic() - self.started_at, 0.1)
-            self.stop_round = told + 2 + math.ceil(HEARS_S * per_second)
+            self.stop_round = _newest_there(record.events) + 2 + math.ceil(HEARS_S * per_second)
             for worker in self.crew.workers:
                 worker.send({"do": "stop_after", "round": self.stop_round})
             self.presence.end()
@@ -343,6 +343,18 @@ class Launcher:
         summary |= emulated
         record.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return RunResult(summary, record.folder)
+
+
+def _newest_there(events: Sequence[Event]) -> int:
+    """The newest round told by somebody who has not left since: if all have, those who are back begin with the first."""
+    newest: dict[str, int] = {}
+    for event in events:
+        match event:
+            case {"event": "round", "peer": peer, "round": round_}:
+                newest[peer] = round_
+            case {"event": "planned" | "finished", "peer": peer}:
+                newest.pop(peer, None)
+    return max(newest.values(), default=0)
 
 
 def _roster(run_number: int, addresses: Mapping[str, str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from gossipfl._version import __version__
-from gossipfl.errors import ConfigError
+from gossipfl.errors import ConfigError, RunError
 from gossipfl.learning.checkpoint import load_model, save_model, write_atomically, writing
 from gossipfl.scenario.config import Scenario
 
@@ -56,6 +56,9 @@ class RunRecord:
         with writing(self.folder / "events.jsonl"):
             self._file.write(json.dumps(written) + "\n")
             self._file.flush()
+            is_removed = os.fstat(self._file.fileno()).st_nlink == 0
+        if is_removed:  # what comes now would be lost, or be mixed with the record of who has the folder next
+            raise RunError(f"{self.folder} has been removed during the run, and the record with it; give the command again")
         if written is not event and not self._has_diverged:
             self._has_diverged = True
             self.warn(

@@ -247,7 +247,7 @@ class _Simulation(Watcher):
     def _stop_soon(self) -> None:
         if not self._is_stopping:
             self._is_stopping = True
-            newest = max(peer.machine.round for peer in self.simulator.peers.values())
+            newest = max((peer.machine.round for peer in self.simulator.peers.values() if peer.is_there), default=0)
             self._last_round = min(self._last_round, newest)
             self.simulator.stop_after(newest)
 
