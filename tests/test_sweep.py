@@ -190,6 +190,14 @@ def test_the_table_tells_keys_of_one_ending_apart_and_virtual_seconds_from_real_
     ]
 
 
+def test_where_clocks_differ_the_table_says_whose_seconds_are_virtual(capsys):
+    row = {"accuracy_mean": 0.5, "accuracy_min": 0.25, "payload_bytes": 2**20, "consensus_distance": None, "error": ""}
+    sockets, virtual = (row | {"peers": peers, "wall_s": 2.0, "virtual_s": s} for peers, s in (("63", None), ("64", 3.0)))
+    print_sweep(Console(width=120), [sockets, virtual], ["peers"])
+    shown = capsys.readouterr().out
+    assert "seconds" in shown and re.findall(r"│ +6[34] │ .* │ +([\d.]+(?: virtual)?) │ +1 │", shown) == ["2", "3 virtual"]
+
+
 @pytest.mark.parametrize(("width", "last"), [(80, "consensus"), (60, "worst"), (40, "accuracy")])
 def test_figures_that_a_terminal_has_no_room_for_are_left_out_not_cut(width, last, capsys):
     row = {"wall_s": 2.0, "virtual_s": 3.0, "accuracy_mean": 0.5125, "accuracy_min": 0.25, "payload_bytes": 2**20}
