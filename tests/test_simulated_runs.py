@@ -141,6 +141,23 @@ def test_the_summary_tells_virtual_seconds_from_real_ones(tmp_path):
     assert "virtual seconds to run / a round" in text and "120.00 / 30" in text and "real seconds to start / to run" in text
 
 
+def test_the_summary_tells_who_has_which_device(tmp_path):
+    compute = {
+        "step_time": "1s",
+        "classes": {"phone": {"fraction": 0.4, "speed": 0.5}, "server": {"peers": ["p3"], "speed": 4}},
+        "stragglers": {"peers": ["p0"], "slowdown": 10},
+    }
+    result = run(tmp_path / "run", gossip={"protocol": "local"}, compute=compute)
+    devices = result.summary["devices"]
+    assert devices["classes"]["server"] == ["p3"] and devices["stragglers"] == ["p0"]
+    phones = devices["classes"]["phone"]
+    for event in events(result, "round"):
+        peer = event["peer"]
+        step_s = 2.0 if peer in phones else 0.25 if peer == "p3" else 1.0
+        assert event["train_s"] == pytest.approx(3 * step_s * (10 if peer == "p0" else 1))
+    assert len(phones) == 2 and run(tmp_path / "plain", gossip={"protocol": "local"}).summary["devices"] is None
+
+
 def test_of_many_peers_that_did_not_finish_the_summary_names_some(tmp_path):
     result = run(tmp_path / "run", gossip={"protocol": "local"})
     dead = {"dead_peers": [f"p{index}" for index in range(1_500)], "dead_as_planned": ["p1"]}
