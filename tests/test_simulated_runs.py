@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -337,6 +338,17 @@ def test_a_target_is_reached_by_those_who_are_there(clock, tmp_path):
     result = run(tmp_path / "run", clock, rounds=10_000, evaluate_every=1, compute={"step_time": "50ms"}, **changes)
     assert result.exit_code == 0 and result.summary["faults"]["dead_peers"] == ["p4"]
     assert result.summary["to_target"]["round"] <= result.summary["rounds"] < 60
+
+
+def test_the_summary_tells_whether_and_when_a_target_was_reached(tmp_path):
+    def told(target: float) -> str:
+        result = run(tmp_path / str(target), evaluate_every=1, stop={"target_accuracy": target}, compute={"step_time": "1s"})
+        console = Console(record=True, width=120)
+        print_summary(console, result)
+        return next(line for line in console.export_text().splitlines() if "target of" in line).strip("│ ")
+
+    assert re.fullmatch(r"target of 0.15 +│ +after round [1-4], (3|6|9|12)\.00 virtual s", told(0.15))
+    assert re.fullmatch(r"target of 0.999 +│ +not reached", told(0.999))
 
 
 def test_who_comes_and_goes_without_end_does_so_only_while_somebody_is_under_way(tmp_path):
