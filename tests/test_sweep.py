@@ -84,6 +84,7 @@ def test_a_value_given_twice_is_run_once():
         (["--param", "gossip.segments=1,,2"], ("must be key=value,value",)),
         (["--param", "=1"], ("--param '=1' must be key=value,value",)),
         (["--param", "rounds=1", "--param", "rounds=2"], ("--param has a key twice; give all its values at once",)),
+        (["--param", "seed.data=1,2", "--param", "seed=5"], ("--param seed=... and --param seed.data=... set the same twice",)),
         (["--param", "seed=1,2", "--seeds", "1"], ("--seeds and --param seed=... exclude each other",)),
         (["--seeds", "0,one"], ("--seeds '0,one' must be whole numbers",)),
         ([], ("a sweep needs something to vary",)),

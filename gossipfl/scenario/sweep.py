@@ -86,6 +86,9 @@ def sweep_runs(
     values = dict(_parameter(param) for param in params)
     if len(values) < len(params):
         raise ConfigError("--param has a key twice; give all its values at once, such as gossip.segments=1,2,4")
+    for whole, part in itertools.permutations(values, 2):
+        if part.startswith(f"{whole}."):
+            raise ConfigError(f"--param {whole}=... and --param {part}=... set the same twice, and one is lost; remove one")
     if seeds:
         if any(key.partition(".")[0] == "seed" for key in values):
             raise ConfigError("--seeds and --param seed=... exclude each other; remove one")
