@@ -441,8 +441,12 @@ def selection(candidates, replicas, links, rng):
     return candidates[:replicas]
 def wrong_selection(candidates, replicas, links, rng):
     return candidates[:1] * replicas
+def selection_of_none(candidates, replicas, links, rng):
+    pass
 def aggregation(rows, weights, out=None):
     return np.mean(rows, axis=0)
+def aggregation_of_all(rows, weights, out=None):
+    return np.mean(rows)
 """
 
 
@@ -466,6 +470,21 @@ def test_a_selection_that_no_round_would_end_with_is_an_error(clock, tmp_path, m
         GossipflError, match=r"is to pull a segment from p., p., as gossip.selection = 'own_rules:wrong_selection'"
     ):
         run(tmp_path / "run", clock, gossip={"selection": "own_rules:wrong_selection"})
+
+
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+@pytest.mark.parametrize(
+    ("key", "rule", "message"),
+    [
+        ("selection", "selection_of_none", r"segments from \[None, None.*return a list of neighbours for each"),
+        ("aggregation", "aggregation_of_all", r"shape \(\) for 3 copies of \d+ values; return an array of \d+ values"),
+    ],
+)
+def test_a_rule_that_returns_something_else_is_told_what_to_return(clock, key, rule, message, tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(OWN_RULES)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GossipflError, match=message):
+        run(tmp_path / "run", clock, gossip={key: f"own_rules:{rule}"})
 
 
 @pytest.mark.parametrize("clock", ["virtual", "local"])
