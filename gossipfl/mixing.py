@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gossipfl.aggregation import Aggregator, mean, shares_of
+from gossipfl.errors import ConfigError
 from gossipfl.segments.codecs import Decoded
 from gossipfl.segments.layout import Range
 
@@ -37,6 +38,11 @@ def mix(
     weights = [weight if decoded.present is None else np.float32(weight) * decoded.present for decoded, weight in copies]
     mixed = aggregate(rows, [own_weight, *weights], out=out)
     if mixed is not out and mixed is not None:  # a user's rule that leaves `out` alone
+        if np.shape(mixed) != out.shape:
+            raise ConfigError(
+                f"gossip.aggregation returned values of shape {np.shape(mixed)} for {len(rows)} copies of {out.size} values; "
+                f"return an array of {out.size} values, or write them to `out` and return it"
+            )
         out[:] = mixed
 
 

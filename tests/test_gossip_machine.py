@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -206,6 +207,13 @@ def test_without_a_quorum_joining_fails_and_names_the_missing():
     a.handle(Received("b", Hello("L", 0, False)), 0.1)
     (finish,) = a.handle(Wake(), 5.0)
     assert isinstance(finish, Finish) and "c, d, e" in finish.error
+
+
+def test_of_many_who_do_not_answer_ten_are_named():
+    a = machine(others=[f"p{number}" for number in range(1, 31)], join_timeout_s=5)
+    a.handle(Start(), 0.0)
+    (finish,) = a.handle(Wake(), 5.0)
+    assert re.fullmatch(r"a: no answer from (p\d+, ){9}p\d+ and 20 more within 5 s", finish.error)
 
 
 def test_with_too_few_neighbours_left_to_begin_with_joining_fails_and_names_those_gone():

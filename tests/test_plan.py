@@ -263,8 +263,19 @@ def test_the_command_prints_json_and_no_time_for_this_machines_own_clock():
     assert code == 0 and made["clock"] == "local" and made["timing"] is None and "--clock virtual" in made["notes"][0]
     code, shown, _ = run("quickstart", "--json", "--clock", "virtual")
     made = json.loads(shown)
-    assert code == 0 and made["parameters"] == MLP and math.isfinite(made["timing"]["round_s"])
+    assert code == 0 and made["notes"] == [] and made["parameters"] == MLP and math.isfinite(made["timing"]["round_s"])
     assert set(made["timing"]["costs"]) == {"compute", "uplink", "downlink", "pair", "latency"}
+
+
+def test_a_plan_tells_who_has_not_asked_for_virtual_time_what_it_takes_for_granted():
+    (note,) = plan(peers=64, clock="auto").notes
+    assert note == (
+        "64 peers or more run under virtual time, where a local step takes 10 ms and links have no limits; "
+        "--clock local has them talk over sockets"
+    )
+    assert plan(peers=64).notes == plan(clock="auto", network={"latency": "1ms"}).notes == ()
+    (note,) = plan(clock="auto", network={"latency": "1ms"}, peers_per_process=1).notes
+    assert "under virtual time, where peers_per_process and [transport] play no part; --clock local has" in note
 
 
 def test_a_run_that_does_not_fit_is_planned_and_ends_as_the_run_itself_would(tmp_path, monkeypatch):

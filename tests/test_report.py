@@ -27,7 +27,7 @@ from gossipfl.scenario.report.links import plot_topology, plot_traffic
 from gossipfl.scenario.report.page import OWN_TABLE
 from gossipfl.scenario.report.plots import log_scale
 from gossipfl.scenario.report.reading import read_run, read_runs, short_name, title
-from gossipfl.scenario.report.tables import compared, differences, faults, figures, planned, seconds, size
+from gossipfl.scenario.report.tables import compared, differences, faults, figures, origin, planned, seconds, size
 from gossipfl.scenario.report.tensorboard import SUFFIX, write_tensorboard
 from gossipfl.scenario.report.timeline import plot_timeline
 from gossipfl.scenario.sweep import run_sweep, sweep_runs
@@ -675,3 +675,12 @@ def test_peers_are_in_the_order_of_their_numbers(tmp_path):
     folder = write_record(tmp_path / "ten", [a_round(f"p{peer}", 1) for peer in (10, 9, 2)])
     run = read_run(folder, "ten")
     assert run.peers == ["p2", "p9", "p10"] and run.rounds["peer"].tolist() == [2, 1, 0]
+
+
+def test_a_page_tells_who_has_which_device(tmp_path):
+    classes = {"phone": [f"p{number}" for number in range(11)], "server": ["p11", "p12"]}
+    summary = {"scenario": "small", "devices": {"classes": classes, "stragglers": ["p3"]}}
+    run = read_run(write_record(tmp_path / "run", [a_round("p0", 1)], summary), "small")
+    assert dict(origin(run))["devices"] == "phone 11 peers; server p11, p12; stragglers p3"
+    plain = read_run(write_record(tmp_path / "plain", [a_round("p0", 1)], {"scenario": "small", "devices": None}), "small")
+    assert "devices" not in dict(origin(plain))

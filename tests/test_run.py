@@ -48,7 +48,7 @@ INPROC = (*SMALL, "transport.kind=inproc")
 SUMMARY_KEYS = {
     *("scenario", "scenario_sha256", "seed", "clock", "peers", "rounds", "segments", "replicas", "parameters", "accuracy"),
     *("consensus_distance", "bytes", "seconds", "virtual_seconds", "faults", "memory_mib", "models_sha256", "engine"),
-    *("to_target", "version", "machine", "messages", "warnings", "exit_code"),
+    *("to_target", "version", "machine", "messages", "warnings", "exit_code", "devices"),
 }
 NESTED_KEYS = {
     "accuracy": {"mean", "min", "max", "std", "average_model", "before_merge_mean", "central"},

@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -140,6 +141,23 @@ def test_the_summary_tells_virtual_seconds_from_real_ones(tmp_path):
     print_summary(console, result)
     text = console.export_text()
     assert "virtual seconds to run / a round" in text and "120.00 / 30" in text and "real seconds to start / to run" in text
+
+
+def test_the_summary_tells_who_has_which_device(tmp_path):
+    compute = {
+        "step_time": "1s",
+        "classes": {"phone": {"fraction": 0.4, "speed": 0.5}, "server": {"peers": ["p3"], "speed": 4}},
+        "stragglers": {"peers": ["p0"], "slowdown": 10},
+    }
+    result = run(tmp_path / "run", gossip={"protocol": "local"}, compute=compute)
+    devices = result.summary["devices"]
+    assert devices["classes"]["server"] == ["p3"] and devices["stragglers"] == ["p0"]
+    phones = devices["classes"]["phone"]
+    for event in events(result, "round"):
+        peer = event["peer"]
+        step_s = 2.0 if peer in phones else 0.25 if peer == "p3" else 1.0
+        assert event["train_s"] == pytest.approx(3 * step_s * (10 if peer == "p0" else 1))
+    assert len(phones) == 2 and run(tmp_path / "plain", gossip={"protocol": "local"}).summary["devices"] is None
 
 
 def test_of_many_peers_that_did_not_finish_the_summary_names_some(tmp_path):
@@ -344,6 +362,17 @@ def test_a_target_is_reached_by_those_who_are_there(clock, tmp_path):
     assert result.summary["to_target"]["round"] <= result.summary["rounds"] < 60
 
 
+def test_the_summary_tells_whether_and_when_a_target_was_reached(tmp_path):
+    def told(target: float) -> str:
+        result = run(tmp_path / str(target), evaluate_every=1, stop={"target_accuracy": target}, compute={"step_time": "1s"})
+        console = Console(record=True, width=120)
+        print_summary(console, result)
+        return next(line for line in console.export_text().splitlines() if "target of" in line).strip("│ ")
+
+    assert re.fullmatch(r"target of 0.15 +│ +after round [1-4], (3|6|9|12)\.00 virtual s", told(0.15))
+    assert re.fullmatch(r"target of 0.999 +│ +not reached", told(0.999))
+
+
 def test_who_comes_and_goes_without_end_does_so_only_while_somebody_is_under_way(tmp_path):
     """Of the six who come back when six have finished nobody stays for the 30 s that joining takes: 0.8 ** 100."""
     network, churn = ["network.uplink=10Mbit", "network.latency=20ms"], ["churn.online=0.8", "churn.period=300ms"]
@@ -434,8 +463,12 @@ def selection(candidates, replicas, links, rng):
     return candidates[:replicas]
 def wrong_selection(candidates, replicas, links, rng):
     return candidates[:1] * replicas
+def selection_of_none(candidates, replicas, links, rng):
+    pass
 def aggregation(rows, weights, out=None):
     return np.mean(rows, axis=0)
+def aggregation_of_all(rows, weights, out=None):
+    return np.mean(rows)
 """
 
 
@@ -459,6 +492,21 @@ def test_a_selection_that_no_round_would_end_with_is_an_error(clock, tmp_path, m
         GossipflError, match=r"is to pull a segment from p., p., as gossip.selection = 'own_rules:wrong_selection'"
     ):
         run(tmp_path / "run", clock, gossip={"selection": "own_rules:wrong_selection"})
+
+
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+@pytest.mark.parametrize(
+    ("key", "rule", "message"),
+    [
+        ("selection", "selection_of_none", r"segments from \[None, None.*return a list of neighbours for each"),
+        ("aggregation", "aggregation_of_all", r"shape \(\) for 3 copies of \d+ values; return an array of \d+ values"),
+    ],
+)
+def test_a_rule_that_returns_something_else_is_told_what_to_return(clock, key, rule, message, tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(OWN_RULES)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GossipflError, match=message):
+        run(tmp_path / "run", clock, gossip={key: f"own_rules:{rule}"})
 
 
 @pytest.mark.parametrize("clock", ["virtual", "local"])

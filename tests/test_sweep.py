@@ -84,6 +84,7 @@ def test_a_value_given_twice_is_run_once():
         (["--param", "gossip.segments=1,,2"], ("must be key=value,value",)),
         (["--param", "=1"], ("--param '=1' must be key=value,value",)),
         (["--param", "rounds=1", "--param", "rounds=2"], ("--param has a key twice; give all its values at once",)),
+        (["--param", "seed.data=1,2", "--param", "seed=5"], ("--param seed=... and --param seed.data=... set the same twice",)),
         (["--param", "seed=1,2", "--seeds", "1"], ("--seeds and --param seed=... exclude each other",)),
         (["--seeds", "0,one"], ("--seeds '0,one' must be whole numbers",)),
         ([], ("a sweep needs something to vary",)),
@@ -188,6 +189,14 @@ def test_the_table_tells_keys_of_one_ending_apart_and_virtual_seconds_from_real_
     assert re.findall(r"[\w.]+(?: s)?", capsys.readouterr().out.splitlines()[1]) == [
         *("topology.kind", "data.partition.kind", "accuracy", "worst", "virtual s", "MiB", "consensus")
     ]
+
+
+def test_where_clocks_differ_the_table_says_whose_seconds_are_virtual(capsys):
+    row = {"accuracy_mean": 0.5, "accuracy_min": 0.25, "payload_bytes": 2**20, "consensus_distance": None, "error": ""}
+    sockets, virtual = (row | {"peers": peers, "wall_s": 2.0, "virtual_s": s} for peers, s in (("63", None), ("64", 3.0)))
+    print_sweep(Console(width=120), [sockets, virtual], ["peers"])
+    shown = capsys.readouterr().out
+    assert "seconds" in shown and re.findall(r"│ +6[34] │ .* │ +([\d.]+(?: virtual)?) │ +1 │", shown) == ["2", "3 virtual"]
 
 
 @pytest.mark.parametrize(("width", "last"), [(80, "consensus"), (60, "worst"), (40, "accuracy")])

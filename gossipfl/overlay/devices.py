@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -52,9 +53,16 @@ class DevicesConfig:
 class Devices:
     """The devices of all peers; what they do not know of is what is trained."""
 
-    def __init__(self, step_s: np.ndarray, variation: float = 0.0, seed: int = 0, stragglers: Sequence[int] = ()) -> None:
-        """`step_s`: f64[N], seconds of a local step."""
-        self.step_s, self.variation, self.stragglers = step_s, variation, tuple(stragglers)
+    def __init__(
+        self,
+        step_s: np.ndarray,
+        variation: float = 0.0,
+        seed: int = 0,
+        stragglers: Sequence[int] = (),
+        classes: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ) -> None:
+        """`step_s`: f64[N], seconds of a local step; `classes`: who is in each."""
+        self.step_s, self.variation, self.stragglers, self.classes = step_s, variation, tuple(stragglers), classes
         self._seed = seed
 
     def train_s(self, index: int, round: int, num_steps: int) -> float:
@@ -70,7 +78,8 @@ def build_devices(config: DevicesConfig, num_peers: int, seed: int) -> Devices:
     """The devices of a configuration; each quantity is drawn by itself, so the seed decides. ConfigError: too few peers."""
     step_s = config.step_time.draw(generator(seed, "step_time"), num_peers)
     speed = config.speed.draw(generator(seed, "speed"), num_peers)
-    for of_class, members in zip(config.classes, _members(config.classes, num_peers, seed), strict=True):
+    all_members = _members(config.classes, num_peers, seed)
+    for of_class, members in zip(config.classes, all_members, strict=True):
         for values, drawn_from, purpose in ((step_s, of_class.step_time, "step_time"), (speed, of_class.speed, "speed")):
             if drawn_from is not None:
                 values[members] = drawn_from.draw(generator(seed, purpose, of_class.name), num_peers)[members]
@@ -84,7 +93,8 @@ def build_devices(config: DevicesConfig, num_peers: int, seed: int) -> Devices:
     if not np.isfinite(step_s).all():
         slowest = int(np.argmin(np.isfinite(step_s)))
         raise ConfigError(f"[compute] gives p{slowest} local steps without end; lower step_time or slowdown, or raise speed")
-    return Devices(step_s, config.variation, seed, stragglers)
+    classes = {of_class.name: sorted(members) for of_class, members in zip(config.classes, all_members, strict=True)}
+    return Devices(step_s, config.variation, seed, stragglers, classes)
 
 
 def _members(classes: Sequence[DeviceClass], num_peers: int, seed: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import statistics
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -120,6 +120,11 @@ class Gatherer(Participant):
 
     def _ask(self, chosen: Sequence[Sequence[PeerId]], now: float) -> list[Action]:
         """Pull segment i from each of `chosen[i]`. ConfigError where a user's rule has chosen what would never be complete."""
+        if len(chosen) != len(self.config.segments) or not all(isinstance(peers, Collection) for peers in chosen):
+            raise ConfigError(
+                f"{self.name} is to pull its {len(self.config.segments)} segments from {str(chosen)[:80]}, as "
+                f"gossip.selection = {self.config.selection!r} or the protocol has it; return a list of neighbours for each"
+            )
         self._segments = [_Segment(wanted=len(peers), tried=set(peers)) for peers in chosen]
         for segment, peers in zip(self._segments, chosen, strict=True):
             if len(segment.tried) < segment.wanted or not segment.tried <= self.membership.neighbours.keys():

@@ -181,7 +181,7 @@ class Gossip(Gatherer):
         chosen = [select(candidates, self.config.replicas, links, rng) for _ in self.config.segments]
         if self.config.selection != "all":
             expected = min(self.config.replicas, len(self._degrees))
-            self.report.missing += sum(max(0, expected - len(peers)) for peers in chosen)
+            self.report.missing += sum(max(0, expected - len(peers)) for peers in chosen if peers is not None)
         return chosen
 
     def _candidates(self) -> list[PeerId]:

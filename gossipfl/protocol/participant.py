@@ -24,6 +24,8 @@ from gossipfl.protocol.serving import PullDesk
 
 MAX_STRANGERS = 64
 """Strangers that are reported, each once."""
+MAX_NAMED = 10
+"""Neighbours that a message names; there may be a thousand."""
 
 
 class Phase(Enum):
@@ -116,7 +118,7 @@ class Participant(ABC):
         return actions
 
     def _begin_without_all(self, now: float) -> list[Action]:
-        missing = ", ".join(self.membership.unanswered)
+        missing = _listed(self.membership.unanswered)
         if not self.membership.has_quorum:
             return self._finish(f"{self.name}: no answer from {missing} within {self.config.join_timeout_s:g} s")
         detail = f"{missing} did not answer within {self.config.join_timeout_s:g} s; starting without"
@@ -124,9 +126,9 @@ class Participant(ABC):
 
     def _begin(self, now: float) -> list[Action]:
         if not self.membership.has_quorum:
-            foreign = ", ".join(n.name for n in self.membership.neighbours.values() if n.foreign)
+            foreign = _listed([n.name for n in self.membership.neighbours.values() if n.foreign])
             if not foreign:
-                gone = ", ".join(n.name for n in self.membership.neighbours.values() if not n.is_live)
+                gone = _listed([n.name for n in self.membership.neighbours.values() if not n.is_live])
                 return self._finish(f"{self.name}: too few neighbours are left to begin with; gone: {gone}")
             return self._finish(f"{self.name}: too few neighbours share its model's layout; another one has {foreign}")
         for name in self.membership.unanswered:
@@ -215,3 +217,8 @@ class Participant(ABC):
     def _finish(self, error: str | None = None) -> list[Action]:
         self.phase = Phase.DONE
         return [Finish(error)]
+
+
+def _listed(names: Sequence[PeerId]) -> str:
+    more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more

@@ -148,8 +148,12 @@ class Scenario(Table):
     @property
     def is_crowded(self) -> bool:
         """Whether it has many peers, and says nothing that only sockets know of."""
-        asks_for_sockets = self.inference.serve or self.peers_per_process or self.transport != Transport()
-        return self.peers >= MANY_PEERS and not asks_for_sockets
+        return self.peers >= MANY_PEERS and not self.asks_for_sockets
+
+    @property
+    def asks_for_sockets(self) -> bool:
+        """Whether it says what only sockets know of."""
+        return bool(self.inference.serve or self.peers_per_process or self.transport != Transport())
 
     def _unreachable(self) -> Iterator[Problem]:
         """Models that no device could call."""

@@ -137,6 +137,7 @@ def print_summary(console: Console, result: RunResult) -> None:
         ("  before the last merge", _percent(accuracy["before_merge_mean"])),
         ("  average model", _percent(accuracy["average_model"])),
         ("  central training", _percent(accuracy["central"])),
+        *_target(summary),
         ("consensus distance, first to last", _distances(summary["consensus_distance"])),
         ("payload per peer and round", size_text(summary["bytes"]["payload_per_peer_round"])),
         ("payload, all", size_text(summary["bytes"]["payload"])),
@@ -239,6 +240,14 @@ def _samples(scenario: Scenario, table: np.ndarray, is_whole: bool) -> Table:
 def _partition(scenario: Scenario) -> str:
     args = ", ".join(f"{key} {value}" for key, value in scenario.data.partition.args.items())
     return f"{scenario.data.partition.kind}{', ' if args else ''}{args}"
+
+
+def _target(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What it took to `stop.target_accuracy`."""
+    if (target := summary["to_target"]) is not None:
+        unit = "s" if summary["seconds"]["virtual"] is None else "virtual s"
+        reached = f"after round {target['round']:,}, {target['seconds']:,.2f} {unit}" if target["round"] else "not reached"
+        yield f"  target of {target['accuracy']:g}", reached
 
 
 def _times(seconds: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -11,11 +11,12 @@ import numpy as np
 
 from gossipfl.errors import ConfigError, RunError
 from gossipfl.learning.datasets import Dataset
+from gossipfl.overlay.devices import STEP
 from gossipfl.overlay.graphs import Topology, degrees_of
 from gossipfl.randomness import generator
 from gossipfl.runtime.namespaces import check_available
 from gossipfl.runtime.shaping import Emulation
-from gossipfl.scenario.config import Scenario
+from gossipfl.scenario.config import MANY_PEERS, Scenario
 from gossipfl.scenario.preparation import calibration_indices, data_name, held_out_halves, seen_indices
 from gossipfl.scenario.records import Event
 from gossipfl.scenario.workers import num_cores
@@ -147,6 +148,23 @@ def about_planned(scenario: Scenario, ran_s: float) -> list[str]:
         f"churn.{key} of {peer} at {at:g} s was never due{more}: at {ran_s:.4g} s everybody had finished or gone; "
         "set it earlier, or give the run more rounds"
     ]
+
+
+def about_clock(scenario: Scenario) -> list[str]:
+    """What to tell of a run that is under virtual time though nobody has said so."""
+    if scenario.clock != "auto" or scenario.resolved_clock != "virtual":
+        return []
+    if not scenario.is_emulated:
+        return [
+            f"{MANY_PEERS} peers or more run under virtual time, where a local step takes {STEP.value * 1000:g} ms and links "
+            "have no limits; --clock local has them talk over sockets"
+        ]
+    if scenario.asks_for_sockets:
+        return [
+            "[network], [compute] and [churn] are emulated under virtual time, where peers_per_process and [transport] play no "
+            "part; --clock local has the peers talk over sockets"
+        ]
+    return []
 
 
 def about_churn(scenario: Scenario, train_s: float) -> list[str]:

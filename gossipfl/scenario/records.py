@@ -264,7 +264,7 @@ def summarize(
     payload is all that was received, also where no round came of it, other bytes are those of the rounds; train, wait and
     merge seconds are summed over peers and rounds; `exit_code` is made from the scenario's `min_peers` where it is not given.
     Seconds are real ones but, under virtual time, those of the table `virtual` and the `train` and `wait` beside it, which
-    repeat it, and those of `to_target`.
+    repeat it, and those of `to_target`. `devices`: who has which, None where the scenario has neither classes nor stragglers.
     """
     rounds = [event for event in events if event["event"] == "round"]
     finished = {event["peer"] for event in events if event["event"] == "finished" and event["error"] is None}
@@ -292,6 +292,7 @@ def summarize(
         "segments": scenario.gossip.segments,
         "replicas": scenario.gossip.replicas,
         "parameters": parameters,
+        "devices": _devices(scenario),
         "accuracy": {
             "mean": _rounded(statistics.fmean(after) if after else None),
             "min": _rounded(min(after, default=None)),
@@ -361,6 +362,14 @@ def to_target(rounds: Sequence[Event], scenario: Scenario) -> dict[str, Any] | N
             time_s = max(event["time_s"] for event in its)
             return {"accuracy": target, "round": round_, "seconds": time_s, "payload_bytes": payload}
     return {"accuracy": target, "round": None, "seconds": None, "payload_bytes": None}
+
+
+def _devices(scenario: Scenario) -> dict[str, Any] | None:
+    devices = scenario.build_devices()
+    if not devices.classes and not devices.stragglers:
+        return None
+    classes = {name: [f"p{index}" for index in members] for name, members in devices.classes.items()}
+    return {"classes": classes, "stragglers": [f"p{index}" for index in devices.stragglers]}
 
 
 def _virtual_seconds(run_s: float, num_rounds: int, train_s: float, wait_s: float) -> dict[str, float | None]:

@@ -31,7 +31,7 @@ from gossipfl.protocol.machine import Fault, RoundReport, Traffic
 from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import MANY_PEERS, Scenario, check_names
-from gossipfl.scenario.hosting import about_churn, about_planned, about_trace, peer_settings, tell_of_statistics
+from gossipfl.scenario.hosting import about_churn, about_clock, about_planned, about_trace, peer_settings, tell_of_statistics
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, not_interrupted, terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory, keep_freed_memory
 from gossipfl.scenario.preparation import deal, prepare
@@ -151,8 +151,8 @@ class _Simulation(Watcher):
         self.cohort: CohortEngine = choose_cohort(self.engine, self._engine_kind(), scenario.peers)
         table = class_table(dataset.y_train, shards, dataset.num_classes) if dataset.num_classes <= 20 else None
         observer.data_ready(scenario, table)
-        if scenario.clock == "auto" and not scenario.is_emulated:
-            observer.note(f"{MANY_PEERS} peers or more run under virtual time; --clock local has them talk over sockets")
+        for line in about_clock(scenario):
+            observer.note(line)
         tell_of_statistics(scenario, self.engine.flat.has_statistics, observer.note, record.warn)
         names = scenario.peer_names
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()

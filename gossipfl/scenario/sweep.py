@@ -86,6 +86,9 @@ def sweep_runs(
     values = dict(_parameter(param) for param in params)
     if len(values) < len(params):
         raise ConfigError("--param has a key twice; give all its values at once, such as gossip.segments=1,2,4")
+    for whole, part in itertools.permutations(values, 2):
+        if part.startswith(f"{whole}."):
+            raise ConfigError(f"--param {whole}=... and --param {part}=... set the same twice, and one is lost; remove one")
     if seeds:
         if any(key.partition(".")[0] == "seed" for key in values):
             raise ConfigError("--seeds and --param seed=... exclude each other; remove one")
@@ -287,8 +290,7 @@ def _csv(rows: Sequence[Row]) -> str:
 
 def print_sweep(console: Console, rows: Sequence[Row], settings: Sequence[str]) -> None:
     """The rows as a table; `settings` are the keys that vary. Where it is too wide the last figures are left out."""
-    is_virtual = all(row["virtual_s"] is not None for row in rows if row["wall_s"] is not None)
-    titles = ["accuracy", "worst", "virtual s" if is_virtual else "seconds", "MiB", "consensus"]
+    titles = ["accuracy", "worst", "virtual s" if _are_virtual(rows) <= {True} else "seconds", "MiB", "consensus"]
     boundless = console.options.update(width=1_000)
     table = _table(rows, settings, titles)
     while len(titles) > 1 and console.measure(table, options=boundless).minimum > console.width:
@@ -296,8 +298,13 @@ def print_sweep(console: Console, rows: Sequence[Row], settings: Sequence[str]) 
     console.print(table)
 
 
+def _are_virtual(rows: Sequence[Row]) -> set[bool]:
+    """Whether the seconds of those that have run are virtual ones; a sweep may have both."""
+    return {row["virtual_s"] is not None for row in rows if row["wall_s"] is not None}
+
+
 def _table(rows: Sequence[Row], settings: Sequence[str], titles: Sequence[str]) -> Table:
-    table = Table()
+    table, clocks_differ = Table(), len(_are_virtual(rows)) > 1
     lasts = [key.rpartition(".")[2] for key in settings]
     for key, last in zip(settings, lasts, strict=True):
         table.add_column(last if lasts.count(last) == 1 else key, justify="right", overflow="fold")
@@ -310,6 +317,8 @@ def _table(rows: Sequence[Row], settings: Sequence[str], titles: Sequence[str]) 
         mib = None if row["payload_bytes"] is None else row["payload_bytes"] / 2**20
         figures = [row["accuracy_mean"], row["accuracy_min"], seconds, mib, row["consensus_distance"]][: len(titles)]
         cells = ["" if figure is None else f"{figure:.4g}" for figure in figures]
+        if clocks_differ and row["virtual_s"] is not None and len(cells) > 2:
+            cells[2] += " virtual"
         table.add_row(*(row[key] for key in settings), *cells, *(["failed"] if row["error"] else []))
     return table
 

@@ -18,7 +18,7 @@ from gossipfl.overlay.links import check_links
 from gossipfl.overlay.topology import Topology
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import Scenario, check_names
-from gossipfl.scenario.hosting import about_churn, peer_settings
+from gossipfl.scenario.hosting import about_churn, about_clock, peer_settings
 from gossipfl.scenario.memory import available_bytes, needed_bytes, why_too_large
 from gossipfl.scenario.planning.rehearsal import Rehearsed, rehearse
 from gossipfl.scenario.planning.timing import Timing, timing_of
@@ -155,6 +155,7 @@ def _spread(values: np.ndarray) -> Spread:
 
 def _notes(scenario: Scenario, rehearsed: Rehearsed) -> Iterator[str]:
     """What the figures are not of."""
+    yield from about_clock(scenario)
     if scenario.resolved_clock == "netns":
         yield "clock = 'netns' needs root, Linux and iproute2"
     changes = [

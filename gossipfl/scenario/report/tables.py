@@ -10,6 +10,8 @@ import numpy as np
 
 from gossipfl.scenario.report.reading import COUNTERS, Faults, Run, number
 
+MAX_NAMED = 10
+"""Peers of a kind of device; of more their number is told, and summary.json has their names."""
 MAX_FAULTS = 200
 """Rows of the table of faults; the CSV file has them all."""
 
@@ -148,12 +150,24 @@ def origin(run: Run) -> list[tuple[str, str]]:
         ("seed", _flat(seed) if isinstance(seed, Mapping) else seed),
         ("scenario SHA-256", run.figure("scenario_sha256")),
         ("models SHA-256", run.figure("models_sha256")),
+        ("devices", _devices(run.figure("devices", "classes"), run.figure("devices", "stragglers"))),
         ("engine", _flat(engine) if isinstance(engine, Mapping) else engine),
         ("version", run.figure("version")),
         ("machine", run.figure("machine")),
         ("exit code", run.figure("exit_code")),
     ]
     return [(name, str(value)) for name, value in told if value is not None]
+
+
+def _devices(classes: Mapping[str, Sequence[str]] | None, stragglers: Sequence[str] | None) -> str | None:
+    """Who has which; None where all are alike."""
+    kinds = {**(classes or {}), "stragglers": stragglers or ()}
+    told = [
+        f"{kind} {', '.join(peers) if len(peers) <= MAX_NAMED else f'{len(peers):,} peers'}"
+        for kind, peers in kinds.items()
+        if peers
+    ]
+    return "; ".join(told) or None
 
 
 def _flat(values: Mapping[str, Any]) -> str:

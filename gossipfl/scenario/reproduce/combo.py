@@ -111,17 +111,18 @@ def _slug(name: str) -> str:
 def _tables(outcomes: Mapping[str, Outcome], full: bool) -> list[Table]:
     on_mnist = {name.removeprefix(ON_MNIST): outcome for name, outcome in outcomes.items() if name.startswith(ON_MNIST)}
     also = _ratios(on_mnist, MNIST) if on_mnist else []
+    segments = [Row(f"S = {number}", {"seconds": f"{outcomes[f'segments-{number}'].sync_s:.3f}"}) for number in SEGMENTS]
+    synchronising = Table(f"synchronising, R = 2, {FEWEST} workers (published: S = 2 halves it, flat from about 6)", segments)
     published = outcomes.get(f"combo-{FEWEST}")
     if published is None:  # CIFAR-10 is not there
-        return also
-    segments = [Row(f"S = {number}", {"seconds": f"{outcomes[f'segments-{number}'].sync_s:.3f}"}) for number in SEGMENTS]
+        return [synchronising, *also]
     replicas = [
         Row(f"R = {number}", to_target(published if number == 2 else outcomes[f"replicas-{number}"])) for number in REPLICAS
     ]
     beyond = [Row(name, to_target(outcomes[_slug(name)] if changes else published)) for name, changes in BEYOND.items()]
     return [
         *_ratios(outcomes, _task(full)),
-        Table(f"synchronising, R = 2, {FEWEST} workers (published: S = 2 halves it, flat from about 6)", segments),
+        synchronising,
         Table(f"R, S = 10, {FEWEST} workers (published: a large gain from 1 to 2, little beyond)", replicas),
         Table(f"beyond the paper, on the same network, {FEWEST} workers", beyond),
         *also,
