@@ -369,7 +369,9 @@ class _Simulation(Watcher):
         average = sums.mean.astype(np.float32)
         self._figures = {"last": sums.consensus_distance, "models_sha256": models_sha256(vectors)}
         self._save("average", average)
-        if sum(vector.nbytes for vector in vectors) <= MAX_MODELS_BYTES:
+        if len(vectors) * average.nbytes > MAX_MODELS_BYTES:
+            self.observer.note("the peers' models would take more than a GiB: only their average is saved")
+        else:
             with ThreadPoolExecutor(SAVED_AT_ONCE) as pool:
                 saved = [pool.submit(self._save, peer.name, vector) for peer, vector in zip(peers, vectors, strict=True)]
                 for future in saved:

@@ -150,7 +150,7 @@ def origin(run: Run) -> list[tuple[str, str]]:
         ("seed", _flat(seed) if isinstance(seed, Mapping) else seed),
         ("scenario SHA-256", run.figure("scenario_sha256")),
         ("models SHA-256", run.figure("models_sha256")),
-        ("devices", _devices(run.figure("devices", "classes"), run.figure("devices", "stragglers"))),
+        ("devices", _devices(run.figure("devices"))),
         ("engine", _flat(engine) if isinstance(engine, Mapping) else engine),
         ("version", run.figure("version")),
         ("machine", run.figure("machine")),
@@ -159,15 +159,18 @@ def origin(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in told if value is not None]
 
 
-def _devices(classes: Mapping[str, Sequence[str]] | None, stragglers: Sequence[str] | None) -> str | None:
+def _devices(told: Any) -> str | None:
     """Who has which; None where all are alike."""
-    kinds = {**(classes or {}), "stragglers": stragglers or ()}
-    told = [
-        f"{kind} {', '.join(peers) if len(peers) <= MAX_NAMED else f'{len(peers):,} peers'}"
-        for kind, peers in kinds.items()
-        if peers
-    ]
-    return "; ".join(told) or None
+    match told:
+        case {"classes": {**classes}, "stragglers": stragglers}:
+            kinds = {**classes, "stragglers": stragglers}
+        case _:
+            return None
+    who = {kind: list(map(str, peers)) for kind, peers in kinds.items() if isinstance(peers, list) and peers}
+    named = (
+        f"{kind} {', '.join(peers) if len(peers) <= MAX_NAMED else f'{len(peers):,} peers'}" for kind, peers in who.items()
+    )
+    return "; ".join(named) or None
 
 
 def _flat(values: Mapping[str, Any]) -> str:
