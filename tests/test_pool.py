@@ -48,6 +48,45 @@ def test_no_process_of_a_pool_outlives_its_parent(number, tmp_path):
         parent.stdout.close()
 
 
+LOCKS = """
+import os, signal, sys, threading, time
+from gossipfl.scenario.pool import processes
+
+def wait_long(number):
+    time.sleep(600)
+
+def interrupt(frame, event, argument):
+    if event == "line":
+        interrupt.left -= 1
+        if interrupt.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+    return interrupt
+
+if __name__ == "__main__":
+    interrupt.left = int(sys.argv[1])
+    with processes(1) as pool:
+        pool.submit(wait_long, 0)
+        late = threading.Timer(10, os.kill, (os.getpid(), signal.SIGINT))  # where there are fewer lines
+        late.daemon = True
+        late.start()
+        sys.settrace(interrupt)
+        pool.next_done()
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("line", [1, 2, 3])
+def test_an_interrupt_at_any_line_of_the_waiting_leaves_nothing_locked_that_the_end_waits_for(line, tmp_path):
+    script = tmp_path / "locks.py"
+    script.write_text(LOCKS)
+    with subprocess.Popen([sys.executable, str(script), str(line)], stderr=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.wait(60) == -signal.SIGINT
+            assert parent.stderr is not None and "KeyboardInterrupt" in parent.stderr.read()
+        finally:
+            parent.kill()
+
+
 RUNS = """
 import os, sys
 from gossipfl import run

@@ -8,8 +8,9 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import resource_tracker
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from gossipfl.scenario.interrupts import interrupts_held, not_interrupted
@@ -17,7 +18,7 @@ from gossipfl.scenario.workers import ENVIRONMENT
 
 
 @contextlib.contextmanager
-def processes(number: int) -> Iterator[ProcessPoolExecutor]:
+def processes(number: int) -> Iterator[Pool]:
     """A pool of fresh processes. An error, Ctrl-C among them, ends them at once."""
     os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     # Multiprocessing's own helper leaves Ctrl-C and SIGTERM to this process; started so, SIGHUP too, which waits meanwhile.
@@ -27,10 +28,11 @@ def processes(number: int) -> Iterator[ProcessPoolExecutor]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     before = set(multiprocessing.active_children())
-    pool = _Pool(number, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    pool = Pool(number, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
         yield pool
-        pool.shutdown()
+        with interrupts_held():
+            pool.shutdown()
     except BaseException:
         with not_interrupted():
             for child in set(multiprocessing.active_children()) - before:
@@ -39,12 +41,29 @@ def processes(number: int) -> Iterator[ProcessPoolExecutor]:
         raise
 
 
-class _Pool(ProcessPoolExecutor):
-    """Its processes, which start when there is something to do, leave Ctrl-C to this one."""
+class Pool(ProcessPoolExecutor):
+    """Its processes, which start when there is something to do, leave Ctrl-C to this one.
+
+    Wait for what they do with `next_done`: Ctrl-C within `concurrent.futures.wait` may leave a future locked, which the pool's
+    own thread then waits for without end.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._done: SimpleQueue[Future[Any]] = SimpleQueue()
 
     def submit(self, *args: Any, **kwargs: Any) -> Any:
         with interrupts_held():
-            return super().submit(*args, **kwargs)
+            future = super().submit(*args, **kwargs)
+            future.add_done_callback(self._done.put)
+        return future
+
+    def next_done(self, timeout_s: float | None = None) -> Future[Any] | None:
+        """The next of the futures that is done, each once; None where none is within this time."""
+        try:
+            return self._done.get(timeout=timeout_s)
+        except Empty:
+            return None
 
 
 def _end_with_parent() -> None:

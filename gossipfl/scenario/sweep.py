@@ -19,7 +19,7 @@ import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,9 +241,10 @@ def _run_side_by_side(waiting: deque[SweepRun], jobs: int, ended: Callable[..., 
                 while waiting and len(running) < jobs:
                     running[pool.submit(_run_one, waiting[0].scenario, waiting[0].folder)] = waiting[0]
                     waiting.popleft()
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    ended(running[future], *future.result())
-                    del running[future]
+                future = pool.next_done()
+                assert future is not None
+                ended(running[future], *future.result())
+                del running[future]
         except BrokenProcessPool:
             reason = "a process of the sweep died, perhaps for want of memory; go on with --skip-existing and fewer --jobs"
             for run in running.values():

@@ -9,7 +9,6 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -154,10 +153,10 @@ def run_arms(
     with processes(workers) as pool:
         largest_first = sorted(filter(waiting.__contains__, arms), key=lambda name: -arms[name].get("peers", 0))
         names = {pool.submit(run, name, arms[name], folder): name for name in largest_first}
-        began, running = time.time(), set(names)
-        while running:
-            ended, running = wait(running, WATCHED_S, FIRST_COMPLETED)
-            for done in ended:
+        began, num_running = time.time(), len(names)
+        while num_running:
+            if done := pool.next_done(WATCHED_S):
+                num_running -= 1
                 outcomes[names[done]] = done.result()
                 on_done(names[done], done.result())
             if not all("rounds" in arms[name] for name in waiting):
