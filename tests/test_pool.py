@@ -66,7 +66,7 @@ if __name__ == "__main__":
     interrupt.left = int(sys.argv[1])
     with processes(1) as pool:
         pool.submit(wait_long, 0)
-        late = threading.Timer(10, os.kill, (os.getpid(), signal.SIGINT))  # where there are fewer lines
+        late = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))  # where there are fewer lines
         late.daemon = True
         late.start()
         sys.settrace(interrupt)
