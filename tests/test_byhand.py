@@ -21,7 +21,9 @@ from safetensors.numpy import load_file
 from sockets import free_address
 
 import gossipfl
+from gossipfl.errors import RunError
 from gossipfl.scenario import load_scenario
+from gossipfl.scenario.byhand import _scenario_of
 
 DEADLINE_S = 60.0
 OVERRIDES = ("peers=3", "rounds=4", "central=false")
@@ -270,3 +272,9 @@ def test_a_peer_that_is_interrupted_ends_with_130(start):
     alone.process.send_signal(2)
     code, _ = alone.ended(20.0)
     assert code == 130 and "Traceback" not in alone.stderr
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"peers = ", b"[" * 5000], ids=["no text", "no TOML", "deep"])
+def test_a_peer_whose_scenario_cannot_be_read_is_named(content):
+    with pytest.raises(RunError, match=r"the scenario that p1 answers with cannot be read .*; leave it out of the roster"):
+        _scenario_of("p1", content)

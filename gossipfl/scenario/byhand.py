@@ -220,11 +220,12 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
         raise RunError(
             f"none of {', '.join(roster.peers)} answered within {timeout_s:g} s; are they running, with this roster?"
         )
-    scenario = load_scenario(tomllib.loads(next(iter(gathered.values()))["scenario"].decode()))
+    scenarios = {name: _scenario_of(name, items["scenario"]) for name, items in gathered.items()}
+    scenario = load_scenario(next(iter(scenarios.values())))
     place = RunFolder(out, scenario.name, force)
     folder, record = place.path, place.record(scenario, say)
     record.write("roster.toml", roster_path.read_text())
-    for line in _about_others({name: tomllib.loads(items["scenario"].decode()) for name, items in gathered.items()}):
+    for line in _about_others(scenarios):
         record.warn(line)
     events = [json.loads(line) for items in gathered.values() for line in items["events"].decode().splitlines()]
     for event in sorted(events, key=lambda event: event.get("time_s") or float("inf")):
@@ -258,6 +259,14 @@ def collect_run(roster_path: Path, out: Path | None, force: bool, timeout_s: flo
     place.keep()
     say(f"collected {len(well)} of {len(roster.peers)} peers in {time.monotonic() - began:.1f} s")
     return RunResult(summary, folder)
+
+
+def _scenario_of(name: PeerId, content: bytes) -> dict[str, Any]:
+    """What a peer says that it ran. RunError where that is no TOML."""
+    try:
+        return tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"the scenario that {name} answers with cannot be read ({error}); leave it out of the roster") from error
 
 
 def _about_others(scenarios: dict[PeerId, dict[str, Any]]) -> list[str]:
