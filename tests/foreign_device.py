@@ -1,13 +1,16 @@
 """A torch device that is not there: its tensors lie in main memory, but meet no tensor of the CPU, as those of a GPU do not.
 
     python foreign_device.py          # trains and evaluates on the CPU and on this device; JSON: what came to other values
+    python foreign_device.py cuda     # the same on a device that is there
 
 Moving a tensor is the only way from one to the other. Run as a program, for torch knows one such device in a process, for good.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +107,7 @@ def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_me
 
 
 def batch_norm() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    return nn.Sequential(nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
 
 
 def perceptron() -> nn.Module:
@@ -133,7 +136,7 @@ def dataset(shape: tuple[int, ...]) -> Dataset:
 def outcome(model: Callable[[], nn.Module], kind: str, config: dict[str, Any], device: str) -> list[Any]:
     """What four peers with ragged shards come to in two rounds: vectors, losses, accuracies, and a central model's accuracy."""
     torch.manual_seed(0)
-    engine = Engine(model(), TrainingConfig(device=device, batch_size=14, **config), dataset(MODELS[model]))
+    engine = Engine(model(), TrainingConfig(device=device, batch_size=11, **config), dataset(MODELS[model]))
     cohort = choose_cohort(engine, kind)
     learners = [Learner(f"p{k}", np.arange(k * 30, k * 30 + 30 + k)) for k in range(4)]
     vectors = np.stack([cohort.initial_vector()] * 4)
@@ -145,27 +148,38 @@ def outcome(model: Callable[[], nn.Module], kind: str, config: dict[str, Any], d
     return [vectors, losses, accuracies, train_centrally(engine, cohort.initial_vector(), 1, 2)]
 
 
-def main() -> None:
-    _setup_privateuseone_for_python_backend(NAME)
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("empty.memory_format", _empty, "PrivateUse1")
-    library.impl("empty_strided", _empty_strided, "PrivateUse1")
-    found: dict[str, bool | str] = {}
+def compared(device: str) -> dict[str, bool]:
+    """By model, engine and settings, whether they come to the same on `device` as on the CPU."""
+    found = {}
     for model in MODELS:
         for config in CONFIGS:
             for kind in ("loop", "stacked") if "optimizer" not in config else ("loop",):
                 expected = outcome(model, kind, config, "cpu")
-                with Moves():
-                    there = outcome(model, kind, config, NAME)
+                with Moves() if device == NAME else contextlib.nullcontext():
+                    there = outcome(model, kind, config, device)
                 pairs = zip(expected, there, strict=True)
                 found[f"{model.__name__}, {kind}, {config}"] = all(np.allclose(a, b, atol=1e-5) for a, b in pairs)
-    with Moves():
+    return found
+
+
+def refusal(device: str) -> str:
+    """What the device says to a tensor of the CPU."""
+    with Moves() if device == NAME else contextlib.nullcontext():
         try:
-            torch.ones(3, device=NAME) + torch.ones(3)
+            torch.ones(3, device=device) + torch.ones(3)
         except RuntimeError as error:
-            found["refusal"] = str(error)
-    print(json.dumps(found))
+            return str(error)
+    return ""
+
+
+def main(device: str = NAME) -> None:
+    if device == NAME:
+        _setup_privateuseone_for_python_backend(NAME)
+        library = torch.library.Library("aten", "IMPL")
+        library.impl("empty.memory_format", _empty, "PrivateUse1")
+        library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    print(json.dumps(compared(device) | {"refusal": refusal(device)}))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -97,7 +97,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def run(*words: str) -> Command:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gossipfl.cli", *words],
+            [sys.executable, "-m", "gossipfl", *words],
             cwd=tmp_path,
             env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
             stdin=subprocess.DEVNULL,

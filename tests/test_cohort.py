@@ -407,21 +407,3 @@ stack.evaluate([engine.initial_vector()], [None])
 print("torch._dynamo" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
-
-
-@pytest.mark.processes
-def test_what_an_accelerator_computes_meets_nothing_of_the_cpu():
-    """On a device that is not there but takes no tensor of the CPU, as a GPU does not: every engine, to the CPU's values."""
-    command = [sys.executable, str(Path(__file__).with_name("foreign_device.py"))]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert "a tensor of the CPU among those of another device" in found.pop("refusal")
-    assert len(found) == 21 and [what for what, is_equal in found.items() if not is_equal] == []
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("config", [dict(), dict(momentum=0.9, local_epochs=2)], ids=str)
-def test_a_stack_on_an_accelerator_learns_what_the_loop_learns_there(config):
-    assert_agree(engine_of(device="cuda", **config))

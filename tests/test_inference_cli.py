@@ -420,7 +420,7 @@ def test_a_model_that_cannot_be_cut_says_where_and_why(tmp_path):
 @contextmanager
 def serving(folder, *words):
     """A `gossipfl serve` in a process of its own, and the lines of addresses that it has printed."""
-    command = [sys.executable, "-m", "gossipfl.cli", "serve", str(folder), "--bind", "tcp://127.0.0.1:0", *words]
+    command = [sys.executable, "-m", "gossipfl", "serve", str(folder), "--bind", "tcp://127.0.0.1:0", *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None

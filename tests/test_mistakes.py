@@ -227,7 +227,7 @@ def test_a_terminal_of_80_columns_shows_round_accuracy_rate_and_time_left():
 
 
 def test_a_terminal_without_block_characters_shows_something_in_their_place():
-    words = [sys.executable, "-m", "gossipfl.cli", "topology", "quickstart", "--set", "topology.kind=ring"]
+    words = [sys.executable, "-m", "gossipfl", "topology", "quickstart", "--set", "topology.kind=ring"]
     done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"") and b"\np6 ?" in done.stdout
 
@@ -309,7 +309,7 @@ def test_what_changes_how_a_result_is_to_be_read_is_told_also_where_nothing_else
     if clock == "virtual":  # where only a target makes the end uncertain
         words += ["--set", "stop.target_accuracy=1"]
     done = subprocess.run(
-        [sys.executable, "-m", "gossipfl.cli", "run", "quickstart", *SMALL, *words, "--out", str(tmp_path / "run")],
+        [sys.executable, "-m", "gossipfl", "run", "quickstart", *SMALL, *words, "--out", str(tmp_path / "run")],
         capture_output=True,
         text=True,
         env=os.environ | {"GOSSIPFL_CACHE": str(tmp_path / "cache")},

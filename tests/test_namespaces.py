@@ -277,7 +277,7 @@ def test_what_a_killed_launcher_left_behind_is_removed_by_the_next():
 @needs_root
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
 def test_root_without_capabilities_is_told_and_leaves_nothing_in_the_way(tmp_path):
-    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-m", "gossipfl.cli", "run", "quickstart"]
+    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-m", "gossipfl", "run", "quickstart"]
     out = tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(

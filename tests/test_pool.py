@@ -130,7 +130,7 @@ def test_runs_of_a_pool_end_with_a_signal_to_all_as_a_terminal_sends_it(number, 
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_an_interrupted_reproduction_says_so_and_ends(number, tmp_path):
-    command = [sys.executable, "-m", "gossipfl.cli", "reproduce", "epidemic", "--jobs", "2", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "gossipfl", "reproduce", "epidemic", "--jobs", "2", "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "GOSSIPFL_CACHE": str(tmp_path / "cache")}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment) as parent:
         try:

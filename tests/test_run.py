@@ -225,7 +225,7 @@ class Ended:
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """The quickstart as shipped."""
     folder = tmp_path_factory.mktemp("quickstart") / "record"
-    command = [sys.executable, "-m", "gossipfl.cli", "run", "scenarios/quickstart.toml", "--out", str(folder)]
+    command = [sys.executable, "-m", "gossipfl", "run", "scenarios/quickstart.toml", "--out", str(folder)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     return Ended(done.stdout, done.stderr, folder)

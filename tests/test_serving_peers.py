@@ -159,7 +159,7 @@ def test_a_peer_by_hand_tells_where_it_serves(tmp_path):
     (tmp_path / "alone.toml").write_text("peers = 1\nrounds = 3\n[inference]\nserve = true\nmax_samples = 200\n")
     words = ["peer", "--name", "p0", "--roster", "roster.toml", "--config", "alone.toml", "--keep", "60"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "gossipfl.cli", *words],
+        [sys.executable, "-m", "gossipfl", *words],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -500,7 +500,7 @@ def test_peers_by_hand_are_shaped_alike(tmp_path):
     roster = tmp_path / "roster.toml"
     roster.write_text("[peers]\n" + "".join(f'p{index} = "{free_address()}"\n' for index in range(2)))
     sets = [word for override in overrides for word in ("--set", override)]
-    command = [sys.executable, "-m", "gossipfl.cli", "peer", "--config", "quickstart", "--roster", str(roster), *sets]
+    command = [sys.executable, "-m", "gossipfl", "peer", "--config", "quickstart", "--roster", str(roster), *sets]
     peers = [subprocess.Popen([*command, "--name", f"p{i}", "--out", str(tmp_path / f"p{i}")]) for i in range(2)]
     try:
         summary = collect_run(roster, tmp_path / "all", False, 30.0, lambda text: None).summary

@@ -237,7 +237,7 @@ def _ended(process):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_second_interrupt_changes_nothing_about_the_last_words_of_a_sweep(number, tmp_path):
     words = ["--clock", "virtual", "--param", "rounds=1,100000,1000000", "--jobs", "1", "--out", "out"]
-    command = [sys.executable, "-m", "gossipfl.cli", "sweep", "quickstart", *words]
+    command = [sys.executable, "-m", "gossipfl", "sweep", "quickstart", *words]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     with _ended(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None
@@ -253,7 +253,7 @@ def test_a_second_interrupt_changes_nothing_about_the_last_words_of_a_sweep(numb
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_an_interrupt_stops_the_processes_and_leaves_what_has_finished(tmp_path):
     words = ["--set", "central=false", "--clock", "virtual", "--param", "rounds=1,100000", "--jobs", "1", "--out", "out"]
-    command = [sys.executable, "-m", "gossipfl.cli", "sweep", "quickstart", *words]
+    command = [sys.executable, "-m", "gossipfl", "sweep", "quickstart", *words]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     with _ended(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None

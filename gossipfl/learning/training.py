@@ -236,9 +236,11 @@ class Engine:
 
     def description(self) -> dict[str, Any]:
         """What a result depends on besides the seed, for the record."""
+        device = self.config.device
         return {
             "kind": "loop",
-            "device": self.config.device,
+            "device": device,
+            **({"accelerator": torch.cuda.get_device_name(device)} if kind_of(device) == "cuda" else {}),
             "threads": self.config.threads,
             "fast_math": self.uses_fast_math,
             "memory_layout": "channels_last" if self.uses_fast_math else "contiguous",
