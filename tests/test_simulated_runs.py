@@ -321,6 +321,17 @@ def test_a_run_that_is_stopped_waits_for_nobody_who_has_yet_to_come(clock, tmp_p
     assert not events(result, "planned")
 
 
+@CLOCKS
+def test_a_run_that_is_stopped_does_not_wait_out_the_joining_of_who_has_come_too_late(clock, tmp_path):
+    changes = {"peers_per_process": 1, "stop": {"duration": "3s"}, "churn": {"join": [{"peer": "p4", "at": "2.5s"}]}}
+    changes["gossip"] = {"join_timeout_s": 60, "linger_s": 0.1}
+    result = run(tmp_path / "run", clock, rounds=2, compute={"step_time": "50ms"}, **changes)
+    (late,) = (event for event in events(result, "finished") if event["peer"] == "p4")
+    assert (
+        result.exit_code == 0 and late["time_s"] < 30 and re.search("p4: no answer from p0, p1, .* within [23]", late["error"])
+    )
+
+
 def test_who_would_come_when_a_run_is_stopped_does_not_go_on_alone(tmp_path):
     """Rounds take 0.3 s, and the others are in the fourth."""
     churn = {
