@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -156,6 +157,19 @@ def test_the_quickstart_is_found_by_name_and_by_path():
 @pytest.mark.parametrize("name", builtin_scenarios())
 def test_every_built_in_scenario_loads_and_is_called_like_its_file(name):
     assert load_scenario(name).name == name
+
+
+def test_a_scenario_may_come_from_a_pipe_which_is_read_once():
+    reading, writing = os.pipe()
+    os.write(writing, b"peers = 5\ngossip.segments = 4\n")
+    os.close(writing)
+    try:
+        scenario = load_scenario(f"/dev/fd/{reading}", ["rounds=2"])
+        assert (scenario.name, scenario.peers, scenario.rounds, scenario.gossip.segments) == ("scenario", 5, 2, 4)
+        message = message_of(f"/dev/fd/{reading}")
+        assert f"/dev/fd/{reading} is a pipe that holds nothing, or was read before; give a scenario as a file" in message
+    finally:
+        os.close(reading)
 
 
 def test_the_commented_out_alternatives_of_the_quickstart_are_valid_too():

@@ -28,7 +28,7 @@ def builtin_scenarios() -> dict[str, Path]:
 def scenario_file(source: str | Path) -> Path:
     """The file that `source` means: a path, or the name of a scenario that comes with the package."""
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # also a pipe
         return path
     builtin = builtin_scenarios()
     if str(source) in builtin:
@@ -43,6 +43,8 @@ def read_toml(path: Path, what: str = "a scenario") -> tuple[Values, str]:
     """The settings in a file, and its text."""
     try:
         text = path.read_text(encoding="utf-8-sig")
+        if not text and not path.is_file():
+            raise ConfigError(f"{path} is a pipe that holds nothing, or was read before; give {what} as a file")
         return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as error:
         message, _, place = str(error).partition(" (at ")
