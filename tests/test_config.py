@@ -246,6 +246,16 @@ def test_an_oracle_that_no_graph_fits_is_refused(peers, replicas):
     assert f"gossip.replicas = {replicas}" in refused and "\n" not in refused
 
 
+def test_parts_of_the_key_of_an_override_may_be_quoted_as_in_toml():
+    overrides = ["""network.peers."p0".uplink=1Mbit""", """ network . peers.'p1' . downlink = 2Mbit"""]
+    scenario = load_scenario({}, [*overrides, """model_args."a.b=c"=5""", '"rounds"=7', 'model_args."\\u00e9"="x=y"'])
+    assert scenario == Scenario(
+        network={"peers": {"p0": {"uplink": "1Mbit"}, "p1": {"downlink": "2Mbit"}}},
+        model_args={"a.b=c": 5, "é": "x=y"},
+        rounds=7,
+    )
+
+
 def test_what_an_override_brought_is_not_said_to_stand_in_the_file(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("peers = 4\n[network]\nlatency = '1ms'\n")
@@ -274,6 +284,9 @@ def test_a_value_with_line_breaks_sets_no_second_key():
     [
         ("peers", "the override 'peers' must be key=value, such as gossip.segments=4"),
         ("gossip.=3", "the override 'gossip.=3' must be key=value"),
+        ('gossip."segments=3', "must be key=value"),
+        ('"gossip"segments=3', "must be key=value"),
+        ('network.peers."p0.x".uplink=1Mbit', "network.peers.p0.x: there is no peer 'p0.x'; peers are p0 to p7"),
         ("gossip.segmnets=3", "unknown key 'gossip.segmnets'; did you mean 'gossip.segments'?"),
         ("gossp.segments=3", "unknown key 'gossp'; did you mean 'gossip'?"),
         ("comm_round=3", "unknown key 'comm_round'; 'comm_round' is called 'rounds' here"),
