@@ -259,7 +259,7 @@ def test_parts_of_the_key_of_an_override_may_be_quoted_as_in_toml():
 def test_what_an_override_brought_is_not_said_to_stand_in_the_file(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("peers = 4\n[network]\nlatency = '1ms'\n")
-    assert message_of(file, "network.peers.p3={uplink='0bit'}").startswith("network.peers.p3.uplink = '0bit' must be above 0")
+    assert message_of(file, "network.peers.p3={uplink='0bit'}").startswith("network.peers.p3.uplink = '0bit' must be at least")
 
 
 def test_the_last_override_of_a_key_wins_and_the_source_is_left_as_it_was():
@@ -616,7 +616,12 @@ def test_an_override_of_a_matrix_takes_the_place_of_the_rate_of_pairs_and_back(t
         ({"uplink": "100"}, "network.uplink = '100' has no unit; say \"100Mbit\""),
         (
             {"uplink": "0Mbit"},
-            "network.uplink = '0Mbit' must be above 0; leave the key out where there is no limit",
+            "network.uplink = '0Mbit' must be at least 1bit (per second); leave the key out where there is no limit",
+        ),
+        ({"pair": "0.999bit"}, "network.pair = '0.999bit' must be at least 1bit (per second)"),
+        (
+            {"uplink": {"kind": "uniform", "low": "0.001bit", "high": "1Mbit"}},
+            "has low = '0.001bit', which must be at least 1bit (per second)",
         ),
         ({"uplink": "-1Mbit"}, "network.uplink = '-1Mbit' must be a rate above 0 with its unit, such as '100Mbit'"),
         ({"uplink": -5}, "network.uplink = -5 must be a rate above 0 with its unit"),
@@ -1000,7 +1005,7 @@ toml_values = st.recursive(
 argument_names = st.text('abcxyz_-. "é', min_size=1, max_size=6).map(lambda name: f"my_{name}")
 
 
-rates = st.builds("{}{}".format, st.floats(1e-3, 1e6), st.sampled_from(["bit", "kbit", "Mbit/s", "MB", "MiB", "Gbps"]))
+rates = st.builds("{}{}".format, st.floats(1, 1e6), st.sampled_from(["bit", "kbit", "Mbit/s", "MB", "MiB", "Gbps"]))
 delays = st.builds("{}{}".format, st.floats(1e-3, 1e3), st.sampled_from(["us", "ms", "s"]))
 
 
