@@ -126,7 +126,10 @@ class Participant(ABC):
     def _begin_without_all(self, now: float) -> list[Action]:
         missing, waited_s = _listed(self.membership.unanswered), round(now - self._joins_since, 1)
         if not self.membership.has_quorum:
-            return self._finish(f"{self.name}: no answer from {missing} within {waited_s:g} s")
+            return self._finish(
+                f"{self.name}: no answer from {missing} within {waited_s:g} s; they are not there, or have finished already: "
+                "have all peers start within gossip.join_timeout_s of each other"
+            )
         detail = f"{missing} did not answer within {waited_s:g} s; starting without"
         return [Report(Fault(0, self.name, "absent", detail)), *self._begin(now)]
 
