@@ -358,11 +358,6 @@ def test_overrides_that_are_no_list_of_texts_are_refused(overrides):
             {"training": {"optimizer": "adan"}},
             "training.optimizer = 'adan' is not known; did you mean 'adam'?; use 'sgd', 'adam'",
         ),
-        (
-            {"training": {"optimizer": "adamw", "momentum": 0.9}},
-            "training.momentum = 0.9 plays no part with training.optimizer = 'adamw'; set training.momentum = 0, or "
-            "training.optimizer = 'sgd'",
-        ),
         ({"training": {"buffers": "share"}}, "training.buffers = 'share' is not known; use 'average' or 'local'"),
         ({"training": {"step": "my_step"}}, "training.step = 'my_step' must name a function as package.module:function"),
         ({"training": {"fast_math": 1}}, "training.fast_math = 1 must be true or false"),
@@ -383,15 +378,6 @@ def test_overrides_that_are_no_list_of_texts_are_refused(overrides):
             {"gossip": {"mixing": "metropolis_hastings"}},
             "gossip.mixing = 'metropolis_hastings' with gossip.selection = 'uniform' would not average evenly: "
             "its weights are for all neighbours; set gossip.selection = 'all'",
-        ),
-        (
-            {"gossip": {"aggregation": "median", "selection": "all", "mixing": "metropolis_hastings"}},
-            "gossip.mixing = 'metropolis_hastings' plays no part with gossip.aggregation = 'median', which weighs all copies "
-            "alike; set gossip.mixing = 'uniform', or gossip.aggregation = 'mean'",
-        ),
-        (
-            {"gossip": {"aggregation": "trimmed_mean", "staleness_exponent": 1.0}},
-            "gossip.staleness_exponent = 1.0 plays no part with gossip.aggregation = 'trimmed_mean'",
         ),
         (
             {"transport": {"kind": "tpc"}},
@@ -437,17 +423,6 @@ def test_a_disconnected_topology_is_refused_with_its_components(tmp_path):
     settings = {"peers": 4, "gossip": {"replicas": 1}, "topology": {"kind": "file", "path": str(graph)}}
     message = message_of(settings)
     assert "falls into 2 components" in message and "(p0 p1; p2 p3); add links" in message
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"training": {"optimizer": "adam", "momentum": 0}},
-        {"gossip": {"aggregation": "median", "mixing": "uniform", "staleness_exponent": 0}},
-    ],
-)
-def test_what_plays_no_part_is_no_mistake_where_it_changes_nothing(given):
-    assert load_scenario(load_scenario(given).resolved()) == load_scenario(given)
 
 
 def test_a_lone_peer_needs_no_neighbours_and_with_selection_all_replicas_do_not_count():

@@ -36,7 +36,7 @@ from gossipfl.scenario.hosting import (
     peer_settings,
     serving,
     tcp_address,
-    tell_of_statistics,
+    tell_of_settings,
 )
 from gossipfl.scenario.interrupts import OneInterrupt
 from gossipfl.scenario.preparation import deal, prepare
@@ -169,7 +169,7 @@ def run_peer(
             with interrupt.deferred():
                 host = PeerHost(job)
             place.keep()
-            tell_of_statistics(scenario, host.engine.flat.has_statistics, say, record.warn)
+            tell_of_settings(scenario, host.engine.flat.has_statistics, say, record.warn)
             say(f"{name} listens at {host.address}; waiting for {len(peer.degrees)} neighbours")
             host.start({other: address for other, address in roster.peers.items() if other in peer.degrees or other == name})
             began = time.monotonic()

@@ -116,15 +116,6 @@ class Training(Table):
             object.__setattr__(self, "local_epochs", 1)
         return self
 
-    @model_validator(mode="after")
-    def _momentum_fits_optimizer(self) -> Training:
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError(
-                f"training.momentum = {self.momentum} plays no part with training.optimizer = {self.optimizer!r}; "
-                "set training.momentum = 0, or training.optimizer = 'sgd'"
-            )
-        return self
-
 
 class Gossip(Table):
     """[gossip] Who sends what to whom after each local training, and how copies become one model."""
@@ -164,21 +155,6 @@ class Gossip(Table):
                 f"gossip.mixing = 'metropolis_hastings' with gossip.selection = {self.selection!r} would not average "
                 "evenly: its weights are for all neighbours; set gossip.selection = 'all'"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _weights_fit_aggregation(self) -> Gossip:
-        if self.aggregation not in ("median", "trimmed_mean"):
-            return self
-        for key, passed_over, alike in (  # the defaults, which a resolved scenario says too, and what weighs all alike
-            ("mixing", ("data_size", "uniform"), "uniform"),
-            ("staleness_exponent", (0.5, 0), 0),
-        ):
-            if (value := getattr(self, key)) not in passed_over:
-                raise ValueError(
-                    f"gossip.{key} = {value!r} plays no part with gossip.aggregation = {self.aggregation!r}, which weighs all "
-                    f"copies alike; set gossip.{key} = {alike!r}, or gossip.aggregation = 'mean'"
-                )
         return self
 
 
