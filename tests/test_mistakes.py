@@ -187,7 +187,7 @@ def test_a_run_in_which_nobody_is_ever_there_is_refused(tmp_path):
 
 def shell_says(redirections: str, *words: str | Path) -> tuple[int, str]:
     """The exit code of the command with these redirections of a shell, and what it writes besides."""
-    command = f"{shlex.join([sys.executable, '-m', 'gossipfl.cli', *map(str, words)])} {redirections}"
+    command = f"{shlex.join([sys.executable, '-m', 'gossipfl', *map(str, words)])} {redirections}"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False, timeout=120)
     return done.returncode, done.stdout + done.stderr
