@@ -918,6 +918,15 @@ def test_gpt_learns_the_characters_of_a_text_file(tmp_path):
     assert result.exit_code == 0 and result.summary["accuracy"]["mean"] > 0.05
 
 
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+def test_the_default_model_does_not_take_characters(clock, tmp_path):
+    (tmp_path / "poem.txt").write_text("so much depends upon a red wheel barrow glazed with rain water\n" * 40)
+    scenario = {"peers": 3, "clock": clock, "data": {"kind": "text", "path": str(tmp_path / "poem.txt")}}
+    with pytest.raises(ConfigError, match=r"takes numbers, not the characters of .*; set model = 'gpt'"):
+        gossipfl.run(scenario, out=tmp_path / "record")
+    assert not (tmp_path / "record").exists()
+
+
 @pytest.mark.parametrize(
     "partition",
     [

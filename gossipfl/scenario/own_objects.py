@@ -20,6 +20,8 @@ def take_objects(scenario: Scenario, model: Any, dataset: Any, step: Any) -> dic
     """
     if dataset is not None:
         _check_own_dataset(dataset)
+    elif model is None and (scenario.model, scenario.data.kind) == ("mlp", "text"):  # the others of ours look at the shape
+        raise ConfigError("model = 'mlp' takes numbers, not the characters of data.kind = 'text'; set model = 'gpt'")
     names_own = any(":" in name for name in (scenario.model, scenario.data.kind, scenario.training.step or ""))
     if any(own is not None for own in (model, dataset, step)) or (names_own and scenario.resolved_clock == "virtual"):
         check_names(scenario)
