@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from gossipfl.errors import ConfigError, DataError
@@ -28,6 +29,12 @@ def take_objects(scenario: Scenario, model: Any, dataset: Any, step: Any) -> dic
         model = _copied(model)
         _try_on_a_batch(scenario, _copied(model), dataset, step)
     return {"model": model, "dataset": dataset, "step": step}
+
+
+def own_of(objects: Mapping[str, Any]) -> dict[str, str]:
+    """What the record says of them beside its engine, for its scenario does not have them."""
+    own = [name for name, value in objects.items() if value is not None]
+    return {"own": ", ".join(own)} if own else {}
 
 
 def _check_own_dataset(dataset: Any) -> None:
