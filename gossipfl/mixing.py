@@ -46,6 +46,20 @@ def mix(
         out[:] = mixed
 
 
+def check_writes(aggregate: Aggregator, name: str) -> None:
+    """ConfigError for a rule, called `name`, that neither returns a mix nor writes it to `out`: a peer would keep garbage."""
+    own, out = np.arange(8, dtype=np.float32), np.full(8, np.nan, np.float32)
+    try:
+        mixed = aggregate([own, own + 1, own + 3], [1.0, 1.0, 1.0], out=out)
+    except Exception:  # it may be made for the sizes of a model's segments; what it raises there is told by the run
+        return
+    if mixed is None and np.isnan(out).any():
+        raise ConfigError(
+            f"gossip.aggregation = {name!r} returns None and leaves values of `out` unwritten; return an array of as many "
+            "values as a copy has, or write them all to `out` and return it"
+        )
+
+
 class SegmentMix(NamedTuple):
     """What one segment is to be mixed from, besides the own copy."""
 

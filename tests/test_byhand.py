@@ -214,7 +214,10 @@ def test_a_peer_whose_neighbours_do_not_come_lists_them_after_its_join_timeout(s
     code, stdout = alone.ended()
     assert code == 1 and stdout == ""
     last = alone.lines[-1]
-    assert last.startswith("gossipfl: ") and "no answer from" in last and "p0" in last and "p2" in last and "3 s" in last
+    assert last == (
+        "gossipfl: p1: no answer from p2, p0 within 3 s; they are not there, or have finished already: have all peers start "
+        "within gossip.join_timeout_s of each other"
+    )
     assert "Traceback" not in alone.stderr
 
 
@@ -233,6 +236,23 @@ def test_peers_that_are_enough_go_on_without_the_one_that_does_not_come(start, t
     assert summary["faults"]["dead_peers"] == ["p2"] and summary["faults"]["missing_segments"] > 0
     assert all(command.ended(15.0)[0] == 0 for command in peers)
     assert sorted(path.stem for path in (tmp_path / "all" / "models").iterdir()) == ["average", "p0", "p1"]
+
+
+@pytest.mark.processes
+def test_a_peer_that_comes_when_the_others_are_done_is_told_so(start):
+    """What they had sent it waits for it: it begins, and nobody answers."""
+    overrides = ("gossip.join_timeout_s=2", "gossip.patience=1", "gossip.linger_s=0.5")
+    for command in [start(*peer(name, *overrides), "--keep", "60") for name in NAMES[:2]]:
+        command.await_line("has finished; keeping its results")
+    late = start(*peer("p2", *overrides), "--keep", "0")
+    code, _ = late.ended()
+    assert "none of its neighbours answered its pulls: they had gone, or finished already" in late.stderr or (
+        code == 1 and "no answer from p0, p1 within 2 s; they are not there, or have finished already" in late.stderr
+    )
+    collector = start("collect", "roster.toml", "--out", "all", "--timeout", "2", "--json")
+    code, stdout = collector.ended()
+    assert code == 0 and "not collected within 2 s: p2" in collector.stderr
+    assert json.loads(stdout)["faults"]["dead_peers"] == ["p2"]
 
 
 def test_collect_with_nobody_there_says_so_after_its_timeout(start, tmp_path):

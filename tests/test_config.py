@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -181,6 +182,19 @@ def test_every_built_in_scenario_loads_and_is_called_like_its_file(name):
     assert load_scenario(name).name == name
 
 
+def test_a_scenario_may_come_from_a_pipe_which_is_read_once():
+    reading, writing = os.pipe()
+    os.write(writing, b"peers = 5\ngossip.segments = 4\n")
+    os.close(writing)
+    try:
+        scenario = load_scenario(f"/dev/fd/{reading}", ["rounds=2"])
+        assert (scenario.name, scenario.peers, scenario.rounds, scenario.gossip.segments) == ("scenario", 5, 2, 4)
+        message = message_of(f"/dev/fd/{reading}")
+        assert f"/dev/fd/{reading} is a pipe that holds nothing, or was read before; give a scenario as a file" in message
+    finally:
+        os.close(reading)
+
+
 def test_the_commented_out_alternatives_of_the_quickstart_are_valid_too():
     text = builtin_scenarios()["quickstart"].read_text()
     parts = {line[2:] for line in text.splitlines() if line.startswith("# ") and (" = " in line or line.startswith("# ["))}
@@ -260,10 +274,20 @@ def test_an_oracle_that_no_graph_fits_is_refused(peers, replicas):
     assert f"gossip.replicas = {replicas}" in refused and "\n" not in refused
 
 
+def test_parts_of_the_key_of_an_override_may_be_quoted_as_in_toml():
+    overrides = ["""network.peers."p0".uplink=1Mbit""", """ network . peers.'p1' . downlink = 2Mbit"""]
+    scenario = load_scenario({}, [*overrides, """model_args."a.b=c"=5""", '"rounds"=7', 'model_args."\\u00e9"="x=y"'])
+    assert scenario == Scenario(
+        network={"peers": {"p0": {"uplink": "1Mbit"}, "p1": {"downlink": "2Mbit"}}},
+        model_args={"a.b=c": 5, "é": "x=y"},
+        rounds=7,
+    )
+
+
 def test_what_an_override_brought_is_not_said_to_stand_in_the_file(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("peers = 4\n[network]\nlatency = '1ms'\n")
-    assert message_of(file, "network.peers.p3={uplink='0bit'}").startswith("network.peers.p3.uplink = '0bit' must be above 0")
+    assert message_of(file, "network.peers.p3={uplink='0bit'}").startswith("network.peers.p3.uplink = '0bit' must be at least")
 
 
 def test_the_last_override_of_a_key_wins_and_the_source_is_left_as_it_was():
@@ -288,6 +312,9 @@ def test_a_value_with_line_breaks_sets_no_second_key():
     [
         ("peers", "the override 'peers' must be key=value, such as gossip.segments=4"),
         ("gossip.=3", "the override 'gossip.=3' must be key=value"),
+        ('gossip."segments=3', "must be key=value"),
+        ('"gossip"segments=3', "must be key=value"),
+        ('network.peers."p0.x".uplink=1Mbit', "network.peers.p0.x: there is no peer 'p0.x'; peers are p0 to p7"),
         ("gossip.segmnets=3", "unknown key 'gossip.segmnets'; did you mean 'gossip.segments'?"),
         ("gossp.segments=3", "unknown key 'gossp'; did you mean 'gossip'?"),
         ("comm_round=3", "unknown key 'comm_round'; 'comm_round' is called 'rounds' here"),
@@ -592,7 +619,12 @@ def test_an_override_of_a_matrix_takes_the_place_of_the_rate_of_pairs_and_back(t
         ({"uplink": "100"}, "network.uplink = '100' has no unit; say \"100Mbit\""),
         (
             {"uplink": "0Mbit"},
-            "network.uplink = '0Mbit' must be above 0; leave the key out where there is no limit",
+            "network.uplink = '0Mbit' must be at least 1bit (per second); leave the key out where there is no limit",
+        ),
+        ({"pair": "0.999bit"}, "network.pair = '0.999bit' must be at least 1bit (per second)"),
+        (
+            {"uplink": {"kind": "uniform", "low": "0.001bit", "high": "1Mbit"}},
+            "has low = '0.001bit', which must be at least 1bit (per second)",
         ),
         ({"uplink": "-1Mbit"}, "network.uplink = '-1Mbit' must be a rate above 0 with its unit, such as '100Mbit'"),
         ({"uplink": -5}, "network.uplink = -5 must be a rate above 0 with its unit"),
@@ -976,7 +1008,7 @@ toml_values = st.recursive(
 argument_names = st.text('abcxyz_-. "é', min_size=1, max_size=6).map(lambda name: f"my_{name}")
 
 
-rates = st.builds("{}{}".format, st.floats(1e-3, 1e6), st.sampled_from(["bit", "kbit", "Mbit/s", "MB", "MiB", "Gbps"]))
+rates = st.builds("{}{}".format, st.floats(1, 1e6), st.sampled_from(["bit", "kbit", "Mbit/s", "MB", "MiB", "Gbps"]))
 delays = st.builds("{}{}".format, st.floats(1e-3, 1e3), st.sampled_from(["us", "ms", "s"]))
 
 

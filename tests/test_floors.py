@@ -20,6 +20,7 @@ PACKAGE = Path(gossipfl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 FLOORS = {
+    "__main__": 5,
     "_version": 0,
     "errors": 0,
     "randomness": 0,

@@ -209,11 +209,31 @@ def test_without_a_quorum_joining_fails_and_names_the_missing():
     assert isinstance(finish, Finish) and "c, d, e" in finish.error
 
 
+@pytest.mark.parametrize("answered", ["b", "bc"])
+def test_who_is_still_joining_when_the_run_is_to_stop_soon_begins_or_gives_up(answered):
+    a = machine(quorum=2, join_timeout_s=30)
+    a.handle(Start(), 0.0)
+    for other in answered:
+        a.handle(Received(other, Hello("L", 0, False)), 0.1)
+    for now in (1.5, 1.9):  # it may be told several times
+        a.handle(StopAfter(1), now)
+    while a.phase is Phase.JOINING:
+        now = a.next_deadline
+        actions = a.handle(Wake(), now)
+    assert now == 1.5 + MIN_ANSWER_S
+    if answered == "b":
+        assert actions[0].error.startswith(
+            "a: no answer from c, d, e within 3.5 s; they are not there, or have finished already"
+        )
+    else:
+        assert actions[-1] == Train(1) and "d, e did not answer within 3.5 s" in actions[0].record.detail
+
+
 def test_of_many_who_do_not_answer_ten_are_named():
     a = machine(others=[f"p{number}" for number in range(1, 31)], join_timeout_s=5)
     a.handle(Start(), 0.0)
     (finish,) = a.handle(Wake(), 5.0)
-    assert re.fullmatch(r"a: no answer from (p\d+, ){9}p\d+ and 20 more within 5 s", finish.error)
+    assert re.fullmatch(r"a: no answer from (p\d+, ){9}p\d+ and 20 more within 5 s; .*", finish.error)
 
 
 def test_with_too_few_neighbours_left_to_begin_with_joining_fails_and_names_those_gone():

@@ -511,6 +511,18 @@ def test_a_graph_of_many_peers_is_thinned_and_says_so(tmp_path):
     assert "300 of 400 peers, those nearest to p0" in plot.about and "of 44,850 links" in plot.about
 
 
+@pytest.mark.parametrize("kind", ["ring", "full", "regular"])
+def test_a_graph_of_more_peers_than_any_run_has_is_not_drawn(tmp_path, kind):
+    """Else it would take hours."""
+    scenario = f'peers = 5_000_000_000\n[topology]\nkind = "{kind}"\n'
+    folder = write_record(tmp_path / "edited", [a_round("p0", 1)], {}, scenario)
+    assert plot_topology(read_run(folder, "edited")).missing == (
+        "The graph cannot be rebuilt from scenario.toml: peers = 5000000000 exceeds 1,000,000; put back the number that the "
+        "run had."
+    )
+    assert write_report([folder]).is_file()
+
+
 def test_a_function_that_a_record_names_is_not_run(tmp_path):
     scenario = 'peers = 3\n[topology]\nkind = "no_such_module_of_mine:graph"\n'
     folder = write_record(tmp_path / "own", [a_round("p0", 1)], {}, scenario)

@@ -823,6 +823,29 @@ def test_statistics_of_batch_norm_that_a_codec_blurs_or_files_lack_are_warned_of
     assert result.summary["warnings"] == notes[1:]
 
 
+@pytest.mark.parametrize("clock", ["local", "virtual"])
+@pytest.mark.parametrize(
+    ("training", "gossip", "warned"),
+    [
+        ({"optimizer": "adamw", "momentum": 0.9}, {}, ["training.momentum = 0.9 plays no part: adamw has moments of its own"]),
+        (
+            {},
+            {"aggregation": "median", "selection": "all", "mixing": "metropolis_hastings"},
+            ["gossip.mixing = 'metropolis_hastings' plays no part: median weighs all copies alike"],
+        ),
+        (
+            {},
+            {"aggregation": "trimmed_mean", "max_staleness": 2},
+            ["gossip.staleness_exponent = 0.5 plays no part: trimmed_mean weighs all copies alike, also old ones"],
+        ),
+        ({"optimizer": "adam"}, {"aggregation": "median", "mixing": "uniform", "max_staleness": 0}, []),
+    ],
+)
+def test_a_setting_that_plays_no_part_is_warned_of(clock, training, gossip, warned, tmp_path):
+    scenario = {"peers": 3, "rounds": 1, "central": False, "training": training, "gossip": gossip}
+    assert gossipfl.run(scenario, clock=clock, out=tmp_path / "record").summary["warnings"] == warned
+
+
 MODULE = """
 import numpy as np
 import torch

@@ -321,6 +321,17 @@ def test_a_run_that_is_stopped_waits_for_nobody_who_has_yet_to_come(clock, tmp_p
     assert not events(result, "planned")
 
 
+@CLOCKS
+def test_a_run_that_is_stopped_does_not_wait_out_the_joining_of_who_has_come_too_late(clock, tmp_path):
+    changes = {"peers_per_process": 1, "stop": {"duration": "3s"}, "churn": {"join": [{"peer": "p4", "at": "2.5s"}]}}
+    changes["gossip"] = {"join_timeout_s": 60, "linger_s": 0.1}
+    result = run(tmp_path / "run", clock, rounds=2, compute={"step_time": "50ms"}, **changes)
+    (late,) = (event for event in events(result, "finished") if event["peer"] == "p4")
+    assert (
+        result.exit_code == 0 and late["time_s"] < 30 and re.search("p4: no answer from p0, p1, .* within [23]", late["error"])
+    )
+
+
 def test_who_would_come_when_a_run_is_stopped_does_not_go_on_alone(tmp_path):
     """Rounds take 0.3 s, and the others are in the fourth."""
     churn = {
@@ -469,6 +480,12 @@ def aggregation(rows, weights, out=None):
     return np.mean(rows, axis=0)
 def aggregation_of_all(rows, weights, out=None):
     return np.mean(rows)
+def aggregation_of_none(rows, weights, out=None):
+    np.mean(rows, axis=0)
+def aggregation_of_half(rows, weights, out=None):
+    out[::2] = np.mean(rows, axis=0)[::2]
+def aggregation_that_writes(rows, weights, out=None):
+    out[:] = np.mean(rows, axis=0)
 """
 
 
@@ -507,6 +524,26 @@ def test_a_rule_that_returns_something_else_is_told_what_to_return(clock, key, r
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GossipflError, match=message):
         run(tmp_path / "run", clock, gossip={key: f"own_rules:{rule}"})
+
+
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+@pytest.mark.parametrize("rule", ["aggregation_of_none", "aggregation_of_half"])
+def test_a_rule_that_neither_returns_nor_writes_a_mix_is_refused_before_the_run(clock, rule, tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(OWN_RULES)
+    monkeypatch.chdir(tmp_path)
+    message = rf"gossip\.aggregation = 'own_rules:{rule}' returns None and leaves values of `out` unwritten; return an array"
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "run", clock, gossip={"aggregation": f"own_rules:{rule}"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rule_that_writes_its_mix_need_not_return_it(tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(OWN_RULES)
+    monkeypatch.chdir(tmp_path)
+    written, returned = (
+        run(tmp_path / rule, gossip={"aggregation": f"own_rules:{rule}"}) for rule in ("aggregation_that_writes", "aggregation")
+    )
+    assert written.summary["models_sha256"] == returned.summary["models_sha256"]
 
 
 @pytest.mark.parametrize("clock", ["virtual", "local"])

@@ -242,9 +242,9 @@ class _Stack:
             for peers, x, y in self._runs([own[step] for own in batches if step < len(own)]):
                 state = {"momentum": [stacked[peers] for stacked in momenta]} if momenta else {}
                 losses[peers] += self._train_step({name: stacked[peers] for name, stacked in values.items()}, x, y, state)
+        for stacked, own in zip(momenta, _by_parameter([task.learner for task in tasks]) if momenta else (), strict=True):
+            torch._foreach_copy_(own, stacked.unbind())
         for k, task in enumerate(tasks):
-            if momenta:
-                task.learner.optimizer_state["momentum"] = [stacked[k].clone() for stacked in momenta]
             task.learner.local_buffers = [values[name][k].clone() for name in self._local]
         for vector, row in zip(out, self._unstack(values), strict=True):
             np.copyto(vector, row)
@@ -350,17 +350,22 @@ class _Stack:
         return {entry.name: self._flat[:, entry.start : entry.stop].view(num_peers, *entry.shape) for entry in entries}
 
     def _momenta(self, learners: list[Learner], values: Stacked) -> list[torch.Tensor]:
-        """By trained parameter, `[n, *shape]`; zeros for who has none yet: SGD starts with the first gradient."""
+        """By trained parameter, `[n, *shape]`, from those of the learners; zeros for who has none yet."""
         config = self.engine.config
         if not config.momentum:
             return []
-        momenta = [torch.zeros_like(values[name]) for name in self._trained]
-        for k, learner in enumerate(learners):
-            if config.reset_optimizer:
-                learner.optimizer_state.clear()
-            for stacked, own in zip(momenta, learner.optimizer_state.get("momentum", []), strict=False):
-                stacked[k] = own
+        for learner in learners:
+            if config.reset_optimizer or not learner.optimizer_state:
+                learner.optimizer_state["momentum"] = [torch.zeros_like(values[name][0]) for name in self._trained]
+        momenta = [torch.empty_like(values[name]) for name in self._trained]
+        for stacked, own in zip(momenta, _by_parameter(learners), strict=True):
+            torch._foreach_copy_(stacked.unbind(), own)
         return momenta
+
+
+def _by_parameter(learners: list[Learner]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The momenta of each parameter, of one learner after the other."""
+    return zip(*(learner.optimizer_state["momentum"] for learner in learners), strict=True)
 
 
 class _Step(nn.Module):

@@ -119,6 +119,7 @@ class Gossip(Gatherer):
                 return self._join(now)
             case StopAfter():
                 self.last_round = min(self.last_round, max(event.round, 1))
+                self._join_soon(now)
                 return []
 
     def _receive(self, peer: PeerId, message: object, now: float) -> list[Action]:

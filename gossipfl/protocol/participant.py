@@ -6,7 +6,7 @@
     LINGERING  Leave from all live neighbours met; Wake   DONE                      keep serving; Finish
 
 Nobody waits for all: who has heard from a quorum of its neighbours when `join_timeout_s` is over begins without the others,
-and who finds the others under way adopts the newest model.
+and who finds the others under way adopts the newest model. Who is joining when the run is to stop waits a moment more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from gossipfl.protocol.machine import Action, Fault, Finish, Report, Send
-from gossipfl.protocol.membership import HELLO_INTERVAL_S, Membership, Neighbour
+from gossipfl.protocol.membership import HELLO_INTERVAL_S, MIN_ANSWER_S, Membership, Neighbour
 from gossipfl.protocol.messages import Hello, Leave, PeerId, Pull, Range, Refuse
 from gossipfl.protocol.serving import PullDesk
 
@@ -77,6 +77,7 @@ class Participant(ABC):
         self._strangers: set[PeerId] = set()
         self._wake_at: float | None = None  # hello or leave again
         self._give_up_at = math.inf  # joining or lingering
+        self._joins_since = 0.0
         self._unmet_until: float | None = None  # lingering for those that were never met
         self._leave_again_s = HELLO_INTERVAL_S
 
@@ -96,8 +97,13 @@ class Participant(ABC):
             return [Report(lone), *self._train(1, now)]
         if self.phase is not Phase.JOINING:
             return []  # all whom it waits for had greeted it before it was told to begin
-        self._give_up_at = now + self.config.join_timeout_s
+        self._joins_since, self._give_up_at = now, now + self.config.join_timeout_s
         return self._begin(now) if self.membership.all_answered else self._greet(now)
+
+    def _join_soon(self, now: float) -> None:
+        """The run is to stop: only who is about to answer is waited for."""
+        if self.phase is Phase.JOINING:
+            self._give_up_at = min(self._give_up_at, now + MIN_ANSWER_S)
 
     def _greet(self, now: float) -> list[Action]:
         self._wake_at = now + HELLO_INTERVAL_S
@@ -118,10 +124,13 @@ class Participant(ABC):
         return actions
 
     def _begin_without_all(self, now: float) -> list[Action]:
-        missing = _listed(self.membership.unanswered)
+        missing, waited_s = _listed(self.membership.unanswered), round(now - self._joins_since, 1)
         if not self.membership.has_quorum:
-            return self._finish(f"{self.name}: no answer from {missing} within {self.config.join_timeout_s:g} s")
-        detail = f"{missing} did not answer within {self.config.join_timeout_s:g} s; starting without"
+            return self._finish(
+                f"{self.name}: no answer from {missing} within {waited_s:g} s; they are not there, or have finished already: "
+                "have all peers start within gossip.join_timeout_s of each other"
+            )
+        detail = f"{missing} did not answer within {waited_s:g} s; starting without"
         return [Report(Fault(0, self.name, "absent", detail)), *self._begin(now)]
 
     def _begin(self, now: float) -> list[Action]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from gossipfl.aggregation import AGGREGATORS
 from gossipfl.errors import ConfigError
+from gossipfl.mixing import check_writes
 from gossipfl.overlay.selection import SELECTORS
 from gossipfl.protocol.baselines import PROTOCOLS
 from gossipfl.protocol.gossip import MIXINGS, GossipConfig
@@ -55,7 +56,8 @@ class GossipSettings:
             value = getattr(self, key)
             if value is not None and not least <= value <= most:  # NaN fails every comparison
                 raise ConfigError(f"{key} = {value!r} is out of bounds; give {least:g} to {most:g}")
-        PROTOCOLS.get(self.protocol), AGGREGATORS.get(self.aggregation), SELECTORS.get(self.selection)
+        PROTOCOLS.get(self.protocol), SELECTORS.get(self.selection)
+        check_writes(AGGREGATORS.get(self.aggregation), self.aggregation)
         if codec(self.codec).sparse and self.aggregation != "mean":
             raise ConfigError(
                 f"gossip.aggregation = {self.aggregation!r} needs whole copies, gossip.codec = {self.codec!r} sends parts; "

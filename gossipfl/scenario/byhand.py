@@ -36,7 +36,7 @@ from gossipfl.scenario.hosting import (
     peer_settings,
     serving,
     tcp_address,
-    tell_of_statistics,
+    tell_of_settings,
 )
 from gossipfl.scenario.interrupts import OneInterrupt
 from gossipfl.scenario.preparation import deal, prepare
@@ -140,12 +140,14 @@ def run_peer(
     )
     problem: str | None = None
     is_served = False
+    is_lone = True  # in each round segments were missing and none was mixed
 
     def hear(event: dict[str, Any]) -> None:
-        nonlocal problem, is_served
+        nonlocal problem, is_served, is_lone
         record.add(event)
         match event:
-            case {"event": "round", "round": round_, "accuracy_after": accuracy, "segments_mixed": mixed}:
+            case {"event": "round", "round": round_, "accuracy_after": accuracy, "segments_mixed": mixed, "missing": missing}:
+                is_lone = is_lone and missing > 0 and not mixed
                 shown = "" if accuracy is None else f"  accuracy {accuracy:.3f}"
                 say(f"{name} round {round_}/{scenario.rounds}{shown}  segments mixed {mixed}")
             case {"event": "fault", "detail": detail}:
@@ -155,6 +157,11 @@ def run_peer(
                 say(f"serving {model} for devices at {address}")
             case {"event": "finished", "error": error}:
                 problem = error
+                if error is None and is_lone:
+                    record.warn(
+                        f"{name} has mixed nothing, for none of its neighbours answered its pulls: they had gone, or finished "
+                        "already; have all peers start within gossip.join_timeout_s of each other"
+                    )
 
     host: PeerHost | None = None
     with OneInterrupt() as interrupt:  # a second one would leave the socket's file behind
@@ -162,7 +169,7 @@ def run_peer(
             with interrupt.deferred():
                 host = PeerHost(job)
             place.keep()
-            tell_of_statistics(scenario, host.engine.flat.has_statistics, say, record.warn)
+            tell_of_settings(scenario, host.engine.flat.has_statistics, say, record.warn)
             say(f"{name} listens at {host.address}; waiting for {len(peer.degrees)} neighbours")
             host.start({other: address for other, address in roster.peers.items() if other in peer.degrees or other == name})
             began = time.monotonic()

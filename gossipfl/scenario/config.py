@@ -253,7 +253,8 @@ def load_graph(
         path = scenario_file(source)
         values, text = read_toml(path)
         values.pop("engine", None)  # the record of a run tells what it was made with
-        values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "scenario")
+        stem = path.stem if path.is_file() else ""  # a pipe has a number
+        values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip(".-") or "scenario")
     overridden = apply_overrides(values, overrides)
     resolve_paths(values, [path.parent, Path.cwd()] if path else [Path.cwd()])
 

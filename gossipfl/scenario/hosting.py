@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -206,10 +206,12 @@ _BUFFERS = {"average": "averaged like the weights", "local": "each peer's own"}
 _FINE_CODECS = ("float32", "float16", "bfloat16", "int8")
 
 
-def tell_of_statistics(
+def tell_of_settings(
     scenario: Scenario, has_statistics: bool, note: Callable[[str], None], warn: Callable[[str], None]
 ) -> None:
-    """What a model with BatchNorm does with its statistics."""
+    """Which settings play no part, and what a model with BatchNorm does with its statistics."""
+    for line in _without_part(scenario):
+        warn(line)
     if not has_statistics:
         return
     note(f"the model has BatchNorm: its statistics are {_BUFFERS[scenario.training.buffers]}")
@@ -224,3 +226,16 @@ def tell_of_statistics(
             f"gossip.codec = {codec!r} blurs these statistics, which may cost accuracy: "
             "set training.buffers = 'local', or a finer codec, such as 'int8'"
         )
+
+
+def _without_part(scenario: Scenario) -> Iterator[str]:
+    """They are no mistake: a sweep over optimizers or rules has them for the sake of the others."""
+    training, gossip = scenario.training, scenario.gossip
+    if training.optimizer in ("adam", "adamw") and training.momentum:
+        yield f"training.momentum = {training.momentum:g} plays no part: {training.optimizer} has moments of its own"
+    if gossip.aggregation in ("median", "trimmed_mean"):
+        alike = f"plays no part: {gossip.aggregation} weighs all copies alike"
+        if gossip.mixing == "metropolis_hastings":
+            yield f"gossip.mixing = {gossip.mixing!r} {alike}"
+        if gossip.max_staleness and gossip.staleness_exponent:
+            yield f"gossip.staleness_exponent = {gossip.staleness_exponent:g} {alike}, also old ones"

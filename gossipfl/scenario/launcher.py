@@ -44,7 +44,7 @@ from gossipfl.scenario.hosting import (
     peer_settings,
     serving,
     tcp_address,
-    tell_of_statistics,
+    tell_of_settings,
 )
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, handled
 from gossipfl.scenario.memory import check_memory, check_processes
@@ -140,7 +140,7 @@ class Launcher:
         check_memory(scenario, first["parameters"])
         place.keep()
         self.observer.data_ready(scenario, table)
-        tell_of_statistics(scenario, first["has_statistics"], self.observer.note, record.warn)
+        tell_of_settings(scenario, first["has_statistics"], self.observer.note, record.warn)
         roster = {peer: event["address"] for worker, event in zip(workers, ready, strict=True) for peer in worker.peers}
         record.write("roster.toml", tomli_w.dumps(_roster(self._run_number(folder), roster)))
         engine = first["engine"] = first["engine"] | own_of(objects)

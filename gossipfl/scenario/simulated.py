@@ -31,7 +31,7 @@ from gossipfl.protocol.machine import Fault, RoundReport, Traffic
 from gossipfl.runtime.events import fault_event, finished_event, round_event
 from gossipfl.runtime.gossip_settings import GossipSettings
 from gossipfl.scenario.config import MANY_PEERS, Scenario, check_names
-from gossipfl.scenario.hosting import about_churn, about_clock, about_planned, about_trace, peer_settings, tell_of_statistics
+from gossipfl.scenario.hosting import about_churn, about_clock, about_planned, about_trace, peer_settings, tell_of_settings
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, not_interrupted, terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory, keep_freed_memory
 from gossipfl.scenario.own_objects import own_of
@@ -154,7 +154,7 @@ class _Simulation(Watcher):
         observer.data_ready(scenario, table)
         for line in about_clock(scenario):
             observer.note(line)
-        tell_of_statistics(scenario, self.engine.flat.has_statistics, observer.note, record.warn)
+        tell_of_settings(scenario, self.engine.flat.has_statistics, observer.note, record.warn)
         self._own = own_of(objects)
         names = scenario.peer_names
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()

@@ -28,7 +28,7 @@ def builtin_scenarios() -> dict[str, Path]:
 def scenario_file(source: str | Path) -> Path:
     """The file that `source` means: a path, or the name of a scenario that comes with the package."""
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # also a pipe
         return path
     builtin = builtin_scenarios()
     if str(source) in builtin:
@@ -45,6 +45,8 @@ def read_toml(path: Path, what: str = "a scenario") -> tuple[Values, str]:
     """The settings in a file, and its text."""
     try:
         text = path.read_text(encoding="utf-8-sig")
+        if not text and not path.is_file():
+            raise ConfigError(f"{path} is a pipe that holds nothing, or was read before; give {what} as a file")
         return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as error:
         message, _, place = str(error).partition(" (at ")
@@ -66,12 +68,8 @@ def apply_overrides(values: Values, overrides: Sequence[str]) -> set[str]:
     """Set each `key=value` in `values` (changed in place) and return the keys. Keys are checked later, like a file's."""
     keys = set()
     for override in checked_overrides(overrides):
-        key, equals, text = override.partition("=")
-        key = key.strip()
-        *tables, last = key.split(".")
-        if not equals or not all([*tables, last]):
-            raise ConfigError(f"the override {override!r} must be key=value, such as gossip.segments=4")
-        target = values
+        (*tables, last), text = _split(override)
+        key, target = ".".join([*tables, last]), values
         for table in tables:
             if table == "seed" and isinstance(values.get("seed"), int):
                 values["seed"] = dict.fromkeys(("data", "model", "protocol"), values["seed"])
@@ -88,6 +86,18 @@ def apply_overrides(values: Values, overrides: Sequence[str]) -> set[str]:
         target[last] = value
         keys.add(key)
     return keys
+
+
+_KEY = r"""\s*"[^"\n]*"\s*|\s*'[^'\n]*'\s*|[^."'=]+"""
+
+
+def _split(override: str) -> tuple[list[str], str]:
+    """The parts of the dotted key, which may be quoted as in TOML, and the text of the value."""
+    match = re.fullmatch(rf"((?:{_KEY})(?:\.(?:{_KEY}))*)=(.*)", override, re.DOTALL)
+    parts = [part.strip() for part in re.findall(_KEY, match[1])] if match else []
+    if match is None or not all(parts):
+        raise ConfigError(f"the override {override!r} must be key=value, such as gossip.segments=4")
+    return [_toml_value(part) if part[0] in "\"'" else part for part in parts], match[2]
 
 
 _KINDS = ("data.partition.kind", "topology.kind")

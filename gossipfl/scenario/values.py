@@ -134,6 +134,8 @@ def _seconds_text(seconds: float) -> str:
 
 _DECIMAL = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+LEAST_RATE = 0.125
+"""Bytes per second. Peers ask every few seconds for what is on its way: a round over slower links would never end."""
 _RATE = re.compile(rf"{_NUMBER} *([kKMmGgT]?|[KMG]i)(bit|b|B)(?:/s|ps)?")
 
 
@@ -154,8 +156,11 @@ def _rate(value: Any) -> float:
     bytes_per_s = float(number) * factor / (1 if unit == "B" else 8)
     if bytes_per_s == math.inf:
         raise ValueError("must be finite; say 'unlimited' where there is no limit")
-    if not bytes_per_s > 0:
-        raise ValueError("must be above 0; leave the key out where there is no limit, and see [churn] for peers that are away")
+    if bytes_per_s < LEAST_RATE:
+        raise ValueError(
+            "must be at least 1bit (per second); leave the key out where there is no limit, and see [churn] for peers that are "
+            "away"
+        )
     return bytes_per_s
 
 

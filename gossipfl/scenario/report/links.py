@@ -11,6 +11,7 @@ from gossipfl.errors import GossipflError
 from gossipfl.overlay.graph_files import Link
 from gossipfl.overlay.graphs import Topology
 from gossipfl.overlay.topology import build_topology, topology_of_round
+from gossipfl.scenario.config import MOST_PEERS
 from gossipfl.scenario.report.plots import MIB, SCALE, Plot, Trace, axis, colourbar, short
 from gossipfl.scenario.report.reading import Run
 from gossipfl.scenario.tables import Topology as TopologyTable
@@ -158,6 +159,8 @@ def _rebuilt(run: Run, table: TopologyTable) -> Topology:
     if ":" in table.kind:
         raise ValueError(f"it comes from {table.kind}, which a report does not run.")
     peers, seed = int(run.scenario["peers"]), run.scenario.get("seed", 0)
+    if peers > MOST_PEERS:
+        raise ValueError(f"peers = {peers} exceeds {MOST_PEERS:,}; put back the number that the run had.")
     seed = seed["protocol"] if isinstance(seed, dict) else seed
     if table.dynamic:
         return topology_of_round(table.kind, peers, seed, table.args, DRAWN_ROUND)
