@@ -75,6 +75,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """For completion: the names are not there before they are used."""
+    return [*globals(), *_HOMES]
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: torch takes most of a second, and a launcher needs none of it."""
     if name not in _HOMES:

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,28 @@ def test_an_empty_scenario_is_eight_peers_that_run_twenty_rounds():
 def test_keyword_arguments_make_the_same_scenario_as_a_dictionary():
     settings = {"peers": 5, "data": {"partition": {"kind": "dirichlet", "alpha": 0.3}}}
     assert Scenario(**settings) == load_scenario(settings) == Scenario.model_validate(settings)
+
+
+def test_the_numbers_of_numpy_are_those_of_python():
+    settings = {
+        "peers": 5,
+        "seed": 3,
+        "central": True,
+        "model_args": {"hidden": [8]},
+        "topology": {"kind": "regular", "degree": 4},
+    }
+    of_numpy = {
+        "peers": np.int64(5),
+        "seed": np.uint8(3),
+        "central": np.True_,
+        "model_args": {"hidden": (np.int32(8),)},
+        "topology": {"kind": "regular", "degree": np.int64(4)},
+    }
+    assert load_scenario(of_numpy) == Scenario(**of_numpy) == load_scenario(settings)
+    assert (
+        load_scenario(of_numpy, ["seed.model=1"]).data_seed == 3
+        and load_scenario(of_numpy).sha256 == load_scenario(settings).sha256
+    )
 
 
 def test_half_of_the_peers_must_finish_unless_told_otherwise():
@@ -188,6 +211,11 @@ def test_the_commented_out_alternatives_of_the_quickstart_are_valid_too():
 def test_a_name_of_no_file_and_no_built_in_scenario_is_refused_with_a_suggestion():
     message = message_of("quikstart")
     assert "no scenario 'quikstart'" in message and "did you mean 'quickstart'?" in message
+
+
+def test_the_folder_of_a_run_leads_to_the_scenario_in_it(tmp_path):
+    written(tmp_path, "peers = 3\n", "scenario.toml")
+    assert message_of(tmp_path) == f"the scenario '{tmp_path}' is a folder; give the file in it, {tmp_path}/scenario.toml"
 
 
 def test_a_relative_data_path_is_looked_for_beside_the_file_first_then_in_the_current_folder(tmp_path, monkeypatch):
@@ -1081,6 +1109,10 @@ def test_reading_a_scenario_loads_no_torch_networkx_sklearn_or_zmq():
         "loaded = {'torch', 'networkx', 'sklearn', 'zmq'} & set(sys.modules); assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_public_names_are_told_to_who_completes_them():
+    assert set(gossipfl.__all__) <= set(dir(gossipfl))
 
 
 def test_federated_averaging_needs_a_link_from_the_server_to_everybody():

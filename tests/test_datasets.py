@@ -443,6 +443,11 @@ def test_an_inconsistent_data_set_is_not_saved(tmp_path, changes, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_number_of_classes_may_be_one_of_numpy(tmp_path):
+    save_dataset(tiny(num_classes=np.int64(3)), tmp_path / "set")
+    assert type(tiny(num_classes=np.int64(3)).num_classes) is int and open_dataset(tmp_path / "set").num_classes == 3
+
+
 def test_tokens_outside_the_vocabulary_are_refused(tmp_path):
     tokens = np.arange(12).reshape(3, 4)
     dataset = Dataset(tokens, np.zeros_like(tokens), tokens, np.zeros_like(tokens), num_classes=11)

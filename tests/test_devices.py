@@ -27,6 +27,12 @@ def test_named_stragglers_take_longer_by_the_slowdown():
     assert devices.step_s.tolist() == [1, 5, 1, 5] and devices.stragglers == (1, 3)
 
 
+def test_who_is_named_twice_is_there_once():
+    twice = DeviceClass("phone", peers=[2, 2], speed=Constant(2.0))
+    devices = build_devices(DevicesConfig(Constant(1.0), classes=[twice], stragglers=[1, 1], slowdown=5), 4, seed=0)
+    assert (devices.stragglers, devices.classes) == ((1,), {"phone": [2]}) and devices.step_s.tolist() == [1, 5, 0.5, 1]
+
+
 def test_a_fraction_of_the_peers_rounded_up_are_stragglers():
     def stragglers(fraction: float, num_peers: int) -> tuple[int, ...]:
         config = DevicesConfig(step_time=Constant(1.0), straggler_fraction=fraction, slowdown=5)

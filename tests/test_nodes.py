@@ -282,6 +282,14 @@ def test_weights_are_the_numbers_of_samples(peers):
         np.testing.assert_allclose(flatten(peer.model), flatten(linear()) + 0.75, rtol=1e-5, atol=1e-5)
 
 
+def test_the_numbers_of_a_peer_may_be_those_of_numpy(peers):
+    roster = roster_of(2)
+    numbers = {"num_samples": np.int64(1), "rounds": np.int32(2), "segments": np.int64(2), "replicas": np.uint8(1)}
+    duo = [peers(name, linear(), roster, **numbers) for name in roster]
+    in_threads(lambda peer: peer.run(lambda model, round_: shift(model, float(peer.name[1:]))), duo)
+    assert [len(peer.reports) for peer in duo] == [2, 2]
+
+
 def test_run_calls_the_training_function_with_model_and_round(peers):
     roster = roster_of(2)
     duo = [peers(name, linear(), roster, num_samples=1, rounds=2) for name in roster]
@@ -387,8 +395,9 @@ def test_an_unknown_setting_is_an_error_with_a_suggestion(peers):
         dict(replicas=0), dict(segments=0), dict(segments=10_000), dict(segmentation="layers"), dict(codec="flot32"),
         dict(codec="topk:2"), dict(mixing="datasize"), dict(aggregation="meen"), dict(selection="unifrom"),
         dict(max_staleness=-1), dict(versions_kept=0), dict(quorum=-1), dict(patience=-1.0), dict(join_timeout_s=math.nan),
-        dict(protocol="gosip"), dict(rounds=0), dict(num_samples=0), dict(name="nobody"), dict(neighbours=["p9"]),
-        dict(neighbours=["p0"]), dict(bind="127.0.0.1:7000"), dict(bind="tcp://0.0.0.0:0"), dict(buffers="averag"),
+        dict(protocol="gosip"), dict(rounds=0), dict(num_samples=0), dict(num_samples=1.5), dict(name="nobody"),
+        dict(neighbours=["p9"]), dict(neighbours=["p0"]), dict(bind="127.0.0.1:7000"), dict(bind="tcp://0.0.0.0:0"),
+        dict(buffers="averag"),
         dict(roster={"p0": "tcp://127.0.0.1:0", "p1": "localhost:7001"}),
         dict(roster={"p0": "tcp://127.0.0.1:0", "p" * 65: "tcp://127.0.0.1:7001"}),
         dict(roster={"p0": "tcp://127.0.0.1:0", "": "tcp://127.0.0.1:7001"}),

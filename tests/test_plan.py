@@ -113,6 +113,22 @@ def test_of_fragments_what_is_sent_meanwhile_holds_nobody_up(uplink, tmp_path):
     assert made.timing.total_s == pytest.approx(0.08) == summary["seconds"]["virtual"]["run"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peers": 6, "gossip": {"protocol": "fragments", "segments": 3}},
+        {"churn": {"kill": [{"peer": "p1", "at": "0.4s"}]}},
+        {"seed": 6, "rounds": 20, "churn": {"online": 0.8, "period": "1s"}},
+    ],
+    ids=["after the last round", "killed", "too late"],
+)
+def test_bytes_that_no_round_comes_of_are_in_the_plan(changes, tmp_path):
+    changes |= {"network": {"uplink": "5Mbit", "latency": "20ms"}, "compute": {"step_time": "30ms"}}
+    made, (summary, ends_s) = plan(**changes), ran(tmp_path, **changes)
+    assert made.total_bytes == summary["bytes"]["payload"]
+    assert made.timing is not None and made.timing.total_s == pytest.approx(ends_s, abs=1e-4) and made.notes == ()
+
+
 def test_pairs_of_an_odd_number_of_peers_leave_one_out(tmp_path):
     changes = {"peers": 7, "rounds": 3, "gossip": {"protocol": "pairs", "segments": 1}}
     assert plan(**changes).total_bytes == 3 * 6 * MLP * 4

@@ -703,6 +703,7 @@ def test_a_program_may_bring_its_own_model_data_and_training_step(tmp_path):
     assert (fresh.eval()(torch.tensor(x[300:])).argmax(1).numpy() == y[300:]).mean() == pytest.approx(
         result.summary["accuracy"]["average_model"], abs=1e-6
     )
+    assert result.summary["engine"].pop("own") == "model, dataset, step", "the scenario does not have them"
     check_keys(result.summary)
 
 
@@ -718,6 +719,8 @@ def test_a_program_s_own_model_is_left_as_it_was_so_that_a_second_run_comes_to_t
     )
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
     assert first.summary["models_sha256"] == second.summary["models_sha256"] is not None
+    told = tomllib.loads((first.folder / "scenario.toml").read_text())["engine"]
+    assert told["own"] == first.summary["engine"]["own"] == "model, dataset"
 
 
 def own_mistakes() -> dict[str, tuple[dict[str, Any], str]]:
@@ -939,6 +942,15 @@ def test_gpt_learns_the_characters_of_a_text_file(tmp_path):
     }
     result = gossipfl.run(scenario, out=tmp_path / "record")
     assert result.exit_code == 0 and result.summary["accuracy"]["mean"] > 0.05
+
+
+@pytest.mark.parametrize("clock", ["virtual", "local"])
+def test_the_default_model_does_not_take_characters(clock, tmp_path):
+    (tmp_path / "poem.txt").write_text("so much depends upon a red wheel barrow glazed with rain water\n" * 40)
+    scenario = {"peers": 3, "clock": clock, "data": {"kind": "text", "path": str(tmp_path / "poem.txt")}}
+    with pytest.raises(ConfigError, match=r"takes numbers, not the characters of .*; set model = 'gpt'"):
+        gossipfl.run(scenario, out=tmp_path / "record")
+    assert not (tmp_path / "record").exists()
 
 
 @pytest.mark.parametrize(

@@ -398,6 +398,8 @@ def test_a_graph_of_another_number_of_peers_and_no_graph_at_all_are_refused():
         ("hierarchical", 8, {"cluster": 2.0}, "topology.cluster = 2.0 must be a whole number of at least 1"),
         ("clusters", 8, {}, "unknown topology 'clusters'; did you mean 'hierarchical'?"),
         ("small_world", 8, {"degree": 3}, "topology.degree = 3 must be even"),
+        ("small_world", 4, {}, "topology.degree = 4 needs at least 5 peers, there are 4; lower it to 2 or less"),
+        ("small_world", 2, {}, "needs at least 5 peers, there are 2; have more peers, or another topology.kind"),
         ("small_world", 8, {"rewire": 1.5}, "topology.rewire = 1.5 must be a number from 0 to 1"),
         ("barabasi_albert", 3, {"degree": 3}, "topology.degree = 3 needs at least 4 peers"),
         ("erdos_renyi", 8, {"p": "half"}, "topology.p = 'half' must be a number from 0 to 1"),

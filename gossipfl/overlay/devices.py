@@ -86,7 +86,7 @@ def build_devices(config: DevicesConfig, num_peers: int, seed: int) -> Devices:
     for values, own in ((step_s, config.peer_step_s), (speed, config.peer_speed)):
         for index, value in own.items():
             values[index] = value
-    stragglers = sorted(config.stragglers) or _drawn_stragglers(config.straggler_fraction, num_peers, seed)
+    stragglers = sorted(set(config.stragglers)) or _drawn_stragglers(config.straggler_fraction, num_peers, seed)
     with np.errstate(over="ignore"):
         step_s /= speed
         step_s[stragglers] *= config.slowdown
@@ -105,7 +105,7 @@ def _members(classes: Sequence[DeviceClass], num_peers: int, seed: int) -> list[
     for of_class in classes:
         share += of_class.fraction
         end = round(share * num_peers)
-        members.append(list(of_class.peers) or free[first:end])
+        members.append(list(dict.fromkeys(of_class.peers)) or free[first:end])
         if end > len(free) or not members[-1]:
             there_are = f"{num_peers} peers, {len(named)} of them named in other classes" if named else f"{num_peers} peers"
             raise ConfigError(

@@ -134,7 +134,7 @@ def small_world(num_peers: int, rng: np.random.Generator, *, degree: int = 4, re
     """
     import networkx
 
-    _check_degree(degree, num_peers)
+    _check_degree(degree, num_peers, multiple=2)
     _chance("rewire", rewire)
     if degree % 2:
         raise ConfigError(f"topology.degree = {degree} must be even in a small_world, half on either side; change it by 1")
@@ -223,12 +223,13 @@ def check_num_peers(source: str, found: int, num_peers: int) -> None:
         raise ConfigError(f"the topology {source} has {found} peers but peers = {num_peers}; set peers = {found}")
 
 
-def _check_degree(degree: int, num_peers: int) -> None:
+def _check_degree(degree: int, num_peers: int, multiple: int = 1) -> None:
     """A lone peer fits any degree: it has nobody to link to."""
     if _whole("degree", degree) >= num_peers > 1:
+        most = (num_peers - 1) // multiple * multiple
         raise ConfigError(
             f"topology.degree = {degree} needs at least {degree + 1} peers, there are {num_peers}; "
-            f"lower it to {num_peers - 1} or less"
+            f"{f'lower it to {most} or less' if most else 'have more peers, or another topology.kind'}"
         )
 
 

@@ -340,7 +340,7 @@ def build_node(
 
     `degrees`: each neighbour's own number of neighbours; `schedule`: the same for each round, where they change.
     """
-    if not 1 <= num_samples <= MAX_SAMPLES:
+    if not isinstance(num_samples, int) or not 1 <= num_samples <= MAX_SAMPLES:
         raise ConfigError(f"num_samples = {num_samples} of {name}; give its number of training samples, 1 to 2^40")
     config = settings.for_peer(layout, num_samples, schedule, late)
     values = codec(settings.codec)

@@ -38,7 +38,7 @@ from gossipfl.scenario.emulation import Churn, Compute, Network, unknown_peers
 from gossipfl.scenario.problems import PROTOCOLS_HERE, Problem, ScenarioError, problems_of
 from gossipfl.scenario.sources import apply_overrides, line_of, read_toml, resolve_paths, scenario_file
 from gossipfl.scenario.tables import Data, Gossip, Inference, Seeds, Stop, Topology, Training, Transport
-from gossipfl.scenario.values import Arguments, Table, Text, three_seeds
+from gossipfl.scenario.values import Arguments, Table, Text, three_seeds, without_numpy
 
 if TYPE_CHECKING:
     from gossipfl.protocol.baselines import Scheduled
@@ -86,7 +86,7 @@ class Scenario(Table):
 
     def __init__(self, /, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**without_numpy(values))
         except ValidationError as error:
             raise ScenarioError(problems_of(error, Scenario)) from None
         if problems := [*unknown_peers(self._emulated, self.peers), *self._unreachable(), *self._unseen()]:
@@ -248,7 +248,7 @@ def load_graph(
     if isinstance(source, Scenario):
         values = source.model_dump(exclude_unset=True)  # a default that follows from another key follows its override
     elif isinstance(source, Mapping):
-        values = copy.deepcopy(dict(source))
+        values = without_numpy(copy.deepcopy(dict(source)))
     else:
         path = scenario_file(source)
         values, text = read_toml(path)

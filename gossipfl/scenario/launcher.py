@@ -48,6 +48,7 @@ from gossipfl.scenario.hosting import (
 )
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, handled
 from gossipfl.scenario.memory import check_memory, check_processes
+from gossipfl.scenario.own_objects import own_of
 from gossipfl.scenario.preparation import deal_to_files
 from gossipfl.scenario.presence import Presence, check_churn
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, final_models, planned_event, remove_files, summarize
@@ -142,7 +143,7 @@ class Launcher:
         tell_of_settings(scenario, first["has_statistics"], self.observer.note, record.warn)
         roster = {peer: event["address"] for worker, event in zip(workers, ready, strict=True) for peer in worker.peers}
         record.write("roster.toml", tomli_w.dumps(_roster(self._run_number(folder), roster)))
-        engine = first["engine"]
+        engine = first["engine"] = first["engine"] | own_of(objects)
         record.write("scenario.toml", tomli_w.dumps(scenario.resolved() | {"engine": engine}))
         self.startup_s, self.started_at = time.time() - self.began, time.monotonic()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from gossipfl.errors import ConfigError, DataError
@@ -20,12 +21,20 @@ def take_objects(scenario: Scenario, model: Any, dataset: Any, step: Any) -> dic
     """
     if dataset is not None:
         _check_own_dataset(dataset)
+    elif model is None and (scenario.model, scenario.data.kind) == ("mlp", "text"):  # the others of ours look at the shape
+        raise ConfigError("model = 'mlp' takes numbers, not the characters of data.kind = 'text'; set model = 'gpt'")
     names_own = any(":" in name for name in (scenario.model, scenario.data.kind, scenario.training.step or ""))
     if any(own is not None for own in (model, dataset, step)) or (names_own and scenario.resolved_clock == "virtual"):
         check_names(scenario)
         model = _copied(model)
         _try_on_a_batch(scenario, _copied(model), dataset, step)
     return {"model": model, "dataset": dataset, "step": step}
+
+
+def own_of(objects: Mapping[str, Any]) -> dict[str, str]:
+    """What the record says of them beside its engine, for its scenario does not have them."""
+    own = [name for name, value in objects.items() if value is not None]
+    return {"own": ", ".join(own)} if own else {}
 
 
 def _check_own_dataset(dataset: Any) -> None:

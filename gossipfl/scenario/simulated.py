@@ -34,6 +34,7 @@ from gossipfl.scenario.config import MANY_PEERS, Scenario, check_names
 from gossipfl.scenario.hosting import about_churn, about_clock, about_planned, about_trace, peer_settings, tell_of_settings
 from gossipfl.scenario.interrupts import EXIT_INTERRUPTED, not_interrupted, terminate_is_interrupt
 from gossipfl.scenario.memory import check_memory, keep_freed_memory
+from gossipfl.scenario.own_objects import own_of
 from gossipfl.scenario.preparation import deal, prepare
 from gossipfl.scenario.records import Event, RunFolder, RunRecord, known, models_sha256, planned_event, summarize
 from gossipfl.scenario.results import Observer, RunResult
@@ -154,6 +155,7 @@ class _Simulation(Watcher):
         for line in about_clock(scenario):
             observer.note(line)
         tell_of_settings(scenario, self.engine.flat.has_statistics, observer.note, record.warn)
+        self._own = own_of(objects)
         names = scenario.peer_names
         self.layout, self.initial = self.engine.layout, self.cohort.initial_vector()
         num_samples = [len(shard) for shard in shards]
@@ -199,7 +201,7 @@ class _Simulation(Watcher):
 
     def run(self) -> RunResult:
         scenario, simulator = self.scenario, self.simulator
-        engine = self.cohort.description()
+        engine = self.cohort.description() | self._own
         self.record.write("scenario.toml", tomli_w.dumps(scenario.resolved() | {"engine": engine}))
         self.observer.started(self.record.folder, self.initial.size)
         startup_s, started = time.time() - self.began, time.monotonic()

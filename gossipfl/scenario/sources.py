@@ -33,6 +33,8 @@ def scenario_file(source: str | Path) -> Path:
     builtin = builtin_scenarios()
     if str(source) in builtin:
         return builtin[str(source)]
+    if (path / "scenario.toml").is_file():
+        raise ConfigError(f"the scenario {str(source)!r} is a folder; give the file in it, {path / 'scenario.toml'}")
     guess = did_you_mean(path.stem, builtin)
     raise ConfigError(
         f"no scenario {str(source)!r}: there is no such file, and the built-in ones are {', '.join(builtin)}{guess}"

@@ -32,6 +32,10 @@ class Dataset:
     mean: tuple[float, ...] | None = None  # of x / 255 per channel over the training images; set for uint8 only
     std: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.num_classes, np.integer):  # y.max() + 1 is one, and models and records want one of Python's
+            object.__setattr__(self, "num_classes", int(self.num_classes))
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one sample, as models take it: `(C, H, W)`, `(d,)` or `(T,)`."""

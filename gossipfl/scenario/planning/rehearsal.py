@@ -106,15 +106,16 @@ class _Rehearsal(Watcher):
         return self._rehearsed()
 
     def _is_enough(self) -> bool:
-        """Nobody has to say goodbye: with many neighbours that takes more messages than a round."""
+        """Of a whole run what comes in after the last rounds counts too, unless there are many neighbours to say goodbye to."""
         messages, rounds = self._simulator.num_messages, self._rounds_of_all()
-        enough = MIN_ROUNDS if messages >= MESSAGES else self._rounds
-        return rounds >= enough or messages >= MAX_MESSAGES
+        if messages < MESSAGES:
+            return self._rounds <= rounds < self._scenario.rounds
+        return rounds >= MIN_ROUNDS or messages >= MAX_MESSAGES
 
     def _rounds_of_all(self) -> int:
-        """That all have done who are there, or have finished."""
-        peers = self._simulator.peers.values()
-        return int(min((self._last_round[peer.index] for peer in peers if peer.is_there or peer.is_finished), default=0))
+        """That all have done who are there, or have finished; who came too late for a round never will."""
+        peers = [peer for peer in self._simulator.peers.values() if peer.is_there or (peer.is_finished and peer.error is None)]
+        return int(min((self._last_round[peer.index] for peer in peers), default=0))
 
     def round_done(self, peer: SimulatedPeer, report: RoundReport, traffic: Traffic) -> None:
         receiver = peer.index
@@ -138,6 +139,7 @@ class _Rehearsal(Watcher):
     def _rehearsed(self) -> Rehearsed:
         counts, most = np.maximum(self._counts, 1), self._scenario.rounds
         received, rounds = self._received / counts, self._rounds_of_all()
+        outside_rounds = sum(sum(peer.traffic.received_from.values()) for peer in self._simulator.peers.values())
         is_whole = rounds >= most
         rounds, first = rounds or max(self._ends_s, default=0), min(self._ends_s, default=0)
         ends_s = round_s = self._ends_s.get(rounds, 0.0)
@@ -148,7 +150,7 @@ class _Rehearsal(Watcher):
             is_whole=is_whole,
             round_s=round_s,
             total_s=max(self._ends_s.values()) if is_whole else ends_s + (most - rounds) * round_s,
-            total_bytes=round(float(self._received.sum() if is_whole else most * received.sum())),
+            total_bytes=round(float(self._received.sum() + outside_rounds if is_whole else most * received.sum())),
             received=received,
             sent=self._sent / max(1.0, float(self._counts.mean())),
             train_s=self._peers.usual_train_s,
