@@ -398,7 +398,7 @@ def test_an_unknown_setting_is_an_error_with_a_suggestion(peers):
         dict(protocol="gosip"), dict(rounds=0), dict(num_samples=0), dict(num_samples=1.5), dict(name="nobody"),
         dict(neighbours=["p9"]), dict(neighbours=["p0"]), dict(bind="127.0.0.1:7000"), dict(bind="tcp://0.0.0.0:0"),
         dict(buffers="averag"),
-        dict(roster={"p0": "tcp://127.0.0.1:0", "p1": "localhost:7001"}),
+        dict(roster=["p0", "p1"]), dict(roster={"p0": "tcp://127.0.0.1:0", "p1": "localhost:7001"}),
         dict(roster={"p0": "tcp://127.0.0.1:0", "p" * 65: "tcp://127.0.0.1:7001"}),
         dict(roster={"p0": "tcp://127.0.0.1:0", "": "tcp://127.0.0.1:7001"}),
     ],

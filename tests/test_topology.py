@@ -301,6 +301,11 @@ def test_a_file_may_hold_a_lone_peer(tmp_path):
             "a.csv line 1: a peer is named twice, as in a matrix or with weights; a matrix has as",
         ),
         ("a.txt", "0 1 1\n1 2 1\n", "a.txt line 1: a peer is named twice, as in a matrix or with weights"),
+        (
+            "a.txt",
+            "# GMT\n0 2\n1 {}\n2 {}\n1 0\n2 0\n",
+            r"a.txt line 3: '1 \{\}' is of a multi-line adjacency list, .*write_adjlist",
+        ),
         ("a.graphml", "<graphml xmlns='http://graphml.graphdrawing.org/xmlns'><graph/></graphml>", "there are no nodes in it"),
         ("a.graphml", "0 1\n1 2\n", "a.graphml' cannot be read .*; topology.format names one of edges, adjacency"),
     ],
@@ -376,6 +381,7 @@ def test_a_graph_of_another_number_of_peers_and_no_graph_at_all_are_refused():
     [
         ("rnig", 4, {}, "unknown topology 'rnig'; did you mean 'ring'?"),
         ("kreg", 4, {}, "unknown topology 'kreg'; did you mean 'regular'?"),
+        ("fully-connected", 4, {}, "unknown topology 'fully-connected'; did you mean 'full'?"),
         ("ring", 0, {}, "peers = 0 must be at least 1"),
         ("ring", 4, {"degree": 2}, "unknown key 'topology.degree' of topology 'ring'; accepted: none"),
         (

@@ -55,8 +55,14 @@ def read_graph(path: str | Path, format: str | None = None) -> tuple[int, list[L
         raise ConfigError(
             f"topology.path = {str(path)!r} cannot be read ({error}); topology.format names one of {', '.join(FORMATS)}"
         ) from error
-    stripped = ((number, _words(line)) for number, line in enumerate(text.splitlines(), start=1))
-    rows = [(number, words) for number, words in stripped if words]
+    lines = [(number, line, _words(line)) for number, line in enumerate(text.splitlines(), start=1)]
+    for number, line, words in lines:
+        if len(words) == 1 and "{" in line.partition("#")[0]:
+            raise ConfigError(
+                f"{source} line {number}: {line.strip()!r} is of a multi-line adjacency list, which is not read here; networkx "
+                "also writes others: write_adjlist, write_edgelist, write_graphml"
+            )
+    rows = [(number, words) for number, _, words in lines if words]
     if not rows:
         raise ConfigError(f"topology.path = {str(path)!r} is empty; give the path of a graph file")
     if format == "matrix" or (format is None and _looks_like_a_matrix(rows)):

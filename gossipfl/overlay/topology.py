@@ -29,6 +29,7 @@ _OTHER_NAMES = {
     "complete": "full",
     "fully_connected": "full",
     "all_to_all": "full",
+    "mesh": "full",
     "cycle": "ring",
     "lattice": "grid",
     "kreg": "regular",
@@ -44,6 +45,7 @@ _OTHER_NAMES = {
     "hierarchy": "hierarchical",
     "clustered": "hierarchical",
     "clusters": "hierarchical",
+    "exp": "exponential",
     "edges": "file",
     "graphml": "file",
     "adjacency": "file",
@@ -58,9 +60,8 @@ def build_topology(kind: str, num_peers: int, seed: int, args: Mapping[str, Any]
     """
     if num_peers < 1:
         raise ConfigError(f"peers = {num_peers} must be at least 1")
-    if kind in _OTHER_NAMES:
-        known = ", ".join(TOPOLOGIES)
-        raise ConfigError(f"unknown topology {kind!r}; did you mean {_OTHER_NAMES[kind]!r}? known: {known}")
+    if (ours := _OTHER_NAMES.get(kind.replace("-", "_"))) is not None:
+        raise ConfigError(f"unknown topology {kind!r}; did you mean {ours!r}? known: {', '.join(TOPOLOGIES)}")
     build = TOPOLOGIES.get(kind)
     _check_arguments(kind, build, args)
     topology = _as_topology(kind, build(num_peers, generator(seed, "topology"), **args))

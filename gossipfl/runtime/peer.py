@@ -63,6 +63,8 @@ class Peer:
         for key in gossip:
             if key not in known:
                 raise ConfigError(f"unknown gossip setting {key!r}{did_you_mean(key, known)}")
+        if not isinstance(roster, Mapping):
+            raise ConfigError(f"roster is a {type(roster).__name__}; give the address of each peer by its name")
         for other in roster:
             if not 0 < len(other.encode()) <= MAX_NAME_BYTES:
                 raise ConfigError(f"peer name {other!r}: a name has 1 to {MAX_NAME_BYTES} bytes")
