@@ -229,7 +229,8 @@ class _Stack:
         travelling = {entry.name for entry in self.layout.entries}
         self._local = [name for name, _ in model.named_buffers() if name not in travelling]
         self._buffers = [name for name, _ in model.named_buffers() if name in travelling]
-        self._rows = np.empty((block, self.layout.size), np.float32)
+        # What a GPU copies from locked pages it need not copy twice.
+        self._rows = torch.empty((block, self.layout.size), pin_memory=kind_of(engine.config.device) == "cuda")
 
     def train(self, tasks: Sequence[CohortTask], out: Sequence[np.ndarray]) -> list[float]:
         """As `CohortEngine.train`, for at most a block; the longest shards come first."""
@@ -323,11 +324,11 @@ class _Stack:
     def _stack(self, vectors: Sequence[np.ndarray], learners: Sequence[Learner | None]) -> Stacked:
         """The peers' values by name; parameters are views of `self._flat` (f32[n, P])."""
         rows = self._rows[: len(vectors)]
-        for row, vector in zip(rows, vectors, strict=True):
+        for row, vector in zip(rows.numpy(), vectors, strict=True):
             if vector.shape != row.shape:
                 raise LayoutError(f"a vector of shape {vector.shape} does not fit the model's {self.layout.size} values")
             row[:] = vector
-        self._flat = self._tensor(rows)
+        self._flat = rows.to(self.engine.config.device)
         values = self._views(len(vectors))
         for name in self._buffers:
             values[name] = values[name].clone()  # vmap loses what is written into buffers that are not contiguous
@@ -343,7 +344,10 @@ class _Stack:
         views = self._views(len(self._flat))
         for name in self._buffers + self._matrices:
             views[name].copy_(values[name])
-        return self._flat.cpu().numpy()
+        rows = self._rows[: len(self._flat)]
+        if self._flat.device != rows.device:
+            rows.copy_(self._flat)
+        return rows.numpy()
 
     def _views(self, num_peers: int) -> Stacked:
         entries = self.layout.entries
