@@ -44,7 +44,7 @@ def read_matrix(path: str, num_peers: int, scale: float, *, takes_inf: bool = Fa
             numbers = np.array(words, dtype=np.float64)
         except ValueError as error:
             raise ConfigError(f"{path} line {line}: {error}; a matrix holds numbers") from None
-        if len(wrong := np.flatnonzero(~(numbers >= 0) | (np.isinf(numbers) & ~takes_inf))):
+        if len(wrong := np.flatnonzero(~(numbers >= 0) | (np.isinf(numbers) & (not takes_inf)))):
             raise ConfigError(f"{path} line {line}: {words[wrong[0]]!r} in column {wrong[0] + 1} must be {allowed}")
         matrix[index] = numbers * scale
     if not rows:
