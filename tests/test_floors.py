@@ -23,6 +23,7 @@ FLOORS = {
     "__main__": 5,
     "_version": 0,
     "errors": 0,
+    "plain": 0,
     "randomness": 0,
     "registry": 0,
     "aggregation": 1,
@@ -41,7 +42,7 @@ FLOORS = {
 PURE = 2
 """Up to this floor nothing has a clock, a socket, a thread or a chance of its own."""
 LIBRARIES_OF_THE_PURE = {
-    "numpy": ("randomness.py", "aggregation.py", "mixing.py", "overlay/", "segments/", "inference/planning/"),
+    "numpy": ("plain.py", "randomness.py", "aggregation.py", "mixing.py", "overlay/", "segments/", "inference/planning/"),
     "scipy": ("inference/planning/",),
     "networkx": ("overlay/",),
     "torch": ("segments/",),

@@ -26,6 +26,7 @@ from torch import nn
 from gossipfl.errors import ConfigError, RunError
 from gossipfl.learning.flatten import flatten, layout_of, unflatten_
 from gossipfl.learning.training import TrainingStep, cross_entropy
+from gossipfl.plain import without_numpy
 from gossipfl.protocol.machine import Fault, RoundReport, Start, StopAfter
 from gossipfl.protocol.wire import MAX_NAME_BYTES
 from gossipfl.registry import did_you_mean
@@ -82,8 +83,8 @@ class Peer:
         self._tasks: SimpleQueue[Any] = SimpleQueue()
         self._round = self._yielded = 0
         self._has_begun = False
-        gossip = {key: _plain(value) for key, value in gossip.items()}
-        settings, layout = GossipSettings(rounds=_plain(rounds), **gossip), layout_of(model, buffers)
+        num_samples, settings = without_numpy(num_samples), GossipSettings(**without_numpy(gossip | {"rounds": rounds}))
+        layout = layout_of(model, buffers)
         run = int.from_bytes(hashlib.blake2b("/".join(sorted(roster)).encode(), digest_size=6).digest(), "little")
         transport = ZmqTransport(bind or roster[name], run=run, advertise=roster[name], insecure=insecure)
         try:
@@ -92,7 +93,7 @@ class Peer:
             degrees = dict.fromkeys(others, len(roster) - 1)
             initial = flatten(model, buffers)
             self._node = build_node(
-                name, degrees, settings, layout, initial, _plain(num_samples), transport, self._tasks, on_record=self._record
+                name, degrees, settings, layout, initial, num_samples, transport, self._tasks, on_record=self._record
             )
         except BaseException:
             transport.close()
@@ -196,8 +197,3 @@ class Peer:
             self.faults.append(record)
         else:
             self.reports.append(record.report)
-
-
-def _plain(value: Any) -> Any:
-    """A number of numpy, such as what a sum over labels gives, as one of Python, which can travel; anything else as it is."""
-    return value.item() if isinstance(value, np.generic) else value

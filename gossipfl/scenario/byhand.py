@@ -140,14 +140,14 @@ def run_peer(
     )
     problem: str | None = None
     is_served = False
-    is_lone = True  # in each round segments were missing and none was mixed
+    num_mixed = num_missing = 0
 
     def hear(event: dict[str, Any]) -> None:
-        nonlocal problem, is_served, is_lone
+        nonlocal problem, is_served, num_mixed, num_missing
         record.add(event)
         match event:
             case {"event": "round", "round": round_, "accuracy_after": accuracy, "segments_mixed": mixed, "missing": missing}:
-                is_lone = is_lone and missing > 0 and not mixed
+                num_mixed, num_missing = num_mixed + mixed, num_missing + missing
                 shown = "" if accuracy is None else f"  accuracy {accuracy:.3f}"
                 say(f"{name} round {round_}/{scenario.rounds}{shown}  segments mixed {mixed}")
             case {"event": "fault", "detail": detail}:
@@ -157,7 +157,7 @@ def run_peer(
                 say(f"serving {model} for devices at {address}")
             case {"event": "finished", "error": error}:
                 problem = error
-                if error is None and is_lone:
+                if error is None and num_missing and not num_mixed:
                     record.warn(
                         f"{name} has mixed nothing, for none of its neighbours answered its pulls: they had gone, or finished "
                         "already; have all peers start within gossip.join_timeout_s of each other"

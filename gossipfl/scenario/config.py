@@ -33,12 +33,13 @@ from gossipfl.overlay.graphs import RedrawnTopology
 from gossipfl.overlay.graphs import Topology as PeerTopology
 from gossipfl.overlay.links import Links, check_links
 from gossipfl.overlay.topology import build_topology, redrawn_topology
+from gossipfl.plain import without_numpy
 from gossipfl.registry import Registry, did_you_mean
 from gossipfl.scenario.emulation import Churn, Compute, Network, unknown_peers
 from gossipfl.scenario.problems import PROTOCOLS_HERE, Problem, ScenarioError, problems_of
 from gossipfl.scenario.sources import apply_overrides, line_of, read_toml, resolve_paths, scenario_file
 from gossipfl.scenario.tables import Data, Gossip, Inference, Seeds, Stop, Topology, Training, Transport
-from gossipfl.scenario.values import Arguments, Table, Text, three_seeds, without_numpy
+from gossipfl.scenario.values import Arguments, Table, Text, three_seeds
 
 if TYPE_CHECKING:
     from gossipfl.protocol.baselines import Scheduled

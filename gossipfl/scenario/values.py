@@ -9,7 +9,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
 from gossipfl.overlay.links import Constant, Distribution, Lognormal, Uniform
@@ -25,20 +24,6 @@ class Table(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),  # our own `model` and `model_args`
     )
-
-
-def without_numpy(value: Any) -> Any:
-    """numpy's numbers as Python's, in dictionaries and lists too; anything else as it is."""
-    match value:
-        case np.generic():
-            return value.item()
-        case dict():
-            return {key: without_numpy(item) for key, item in value.items()}
-        case list():
-            return [without_numpy(item) for item in value]
-        case tuple():
-            return tuple(without_numpy(item) for item in value)
-    return value
 
 
 def toml_value(value: Any) -> Any:

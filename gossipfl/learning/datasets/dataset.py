@@ -11,6 +11,7 @@ import numpy as np
 
 from gossipfl.errors import ConfigError, DataError
 from gossipfl.learning.datasets.arguments import call_with
+from gossipfl.plain import without_numpy
 from gossipfl.randomness import generator
 from gossipfl.registry import Registry
 
@@ -33,8 +34,7 @@ class Dataset:
     std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_classes, np.integer):  # y.max() + 1 is one, and models and records want one of Python's
-            object.__setattr__(self, "num_classes", int(self.num_classes))
+        object.__setattr__(self, "num_classes", without_numpy(self.num_classes))  # y.max() + 1 is one of numpy's
 
     @property
     def input_shape(self) -> tuple[int, ...]:
